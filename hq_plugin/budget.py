@@ -1,0 +1,114 @@
+"""What the result may cost: `Budget` and the parser of its short forms.
+
+A budget knows limits, not models: what a policy costs is counted in `cost.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields
+
+from hq_plugin.errors import BudgetError
+
+_BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_FORMS = '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps"'
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Limits that a policy must keep, all at once. Every field is optional, one is needed.
+
+    Attributes:
+        weight_bits: Mean effective bits over the weights of all quantizable sites, their scales
+            and zero points counted.
+        size: Bytes of the whole model on disk, what stays float counted.
+        size_fraction: The same as a fraction of the float model's bytes, in (0, 1].
+        bitops: Multiply-accumulates × weight bits × activation bits, of one sample, summed over sites.
+    """
+
+    weight_bits: float | None = None
+    size: float | None = None
+    size_fraction: float | None = None
+    bitops: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = {field.name: getattr(self, field.name) for field in fields(self)}
+        if all(value is None for value in limits.values()):
+            raise BudgetError(f"A Budget needs at least one limit of {', '.join(limits)}.")
+        for name, value in limits.items():
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise BudgetError(f"Budget {name}={value!r} is not a finite number.")
+            if value <= 0:
+                raise BudgetError(f"Budget {name}={value!r} is not positive. Ask for more than nothing.")
+        if self.size_fraction is not None and self.size_fraction > 1:
+            raise BudgetError(
+                f"Budget size_fraction={self.size_fraction} is above 1 (100 % of the float model)."
+            )
+
+    @classmethod
+    def parse(cls, budget: str | Budget) -> Budget:
+        """Reads the short forms: `"3bit"`, `"250KB"`, `"4MB"`, `"12%"`, `"1.5GBitOps"`.
+
+        Several limits may be joined by `+` or a comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
+        of 1000, KiB, MiB and GiB of 1024. Case and spaces do not matter.
+
+        Raises:
+            BudgetError: The text has none of these forms, or a limit is not positive.
+        """
+        if isinstance(budget, Budget):
+            return budget
+        if not isinstance(budget, str):
+            raise BudgetError(f"A budget is a string or a Budget, not {type(budget).__name__}. Try {_FORMS}.")
+        limits: dict[str, float] = {}
+        for part in re.split(r"[+,]", budget):
+            name, value = cls._parse_limit(part, budget)
+            if name in limits:
+                raise BudgetError(f"Budget {budget!r} gives {name} twice.")
+            limits[name] = value
+        return cls(**limits)
+
+    @staticmethod
+    def _parse_limit(part: str, whole: str) -> tuple[str, float]:
+        match = re.fullmatch(r"\s*([-+]?\d+\.?\d*(?:e[-+]?\d+)?|[-+]?\.\d+)\s*([a-z%]+)\s*", part.lower())
+        if match:
+            value, unit = float(match[1]), match[2]
+            if unit in ("bit", "bits"):
+                return "weight_bits", value
+            if unit == "%":
+                return "size_fraction", value / 100
+            if unit in _BYTES:
+                return "size", value * _BYTES[unit]
+            bitops = re.fullmatch(r"([kmgt]?)bitops?", unit)
+            if bitops:
+                return "bitops", value * _PREFIX[bitops[1]]
+        raise BudgetError(f"Budget {whole!r} cannot be read. Possible are {_FORMS}, or a Budget(...).")
+
+    def __str__(self) -> str:
+        parts = []
+        if self.weight_bits is not None:
+            parts.append(f"{self.weight_bits:g}bit")
+        if self.size is not None:
+            parts.append(format_bytes(self.size))
+        if self.size_fraction is not None:
+            parts.append(f"{self.size_fraction * 100:g}%")
+        if self.bitops is not None:
+            parts.append(f"{format_count(self.bitops)}BitOps")
+        return " + ".join(parts)
+
+
+def format_bytes(count: float) -> str:
+    """Writes a number of bytes for people, in powers of 1000: `1.23 MB`."""
+    return f"{format_count(count)}B"
+
+
+def format_count(count: float) -> str:
+    """Writes a count with an SI prefix: `1.23 M`."""
+    for prefix in ("", "k", "M", "G"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {prefix}" if prefix or count % 1 else f"{count:.0f} "
+        count /= 1000
+    return f"{count:.4g} T"

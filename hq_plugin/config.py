@@ -1,0 +1,211 @@
+"""`Config`: every option of `quantize` and `meta_train`, with its default and its meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from hq_plugin.errors import ConfigError
+from hq_plugin.policy import ACTIVATION_BITS, WEIGHT_BITS
+
+Effort = Literal["smoke", "fast", "balanced", "best"]
+BlockKind = Literal["auto", "dense", "low_rank", "table"]
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How much work an effort stands for.
+
+    Attributes:
+        meta: Optimizer steps of meta-training.
+        evaluations: Policies that the search scores.
+        finetune: Optimizer steps of fine-tuning.
+        holdout: Most samples on which candidates are scored; leaders are re-ranked on four times as many.
+    """
+
+    meta: int
+    evaluations: int
+    finetune: int
+    holdout: int
+
+
+EFFORTS: dict[str, Steps] = {
+    "smoke": Steps(meta=6, evaluations=12, finetune=4, holdout=64),
+    "fast": Steps(meta=300, evaluations=150, finetune=200, holdout=256),
+    "balanced": Steps(meta=1500, evaluations=400, finetune=1000, holdout=512),
+    "best": Steps(meta=6000, evaluations=1200, finetune=4000, holdout=1024),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Options of `hq_plugin.quantize` and `hq_plugin.meta_train`. Any field may be given as a keyword.
+
+    Attributes:
+        effort: `"smoke"` (a handful of steps, for tests), `"fast"`, `"balanced"` or `"best"`; sets the
+            step counts below that are None.
+        seed: Seeds sampling of policies, data order, the search and the MetaQuantNet's initialisation.
+        weight_bits: Widths among which each weight may choose, from 1 (binary) to 8.
+        activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
+            point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
+            budget limits BitOps.
+        pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
+        groups: Lists of site names or shell patterns; the sites of one list share their widths.
+        exclude: Site names or shell patterns that stay in floating point and do not count as sites.
+        block: MetaQuantNet block of each site: `"dense"` (the paper's), `"low_rank"`, `"table"` (no
+            network, the ablation), or `"auto"`: dense for small sites, low-rank for large ones.
+        hidden: Hidden units of a MetaQuantNet block.
+        rank: Rank-one terms of a `low_rank` block.
+        dense_limit: With `block="auto"`, the most weights of a site that gets a `dense` block.
+        loss: `"auto"` (KL for class scores, relative squared error for anything else), `"kl"`, `"mse"`,
+            or a function of the student's and the teacher's outputs that returns a scalar tensor.
+        meta_steps: Optimizer steps of meta-training; None takes the effort's.
+        search_evaluations: Policies scored by the search; None takes the effort's.
+        finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
+        learning_rate: Adam's peak rate for weights in meta-training and fine-tuning.
+        step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps.
+        finetune_from: `"generated"` starts from the MetaQuantNet's weights, `"float"` retrains from the
+            float weights.
+        population: Policies that survive a generation of the search.
+        crossover: Probability that an offspring is recombined with a second parent.
+        batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own.
+        holdout: Most samples kept out of training to score policies; None takes the effort's.
+        recalibration: Samples on which BatchNorm statistics are re-estimated for each candidate, as a
+            fraction of the samples it is scored on.
+        calibration_batches: Batches from which activation ranges are taken.
+        prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
+            `hq_plugin.data` do not fit.
+        progress: Progress bars on stderr; None shows them on a terminal.
+    """
+
+    effort: Effort = "balanced"
+    seed: int = 0
+    weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    activation_bits: tuple[int, ...] | int | None = None
+    pinned: Mapping[str, int | tuple[int, int]] | None = None
+    groups: tuple[tuple[str, ...], ...] = ()
+    exclude: tuple[str, ...] = ()
+    block: BlockKind = "auto"
+    hidden: int = 16
+    rank: int = 4
+    dense_limit: int = 65_536
+    loss: Literal["auto", "kl", "mse"] | LossFunction = "auto"
+    meta_steps: int | None = None
+    search_evaluations: int | None = None
+    finetune_steps: int | None = None
+    learning_rate: float = 1e-3
+    step_learning_rate: float = 3e-3
+    finetune_from: Literal["generated", "float"] = "generated"
+    population: int = 24
+    crossover: float = 0.6
+    batch_size: int = 64
+    holdout: int | None = None
+    recalibration: float = 0.25
+    calibration_batches: int = 4
+    prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        self._check_choice("effort", tuple(EFFORTS))
+        self._check_choice("block", ("auto", "dense", "low_rank", "table"))
+        self._check_choice("finetune_from", ("generated", "float"))
+        if not callable(self.loss):
+            self._check_choice("loss", ("auto", "kl", "mse"))
+        object.__setattr__(self, "weight_bits", _widths("weight_bits", self.weight_bits, tuple(WEIGHT_BITS)))
+        if self.activation_bits is not None:
+            widths = _widths("activation_bits", self.activation_bits, ACTIVATION_BITS)
+            object.__setattr__(self, "activation_bits", widths)
+        for name in ("exclude", "groups"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise ConfigError(f"{name}={value!r} is a string; give a list of names or patterns.")
+            object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
+        for name in ("meta_steps", "search_evaluations", "finetune_steps"):
+            self._check_number(name, least=0, optional=True)
+        for name in ("hidden", "rank", "population", "batch_size", "calibration_batches"):
+            self._check_number(name, least=1)
+        self._check_number("holdout", least=1, optional=True)
+        for name in ("learning_rate", "step_learning_rate", "recalibration"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ConfigError(f"{name}={value!r} must be a positive number.")
+        if not 0 <= self.crossover <= 1:
+            raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
+
+    def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
+        if getattr(self, name) not in choices:
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r} is not possible. Choose one of {', '.join(choices)}."
+            )
+
+    def _check_number(self, name: str, least: int, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+    @property
+    def steps(self) -> Steps:
+        """The effort's step counts, with those given explicitly in their place."""
+        preset = EFFORTS[self.effort]
+        given = {
+            "meta": self.meta_steps,
+            "evaluations": self.search_evaluations,
+            "finetune": self.finetune_steps,
+            "holdout": self.holdout,
+        }
+        return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+    def with_options(self, options: Mapping[str, Any]) -> Config:
+        """Returns a copy with `options` in place.
+
+        Raises:
+            ConfigError: An option does not exist.
+        """
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                raise ConfigError(f"There is no option {name!r}. Possible are: {', '.join(known)}.")
+        return replace(self, **options)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the options as JSON values; functions are written as their names."""
+        data = asdict(replace(self, prepare_batch=None, loss="auto" if callable(self.loss) else self.loss))
+        data["prepare_batch"] = _name_of(self.prepare_batch)
+        data["loss"] = _name_of(self.loss)
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Config:
+        """Reads what `to_json` wrote. Functions are not restored: pass them again as options."""
+        values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
+        values["prepare_batch"] = None
+        if values.get("loss") not in ("auto", "kl", "mse"):
+            values["loss"] = "auto"
+        pinned = values.get("pinned")
+        if pinned:
+            values["pinned"] = {k: tuple(v) if isinstance(v, list) else v for k, v in pinned.items()}
+        return cls(**values)
+
+
+def _name_of(value: Any) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__name__)}"
+
+
+def _widths(name: str, value: Any, possible: tuple[int, ...]) -> tuple[int, ...]:
+    widths = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    try:
+        ordered = tuple(sorted(set(widths)))
+    except TypeError:
+        raise ConfigError(f"{name}={value!r} must be a width or a list of widths.") from None
+    wrong = [width for width in ordered if width not in possible or isinstance(width, bool)]
+    if wrong or not ordered:
+        raise ConfigError(f"{name}={value!r}: possible widths are {', '.join(map(str, possible))}.")
+    return ordered

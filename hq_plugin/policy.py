@@ -1,0 +1,99 @@
+"""The hybrid quantization vector: a bit width for every layer, and its JSON form.
+
+Only widths live here. What a width costs is `cost.py`; which widths are allowed is `space.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hq_plugin.errors import PolicyError
+
+#: Activation width that means "stays in floating point". BitOps count it as 16 bits.
+FLOAT_BITS = 16
+WEIGHT_BITS = range(1, 9)
+ACTIVATION_BITS = (*range(2, 9), FLOAT_BITS)
+
+
+@dataclass(frozen=True, order=True)
+class LayerBits:
+    """The bit widths of one layer.
+
+    Attributes:
+        weight: Bits of each weight, 1 to 8.
+        activation: Bits of each element of the layer's input, 2 to 8, or 16 for floating point.
+    """
+
+    weight: int
+    activation: int = FLOAT_BITS
+
+    def __post_init__(self) -> None:
+        if self.weight not in WEIGHT_BITS or isinstance(self.weight, bool):
+            raise PolicyError(f"Weight width {self.weight!r} is not possible: weights take 1 to 8 bits.")
+        if self.activation not in ACTIVATION_BITS:
+            raise PolicyError(
+                f"Activation width {self.activation!r} is not possible: activations take 2 to 8 bits, "
+                f"or {FLOAT_BITS} to stay in floating point."
+            )
+
+    def __str__(self) -> str:
+        return f"W{self.weight}" + ("" if self.activation == FLOAT_BITS else f"A{self.activation}")
+
+
+class HybridPolicy(Mapping[str, LayerBits]):
+    """An immutable hybrid quantization vector: site name to `LayerBits`, in the model's order.
+
+    Section 3.1 of arXiv:2004.11506 calls this the hybrid quantization vector.
+    """
+
+    def __init__(self, bits: Mapping[str, LayerBits]) -> None:
+        self._bits = dict(bits)
+
+    def __getitem__(self, name: str) -> LayerBits:
+        return self._bits[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._bits)
+
+    def __len__(self) -> int:
+        return len(self._bits)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._bits.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, HybridPolicy) and self._bits == other._bits
+
+    def __repr__(self) -> str:
+        return f"HybridPolicy({{{', '.join(f'{name!r}: {bits}' for name, bits in self._bits.items())}}})"
+
+    def to_json(self) -> dict[str, list[int]]:
+        """Returns `{site: [weight bits, activation bits]}`, which `from_json` reads back."""
+        return {name: [bits.weight, bits.activation] for name, bits in self._bits.items()}
+
+    @classmethod
+    def from_json(cls, text: str | Mapping[str, Any]) -> HybridPolicy:
+        """Reads a policy from a JSON string or its decoded form.
+
+        Raises:
+            PolicyError: The JSON is not an object of `[weight bits, activation bits]` pairs.
+        """
+        try:
+            data = json.loads(text) if isinstance(text, str) else text
+            return cls({str(name): LayerBits(*map(_whole, pair)) for name, pair in data.items()})
+        except (ValueError, TypeError, AttributeError) as error:
+            if isinstance(error, PolicyError):
+                raise
+            raise PolicyError(
+                'A policy is a JSON object such as {"layer1.conv": [4, 8]}: site name to '
+                f"[weight bits, activation bits]. This one is not: {error}"
+            ) from error
+
+
+def _whole(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise PolicyError(f"A bit width is a whole number, not {value!r}.")
+    return value

@@ -1,0 +1,159 @@
+"""`Result`: what `model.hq` holds, everything a user may ask about a quantized model, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hq_plugin.errors import ArtifactError
+from hq_plugin.policy import HybridPolicy
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a policy costs.
+
+    Attributes:
+        weight_bits: Mean effective bits a weight over all sites, steps and zero points counted.
+        size: Bytes of the whole model on disk, what stays float counted.
+        bitops: Multiply-accumulates × weight bits × activation bits of one sample.
+    """
+
+    weight_bits: float
+    size: int
+    bitops: float
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A policy at the same budget and how it did.
+
+    Attributes:
+        name: `"uniform"`, `"dynamic_programming"` or `"searched"`.
+        policy: Its widths.
+        costs: What it costs.
+        kl: Its distance to the float model on held-out data, before fine-tuning: KL divergence in nats
+            a sample, or relative squared error where the outputs are not class scores.
+        accuracy: Top-1 accuracy on the held-out data, 0 to 1, where there are labels.
+        metric: What `eval_fn` returned, where one was given.
+    """
+
+    name: str
+    policy: HybridPolicy
+    costs: Costs
+    kl: float
+    accuracy: float | None = None
+    metric: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One site of the result: its widths, shape, bytes and BitOps."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_bits: int
+    activation_bits: int
+    size: int
+    bitops: float
+
+
+@dataclass
+class Result:
+    """What was decided for a model, why, and what it gave.
+
+    Attributes:
+        policy: The hybrid quantization vector of the model.
+        budget: The budget as text.
+        chosen: Which of the baselines the policy is: `"searched"` unless one of the others was better.
+        costs: What the model costs.
+        used: Share of each limit that is used, by limit name; never above 1.
+        float_size: Bytes of the float model.
+        float_accuracy: Top-1 accuracy of the float model on the held-out data, where there are labels.
+        float_metric: What `eval_fn` returned for the float model, where one was given.
+        kl: Distance of the finished model to the float model on held-out data.
+        agreement: Share of held-out samples on which both models choose the same class.
+        accuracy: Top-1 accuracy of the finished model on held-out data, where there are labels.
+        metric: What `eval_fn` returned for the finished model, where one was given.
+        baselines: Uniform, dynamic-programming and searched policy at the same budget.
+        layers: Every site.
+        float_layers: Layers that stay float: name, type, parameters and reason.
+        history: `"meta_training"` and `"finetune"`: one `{"step", "loss"}` a record; `"search"`: one
+            `{"evaluation", "policy", "score"}` for every policy scored.
+        seconds: Wall time of each stage.
+        config: The options.
+        versions: Versions of hq_plugin, torch and Python.
+    """
+
+    policy: HybridPolicy
+    budget: str
+    chosen: str
+    costs: Costs
+    used: dict[str, float]
+    float_size: int
+    kl: float
+    baselines: dict[str, Baseline]
+    layers: list[LayerReport]
+    float_layers: list[dict[str, Any]]
+    agreement: float | None = None
+    accuracy: float | None = None
+    metric: float | None = None
+    float_accuracy: float | None = None
+    float_metric: float | None = None
+    history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean effective bits a weight, steps and zero points counted."""
+        return self.costs.weight_bits
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole model on disk."""
+        return self.costs.size
+
+    @property
+    def bitops(self) -> float:
+        """BitOps of one sample."""
+        return self.costs.bitops
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the result as JSON values, which `from_json` reads back."""
+        data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["policy"] = self.policy.to_json()
+        data["costs"] = asdict(self.costs)
+        data["layers"] = [asdict(layer) for layer in self.layers]
+        data["baselines"] = {
+            name: {**vars(b), "policy": b.policy.to_json(), "costs": asdict(b.costs)}
+            for name, b in self.baselines.items()
+        }
+        return data
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ArtifactError: A field is missing or has the wrong form.
+        """
+        try:
+            values = {name: data[name] for name in cls.__dataclass_fields__}
+            values["policy"] = HybridPolicy.from_json(data["policy"])
+            values["costs"] = Costs(**data["costs"])
+            values["layers"] = [
+                LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]
+            ]
+            values["baselines"] = {
+                name: Baseline(
+                    **{**b, "policy": HybridPolicy.from_json(b["policy"]), "costs": Costs(**b["costs"])}
+                )
+                for name, b in data["baselines"].items()
+            }
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"The saved report cannot be read: {error!r}") from error

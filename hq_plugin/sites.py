@@ -1,0 +1,319 @@
+"""Finds the quantizable layers ("sites") of any `nn.Module`, by behaviour and not by exact type.
+
+A site is a Linear, Conv1d, Conv2d or Embedding, or a subclass of one, that really runs in a probe
+forward. What is left float is listed with its reason. Nothing here knows about bit widths.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from hq_plugin.errors import ConfigError, ModelError
+
+#: Base class of each kind of site. Transposed and 3-D convolutions are not subclasses of these.
+KINDS: dict[str, type[nn.Module]] = {
+    "linear": nn.Linear,
+    "conv1d": nn.Conv1d,
+    "conv2d": nn.Conv2d,
+    "embedding": nn.Embedding,
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """One quantizable layer.
+
+    Attributes:
+        name: Qualified module name, the key in a policy.
+        kind: `"linear"`, `"conv1d"`, `"conv2d"` or `"embedding"`.
+        weight_shape: Shape of the weight; axis 0 is the quantization channel.
+        macs: Multiply-accumulates of one sample; 0 for an embedding.
+        input_numel: Elements of the layer's input, of one sample.
+        group: Sites of one group share one width. Sites with tied weights share a group.
+        owner: The first site that uses the same weight tensor: itself, unless weights are tied.
+        type_name: Name of the module's class, for reports.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    macs: int
+    input_numel: int
+    group: str
+    owner: str
+    type_name: str
+
+    @property
+    def channels(self) -> int:
+        """How many steps the weight has, one a channel."""
+        return self.weight_shape[0]
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.weight_shape)
+
+    @property
+    def quantizes_input(self) -> bool:
+        """Whether the layer has a floating-point input to quantize."""
+        return self.kind != "embedding"
+
+
+@dataclass(frozen=True)
+class FloatLayer:
+    """A layer with parameters that stays in floating point, and why."""
+
+    name: str
+    type_name: str
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class SiteTable:
+    """All sites of a model in execution-independent (registration) order, and what is left over.
+
+    Attributes:
+        sites: The quantizable layers.
+        float_layers: Layers with parameters that are not sites, each with its reason.
+        float_bytes: Bytes of the float model: parameters and persistent buffers, shared ones once.
+        rest_bytes: Bytes of what stays float beside the sites' weights, once BatchNorm is folded into
+            one scale and one shift a channel.
+    """
+
+    sites: tuple[Site, ...]
+    float_layers: tuple[FloatLayer, ...]
+    float_bytes: int
+    rest_bytes: int
+    _by_name: dict[str, Site] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_by_name", {site.name: site for site in self.sites})
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __getitem__(self, name: str) -> Site:
+        return self._by_name[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._by_name
+
+    @property
+    def groups(self) -> dict[str, list[Site]]:
+        """Group name to its sites, in order."""
+        groups: dict[str, list[Site]] = {}
+        for site in self.sites:
+            groups.setdefault(site.group, []).append(site)
+        return groups
+
+    @property
+    def weights(self) -> int:
+        """Number of quantizable weights, tied ones once."""
+        return sum(site.numel for site in self.sites if site.owner == site.name)
+
+
+def find_sites(
+    model: nn.Module,
+    run: Callable[[nn.Module], Any],
+    batch_size: int,
+    *,
+    exclude: Sequence[str] = (),
+) -> SiteTable:
+    """Finds the sites of `model` by one probe forward in eval mode, without gradients.
+
+    Args:
+        model: Any module. It is left as it was.
+        run: Runs the model once on one batch: `lambda model: model(batch)`.
+        batch_size: Samples in that batch; MACs and input sizes are divided by it.
+        exclude: Site names or shell patterns that stay float.
+
+    Raises:
+        ModelError: The model has nothing to quantize, or an uninitialised (lazy) parameter.
+        ConfigError: A pattern of `exclude` matches no module.
+    """
+    modules = {name: module for name, module in model.named_modules() if _has_own_parameters(module)}
+    _check_patterns(exclude, [name for name, _ in model.named_modules()])
+    reasons: dict[str, str] = {}
+    candidates: dict[str, tuple[str, nn.Module]] = {}
+    for name, module in modules.items():
+        kind, reason = _kind_of(name, module, exclude)
+        if kind:
+            candidates[name] = (kind, module)
+        else:
+            reasons[name] = reason
+    calls = _probe(model, candidates, run)
+    for name in list(candidates):
+        if name not in calls:
+            reasons[name] = (
+                "never called in the probe forward: unused with these inputs, "
+                "or bypassed (something reads its weight directly)"
+            )
+            del candidates[name]
+    _reject_shared_weights(model, candidates, reasons)
+
+    sites: list[Site] = []
+    owners: dict[int, str] = {}
+    for name, (kind, module) in candidates.items():
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        owner = owners.setdefault(id(weight), name)
+        macs, numel = calls[name]
+        sites.append(
+            Site(
+                name=name,
+                kind=kind,
+                weight_shape=tuple(weight.shape),
+                macs=macs // batch_size,
+                input_numel=numel // batch_size,
+                group=owner,
+                owner=owner,
+                type_name=type(module).__name__,
+            )
+        )
+    if not sites:
+        raise ModelError(_nothing_to_quantize(reasons, modules))
+    float_layers = tuple(
+        FloatLayer(name, type(modules[name]).__name__, _own_parameters(modules[name]), reason)
+        for name, reason in reasons.items()
+    )
+    total, rest = _count_bytes(model, sites)
+    return SiteTable(tuple(sites), float_layers, total, rest)
+
+
+def _has_own_parameters(module: nn.Module) -> bool:
+    return any(parameter is not None for parameter in module._parameters.values()) or (
+        parametrize.is_parametrized(module)
+    )
+
+
+def _own_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
+
+
+def _kind_of(name: str, module: nn.Module, exclude: Sequence[str]) -> tuple[str | None, str]:
+    """Returns the kind of site, or None and the reason why the layer stays float."""
+    for parameter in module.parameters(recurse=False):
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(
+                f"Layer {name!r} has an uninitialised (lazy) parameter. Run the model once on a batch first."
+            )
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+        return None, "excluded by the configuration"
+    kind = next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
+    if kind is None:
+        if isinstance(module, _BatchNorm):
+            return None, "BatchNorm: folded into one scale and one shift a channel at convert"
+        return None, f"{type(module).__name__} is not a Linear, Conv1d, Conv2d or Embedding"
+    if parametrize.is_parametrized(module):
+        return None, "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
+    weight = module._parameters.get("weight")
+    if weight is None:
+        return None, "it has no weight parameter of its own"
+    if not weight.is_floating_point() or weight.numel() == 0:
+        return None, f"its weight is {weight.dtype} with {weight.numel()} elements"
+    return kind, ""
+
+
+def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            some = ", ".join(name for name in names if name)[:200]
+            raise ConfigError(f"exclude pattern {pattern!r} matches no module. Modules are: {some} ...")
+
+
+def _probe(
+    model: nn.Module, candidates: dict[str, tuple[str, nn.Module]], run: Callable[[nn.Module], Any]
+) -> dict[str, tuple[int, int]]:
+    """Runs the model once; returns, for each candidate called, its MACs and input elements of the batch."""
+    calls: dict[str, tuple[int, int]] = {}
+    handles = []
+
+    def record(name: str, kind: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            value = args[0] if args else next(iter(kwargs.values()))
+            macs, numel = calls.get(name, (0, 0))
+            calls[name] = macs + _macs(module, kind, output), numel + value.numel()
+
+        return hook
+
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for name, (kind, module) in candidates.items():
+            handles.append(module.register_forward_hook(record(name, kind), with_kwargs=True))
+        model.eval()
+        with torch.no_grad():
+            run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, training in modes:
+            module.training = training
+    return calls
+
+
+def _macs(module: nn.Module, kind: str, output: Tensor) -> int:
+    if kind == "embedding":
+        return 0
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    # Every output element is a dot product over weight[0]: in_features, or in_channels/groups * kernel.
+    return output.numel() * math.prod(weight.shape[1:])
+
+
+def _reject_shared_weights(
+    model: nn.Module, candidates: dict[str, tuple[str, nn.Module]], reasons: dict[str, str]
+) -> None:
+    """Keeps a weight float that is also a parameter of a layer that is not a site: it must stay tied."""
+    site_modules = {id(module) for _, module in candidates.values()}
+    foreign = {
+        id(parameter): name
+        for name, module in model.named_modules()
+        if id(module) not in site_modules
+        for parameter in module._parameters.values()
+        if parameter is not None
+    }
+    for name, (_, module) in list(candidates.items()):
+        other = foreign.get(id(module.weight))
+        if other is not None:
+            reasons[name] = f"its weight is tied to {other!r}, which is not quantizable"
+            del candidates[name]
+
+
+def _nothing_to_quantize(reasons: dict[str, str], modules: dict[str, nn.Module]) -> str:
+    if not modules:
+        return "The model has no parameters, so there is nothing to quantize."
+    listed = "; ".join(f"{name or '(root)'}: {reason}" for name, reason in list(reasons.items())[:5])
+    return (
+        "The model has nothing to quantize: no Linear, Conv1d, Conv2d or Embedding layer that runs. "
+        f"What was found: {listed}{' ...' if len(reasons) > 5 else ''}"
+    )
+
+
+def _count_bytes(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
+    """Returns the bytes of the float model, and of what stays float once BatchNorm is folded."""
+    persistent = model.state_dict(keep_vars=True)
+    tensors = {id(tensor): tensor for tensor in persistent.values() if isinstance(tensor, Tensor)}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    gone = {id(model.get_submodule(site.name).weight) for site in sites}
+    for module in model.modules():
+        if foldable(module):
+            folded = (module.running_mean, module.running_var, module.num_batches_tracked)
+            gone.update(id(tensor) for tensor in folded)
+    rest = sum(tensor.numel() * tensor.element_size() for key, tensor in tensors.items() if key not in gone)
+    return total, rest
+
+
+def foldable(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that is one learned affine map a channel in eval mode."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.weight is not None
