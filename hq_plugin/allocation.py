@@ -1,0 +1,229 @@
+"""Choosing widths under a budget without running the network: dynamic programming, repair, uniform.
+
+The inputs are additive losses and costs, one number for each choice at each group. The genetic search
+starts from what is found here, and uses `Repair` to keep each of its candidates inside the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hq_plugin.cost import CostTable, Resource, Table
+from hq_plugin.space import Genome, SearchSpace
+
+#: Bins of the dynamic program. It is exact while the capacity, in units of the costs' greatest common
+#: divisor, has no more; beyond, costs are rounded up to 1/BINS of the capacity.
+BINS = 1 << 16
+#: Share of the budget below which a repaired policy is filled up by exchanging widths between groups.
+FULL = 0.97
+
+
+def dynamic_programming(loss: Table, resources: Sequence[Resource]) -> Genome:
+    """Minimises an additive loss under the budget (a multiple-choice knapsack).
+
+    With one resource the result is exact (see `BINS`). With several, the others enter as Lagrangian
+    prices: the cheapest prices found by bisection under which the policy keeps every limit.
+
+    Args:
+        loss: `[groups, weight widths, activation widths]`, finite where the cost is.
+        resources: The limits, each of which some genome meets.
+
+    Returns:
+        A genome that keeps every limit.
+    """
+    first, others = resources[0], list(resources[1:])
+    genome = _knapsack(loss, first)
+    prices = np.zeros(len(others))
+    for _ in range(4 * len(others)):
+        over = [i for i, other in enumerate(others) if other.used(genome) > 1]
+        if not over:
+            return genome
+        worst = max(over, key=lambda i: others[i].used(genome))
+        low, high = prices[worst], max(prices[worst], 1e-12)
+        scaled = [_finite(other.cost) / max(other.capacity, 1e-12) for other in others]
+        for _ in range(60):
+            prices[worst] = high
+            genome = _knapsack(loss + sum(p * c for p, c in zip(prices, scaled, strict=True)), first)
+            if others[worst].used(genome) <= 1:
+                break
+            low, high = high, high * 4
+        for _ in range(24):
+            middle = math.sqrt(max(low, 1e-12) * high)
+            prices[worst] = middle
+            trial = _knapsack(loss + sum(p * c for p, c in zip(prices, scaled, strict=True)), first)
+            if others[worst].used(trial) <= 1:
+                genome, high = trial, middle
+            else:
+                low = middle
+        prices[worst] = high
+    return genome
+
+
+def _finite(cost: Table) -> Table:
+    return np.where(np.isfinite(cost), cost, 0.0)
+
+
+def _knapsack(loss: Table, resource: Resource) -> Genome:
+    """Exact multiple-choice knapsack over integer units of one resource."""
+    groups, _, activations = loss.shape
+    cost = resource.cost.reshape(groups, -1)
+    value = np.where(np.isfinite(cost), loss.reshape(groups, -1), np.inf)
+    least = cost.min(axis=1, keepdims=True)
+    extra = np.where(np.isfinite(cost), cost - least, np.inf)
+    room = resource.capacity - float(least.sum())
+    finite = extra[np.isfinite(extra)]
+    whole = finite[finite > 0].astype(np.int64)
+    unit = float(np.gcd.reduce(whole)) if whole.size and np.all(whole == finite[finite > 0]) else 0.0
+    if unit == 0.0 or room / unit > BINS:
+        unit = max(room / BINS, 1e-12)
+    bins = min(int(room / unit + 1e-9), int(finite.max(initial=0.0) * groups / unit) + 1)
+    units = np.where(np.isfinite(extra), np.ceil(extra / unit - 1e-9), bins + 1).astype(np.int64)
+
+    best = np.zeros(bins + 1)
+    choice = np.zeros((groups, bins + 1), dtype=np.int16)
+    for g in range(groups):
+        updated = np.full(bins + 1, np.inf)
+        for k in np.flatnonzero(units[g] <= bins):
+            moved = np.full(bins + 1, np.inf)
+            moved[units[g, k] :] = best[: bins + 1 - units[g, k]] + value[g, k]
+            better = moved < updated
+            updated[better], choice[g, better] = moved[better], k
+        best = updated
+    genome = np.zeros((groups, 2), dtype=np.int64)
+    at = bins
+    for g in reversed(range(groups)):
+        k = int(choice[g, at])
+        genome[g] = divmod(k, activations)
+        at -= int(units[g, k])
+    return genome
+
+
+class Repair:
+    """Moves any genome inside the budget, and uses up what is left of it.
+
+    While a limit is broken, the step down that costs the least loss for what it saves is taken; then,
+    while one fits, the step up that gains the most loss for what it costs. Both are drawn with a little
+    noise, so that two different genomes are not always repaired in the same way.
+
+    Args:
+        loss: Additive losses, as for `dynamic_programming`.
+        resources: The limits.
+        top: The largest genome of the space.
+        rng: Source of the noise.
+    """
+
+    def __init__(
+        self, loss: Table, resources: Sequence[Resource], top: Genome, rng: np.random.RandomState
+    ) -> None:
+        self.loss, self.resources, self.top, self.rng = loss, list(resources), top, rng
+        self._rows = np.arange(len(top))
+
+    def __call__(self, genome: Genome) -> Genome:
+        """Returns a repaired copy: never over a limit, and full where exchanges can fill it."""
+        genome = np.clip(genome, 0, self.top)
+        noise = np.exp(self.rng.normal(0, 0.3, size=genome.shape))
+        while any(resource.used(genome) > 1 for resource in self.resources):
+            genome = self._step_down(genome, noise)
+        genome = self._fill(genome, noise)
+        for _ in range(2 * len(genome)):
+            if max(resource.used(genome) for resource in self.resources) >= FULL:
+                break
+            exchanged = self._exchange(genome, noise)
+            if max(r.used(exchanged) for r in self.resources) > max(r.used(genome) for r in self.resources):
+                genome = exchanged
+        return genome
+
+    def _at(self, table: Table, genome: Genome) -> NDArray[np.float64]:
+        values: NDArray[np.float64] = table[self._rows, genome[:, 0], genome[:, 1]]
+        return values
+
+    def _changes(self, genome: Genome, column: int, step: int) -> tuple[NDArray, NDArray, NDArray]:
+        """Returns, for a step of each group in one column: possible, change of loss, changes of cost."""
+        moved = genome.copy()
+        moved[:, column] += step
+        possible = (moved[:, column] >= 0) & (moved[:, column] <= self.top[:, column])
+        moved = np.clip(moved, 0, self.top)
+        loss = self._at(self.loss, moved) - self._at(self.loss, genome)
+        cost = np.stack(
+            [(self._at(r.cost, moved) - self._at(r.cost, genome)) / max(r.capacity, 1e-12) for r in self.resources]
+        )
+        return possible, loss, cost
+
+    def _step_down(self, genome: Genome, noise: NDArray) -> Genome:
+        broken = np.array([resource.used(genome) > 1 for resource in self.resources])
+        best, place = np.inf, None
+        for column in (0, 1):
+            possible, loss, cost = self._changes(genome, column, -1)
+            saved = -cost[broken].sum(axis=0)
+            score = np.where(
+                possible & (saved > 0), np.maximum(loss, 0) * noise[:, column] / np.maximum(saved, 1e-15), np.inf
+            )
+            row = int(score.argmin())
+            if score[row] < best:
+                best, place = score[row], (row, column)
+        assert place is not None, "the smallest genome keeps every limit"
+        genome = genome.copy()
+        genome[place] -= 1
+        return genome
+
+    def _fill(self, genome: Genome, noise: NDArray) -> Genome:
+        while True:
+            room = np.array([(r.capacity - r.spent(genome)) / max(r.capacity, 1e-12) for r in self.resources])
+            best, place = -np.inf, None
+            for column in (0, 1):
+                possible, loss, cost = self._changes(genome, column, 1)
+                fits = possible & np.all(cost <= room[:, None], axis=0)
+                gain = np.maximum(-loss, 1e-12) * noise[:, column] / np.maximum(cost.max(axis=0), 1e-15)
+                score = np.where(fits, gain, -np.inf)
+                row = int(score.argmax())
+                if score[row] > best:
+                    best, place = score[row], (row, column)
+            if place is None:
+                return genome
+            genome = genome.copy()
+            genome[place] += 1
+
+    def _exchange(self, genome: Genome, noise: NDArray) -> Genome:
+        """Takes one width down at random and fills up again, elsewhere if that uses more."""
+        lowered = np.argwhere(genome > 0)
+        if len(lowered) == 0:
+            return genome
+        row, column = lowered[self.rng.randint(len(lowered))]
+        exchanged = genome.copy()
+        exchanged[row, column] -= 1
+        noise = noise.copy()
+        noise[row] *= 1e-6
+        return self._fill(exchanged, noise)
+
+
+def best_uniform(space: SearchSpace, costs: CostTable, resources: Sequence[Resource]) -> list[Genome]:
+    """Returns the uniform genomes inside the budget that no other one of them exceeds in both widths.
+
+    With activations of one width that is one genome: the largest weight width that fits. It is empty if
+    not even the smallest uniform genome fits (pinned sites may be the reason).
+    """
+    fitting: list[tuple[int, int, Genome]] = []
+    for weight in space.weight_bits:
+        for activation in space.activation_bits:
+            genome = space.nearest_uniform(weight, activation)
+            if all(resource.used(genome) <= 1 for resource in resources):
+                fitting.append((weight, activation, genome))
+    return [
+        genome
+        for weight, activation, genome in fitting
+        if not any(w >= weight and a >= activation and (w, a) != (weight, activation) for w, a, _ in fitting)
+    ]
+
+
+def monotone(loss: Table) -> Table:
+    """Makes losses fall strictly with each width, as they would without noise, so that bits get used."""
+    result = np.where(np.isfinite(loss), loss, -np.inf)
+    for axis in (1, 2):
+        result = np.flip(np.maximum.accumulate(np.flip(result, axis), axis), axis)
+    scale = max(float(result.max(initial=0.0)), 1e-9) * 1e-6
+    fall = np.add.outer(np.arange(loss.shape[1]), np.arange(loss.shape[2])) * scale
+    return np.where(np.isfinite(loss), np.maximum(result, 0.0) - fall, np.inf)

@@ -1,0 +1,114 @@
+"""The calls that users make: `quantize`, `meta_train` and `load_session`. The pipeline on one screen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from hq_plugin.budget import Budget
+from hq_plugin.config import Config
+from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
+from hq_plugin.errors import ModelError
+from hq_plugin.session import EvalFunction, Session
+from hq_plugin.synthetic import synthetic_data
+
+
+def quantize(
+    model: nn.Module,
+    budget: str | Budget,
+    data: Any = None,
+    *,
+    eval_fn: EvalFunction | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Quantizes a float model into a packed hybrid model that keeps a budget.
+
+    The four steps of arXiv:2004.11506: meta-training, genetic search, fine-tuning, conversion.
+
+    Args:
+        model: Any `nn.Module`; it is not changed.
+        budget: `"3bit"` (mean effective bits a weight), `"250KB"`, `"4MB"`, `"12%"` (of the float
+            size), `"1.5GBitOps"`, several joined by `+`, or a `Budget`. Never exceeded.
+        data: Batches (tensor, tuple or dict) in anything that can be iterated more than once, a
+            DataLoader or a Dataset; labels are not needed. None makes synthetic batches up.
+        eval_fn: Called with a model, returns a number that is reported for the float and the final one.
+        config: Options.
+        **options: Any field of `Config`, in place of the one in `config`.
+
+    Returns:
+        A model with the same forward, in eval mode; `.hq` is the `Result`.
+
+    Raises:
+        BudgetError: The budget cannot be read or met.
+        DataError: The data cannot be used.
+        ModelError: There is nothing to quantize.
+        ConfigError: An option does not exist or has an impossible value.
+        TrainingError: The loss is not finite from the start.
+    """
+    config, budget = _config(config, options), Budget.parse(budget)
+    session = Session.create(model, _data(model, data, config), config, budget)
+    return session.quantize(budget, eval_fn=eval_fn)
+
+
+def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = None, **options: Any) -> Session:
+    """Trains the MetaQuantNet of a model, once, for any number of budgets.
+
+    Args:
+        model: Any `nn.Module`; it is not changed.
+        data: As for `quantize`.
+        config: Options.
+        **options: Any field of `Config`, in place of the one in `config`.
+
+    Returns:
+        A session: `session.quantize("3bit")`, `session.search(...)`, `session.pareto([...])`.
+
+    Raises:
+        DataError: The data cannot be used.
+        ModelError: There is nothing to quantize.
+        ConfigError: An option does not exist or has an impossible value.
+        TrainingError: The loss is not finite from the start.
+    """
+    config = _config(config, options)
+    return Session.create(model, _data(model, data, config), config)
+
+
+def load_session(directory: str | Path, model: nn.Module, data: Any = None, **options: Any) -> Session:
+    """Loads what `session.save(directory)` wrote, for the same float model.
+
+    Args:
+        directory: The directory.
+        model: The float model; it is not changed.
+        data: As for `quantize`: what is held out scores policies, the rest fine-tunes.
+        **options: Fields of `Config` that change, such as `finetune_steps`.
+
+    Raises:
+        ArtifactError: The directory holds no session, or a damaged one.
+        ModelError: The session is for another model.
+    """
+    from hq_plugin.session_store import read_session
+
+    return read_session(directory, model, lambda config: _data(model, data, config), options)
+
+
+def _config(config: Config | None, options: dict[str, Any]) -> Config:
+    return (config or Config()).with_options(options)
+
+
+def _data(model: nn.Module, data: Any, config: Config) -> Data:
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module.")
+    if data is not None:
+        return prepare_data(data, model, config)
+    held = -(-config.steps.holdout * RERANK_FACTOR // config.batch_size)
+    smoke = config.effort == "smoke"
+    return synthetic_data(
+        model,
+        batch_size=config.batch_size,
+        batches=2 if smoke else 16,
+        held=1 if smoke else min(held, 8),
+        seed=config.seed,
+        steps=4 if smoke else 60,
+    )

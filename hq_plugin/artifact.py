@@ -1,0 +1,274 @@
+"""Saving and loading packed models: safetensors for tensors, JSON for the rest, never pickle.
+
+A tensor that several names share is written once, and one whose elements are all equal (a folded
+BatchNorm's statistics) as one number in the JSON.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import adapters
+from hq_plugin.errors import ArtifactError, ModelError
+from hq_plugin.nn import PackedModule, packed_modules
+from hq_plugin.packing import packed_bytes
+from hq_plugin.policy import HybridPolicy, LayerBits
+from hq_plugin.quantization import STEP_BYTES
+from hq_plugin.result import Result
+from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
+
+FORMAT, VERSION = "hq_plugin model", 1
+
+_CONSTANT_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
+}
+
+
+@dataclass(frozen=True)
+class SavedSite:
+    """A packed layer of a saved model: its widths, its weight's shape and its bytes."""
+
+    name: str
+    type_name: str
+    shape: tuple[int, ...]
+    bits: LayerBits
+    size: int
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What a saved model's JSON says, without reading its tensors.
+
+    Attributes:
+        sites: The packed layers.
+        architecture: How to rebuild the float model, or None.
+        result: The report, or None.
+        file_bytes: Size of the tensor file.
+    """
+
+    sites: tuple[SavedSite, ...]
+    architecture: dict[str, Any] | None
+    result: Result | None
+    file_bytes: int
+
+
+def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) -> Path:
+    """Saves a packed model into a directory, whole or not at all.
+
+    Args:
+        model: What `quantize` or `torch_ao.convert` returned.
+        directory: A new or empty directory.
+        overwrite: Whether a model saved there before is replaced.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ModelError: The model holds no packed layer.
+        ArtifactPathError: The directory holds something else, or cannot be written.
+    """
+    packed = packed_modules(model)
+    if not packed:
+        raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    written: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in model.state_dict().items():
+        owner = first.setdefault(_memory(tensor), name) if tensor.numel() else name
+        if owner != name:
+            tied[name] = owner
+        elif (value := _constant(tensor)) is not None:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            constants[name] = {"shape": list(tensor.shape), "dtype": dtype, "value": value}
+        else:
+            # A copy, since safetensors refuses views of one memory.
+            written[name] = tensor.clone()
+    result: Result | None = getattr(model, "hq", None)
+    content = {
+        "sites": {
+            name: {
+                "type": module._float_type.__name__,
+                "shape": list(module.weight_shape),
+                "bits": [module.bits.weight, module.bits.activation],
+            }
+            for name, module in packed.items()
+        },
+        "tied": tied,
+        "constants": constants,
+        "architecture": adapters.describe(model),
+        "report": result.to_json() if isinstance(result, Result) else None,
+    }
+    return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _constant(tensor: Tensor) -> float | int | None:
+    """Returns the one value of a tensor of at least two equal, finite elements, else None."""
+    if tensor.numel() < 2 or str(tensor.dtype).removeprefix("torch.") not in _CONSTANT_DTYPES:
+        return None
+    value = tensor.reshape(-1)[0]
+    if not bool((tensor == value).all()) or not math.isfinite(value.item()):
+        return None
+    if value.item() == 0 and tensor.is_floating_point() and bool(tensor.signbit().any()):
+        return None  # -0.0 equals 0.0, but its bits do not
+    number: float | int = value.item()
+    return number
+
+
+def read_info(directory: str | Path) -> SavedModel:
+    """Reads what a saved model is, without its tensors.
+
+    Raises:
+        ArtifactError: The directory holds no saved model, or a damaged or newer one.
+    """
+    data = read_json(directory, FORMAT, VERSION)
+    try:
+        sites = []
+        policy = HybridPolicy.from_json({name: site["bits"] for name, site in data["sites"].items()})
+        for name, bits in policy.items():
+            shape = tuple(int(size) for size in data["sites"][name]["shape"])
+            size = packed_bytes(math.prod(shape), bits.weight) + STEP_BYTES * shape[0]
+            sites.append(SavedSite(name, str(data["sites"][name]["type"]), shape, bits, size))
+        architecture = data["architecture"]
+        if architecture is not None and not isinstance(architecture, dict):
+            raise TypeError("architecture")
+        report = data["report"]
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
+        raise ArtifactError(f"{directory} is damaged: its description cannot be read ({error!r}).") from error
+    result = None if report is None else Result.from_json(report)
+    path = Path(directory).expanduser() / TENSOR_FILE
+    return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
+
+
+def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """Loads a packed model; its outputs equal those of the saved one bit for bit.
+
+    Args:
+        directory: What `save` wrote.
+        model: A float model of the same architecture, whose weights do not matter and which is not
+            changed. None rebuilds the architecture by its name, for models of a known library (timm).
+
+    Returns:
+        The packed model on the CPU, in eval mode, with `.hq` where the saved one had it.
+
+    Raises:
+        ArtifactError: The directory holds no saved model, a damaged or newer one, or one whose
+            architecture must be given.
+        ModelError: `model` is of another architecture.
+    """
+    data = read_json(directory, FORMAT, VERSION)
+    info = read_info(directory)
+    if model is None:
+        if info.architecture is None:
+            raise ArtifactError(
+                f"{directory} does not say how to build the model's architecture. Pass a float model of the "
+                "same class: hq_plugin.load(directory, model)."
+            )
+        skeleton = adapters.rebuild(info.architecture)
+    else:
+        skeleton = copy.deepcopy(model).cpu()
+    skeleton = _pack_sites(skeleton, info)
+    expected = skeleton.state_dict()
+    tensors = {**read_tensors(directory, data.get("sha256")), **_constants(data, expected)}
+    tied = data.get("tied")
+    if not isinstance(tied, dict) or any(owner not in tensors for owner in tied.values()):
+        raise ArtifactError(f"{directory} is damaged: a shared tensor has no owner.")
+    tensors |= {name: tensors[owner] for name, owner in tied.items()}
+    _check_fit(tensors, expected)
+    skeleton.load_state_dict(tensors)
+    _tie(skeleton, tied)
+    skeleton.eval().requires_grad_(False)
+    if info.result is not None:
+        skeleton.hq = info.result  # type: ignore[assignment]
+    return skeleton
+
+
+def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:
+    """Puts a packed skeleton in the place of each site, wherever the model refers to it."""
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ModelError("model is quantized already. Pass the float model, before hq_plugin.quantize.")
+    modules = dict(model.named_modules())
+    swapped: dict[int, nn.Module] = {}
+    for site in info.sites:
+        module = modules.get(site.name)
+        weight = None if module is None else module._parameters.get("weight")
+        if module is None or weight is None or tuple(weight.shape) != site.shape:
+            found = "nothing" if module is None else f"a {type(module).__name__}"
+            found += "" if weight is None else f" with a weight of shape {tuple(weight.shape)}"
+            raise ModelError(
+                f"model is of another architecture: at {site.name!r} the saved one has a {site.type_name} with a "
+                f"weight of shape {site.shape}, this one {found}."
+            )
+        swapped[id(module)] = PackedModule.skeleton(module, site.bits)
+    holder = nn.Module()
+    holder.add_module("model", model)
+    for parent in list(holder.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in swapped:
+                parent._modules[name] = swapped[id(child)]
+    return holder.get_submodule("model")
+
+
+def _constants(data: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Expands constant tensors, in the shapes of the model: what the file declares is only compared."""
+    constants = data.get("constants")
+    if not isinstance(constants, dict):
+        raise ArtifactError("The saved model is damaged: its constants cannot be read.")
+    result = {}
+    for name, constant in constants.items():
+        try:
+            shape, dtype, value = tuple(constant["shape"]), _CONSTANT_DTYPES[constant["dtype"]], constant["value"]
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError("value")
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"The saved model is damaged: constant {name!r} is {constant!r}.") from error
+        if name not in expected or tuple(expected[name].shape) != shape:
+            raise ModelError(f"model is of another architecture: the saved one has {name!r} of shape {shape}.")
+        result[name] = torch.full(shape, value, dtype=dtype)
+    return result
+
+
+def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = [name for name in expected if name not in tensors]
+    unknown = [name for name in tensors if name not in expected]
+    wrong = [
+        f"{name} ({tensors[name].dtype} {tuple(tensors[name].shape)}, not {value.dtype} {tuple(value.shape)})"
+        for name, value in expected.items()
+        if name in tensors
+        and (tensors[name].shape != value.shape or tensors[name].dtype != value.dtype)
+        and not (value.is_floating_point() and tensors[name].shape == value.shape and "weight_step" not in name)
+    ]
+    for what, names in (("lacks", missing), ("has no place for", unknown), ("has otherwise", wrong)):
+        if names:
+            subject = "the saved model" if what == "lacks" else "this one"
+            raise ModelError(
+                f"model is of another architecture: {subject} {what} {', '.join(names[:5])}"
+                f"{' ...' if len(names) > 5 else ''}."
+            )
+
+
+def _tie(model: nn.Module, tied: dict[str, str]) -> None:
+    """Makes names that shared a tensor share it again."""
+    for name, owner in tied.items():
+        *path, last = name.rsplit(".", 1)
+        *owner_path, owner_last = owner.rsplit(".", 1)
+        holder = model.get_submodule(path[0] if path else "")
+        source = model.get_submodule(owner_path[0] if owner_path else "")
+        for field in ("_parameters", "_buffers"):
+            if last in getattr(holder, field) and owner_last in getattr(source, field):
+                getattr(holder, field)[last] = getattr(source, field)[owner_last]
+
+
+__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save"]

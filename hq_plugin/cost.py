@@ -1,0 +1,154 @@
+"""Exact costs of policies: bytes, effective bits and BitOps, and a budget as capacities over them.
+
+Every cost is a table `[groups, weight widths, activation widths]` that adds up over groups, so that a
+policy costs a lookup and a sum. Which policy to take is `allocation.py` and `search.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hq_plugin.budget import Budget, format_bytes, format_count
+from hq_plugin.errors import BudgetError
+from hq_plugin.packing import packed_bytes
+from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES
+from hq_plugin.result import Costs
+from hq_plugin.sites import Site
+from hq_plugin.space import Genome, SearchSpace
+
+Table = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Resource:
+    """One limit of a budget over the choices of a space.
+
+    Attributes:
+        name: The budget's field: `"weight_bits"`, `"size"` or `"bitops"`.
+        cost: `[groups, weight widths, activation widths]`; infinite where a group lacks the width.
+        capacity: What the groups may cost together, in the unit of `cost`.
+        base: Cost that no choice changes; it counts towards the limit and is in neither of the others.
+    """
+
+    name: str
+    cost: Table
+    capacity: float
+    base: float = 0.0
+
+    def spent(self, genome: Genome) -> float:
+        """Returns what a genome costs, without `base`."""
+        return float(self.cost[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum())
+
+    def used(self, genome: Genome) -> float:
+        """Returns the share of the limit that a genome uses, `base` included; above 1 is too much."""
+        return (self.spent(genome) + self.base) / (self.capacity + self.base)
+
+
+class CostTable:
+    """What each choice of a search space costs.
+
+    Args:
+        space: The search space.
+
+    Attributes:
+        weight_bytes: Packed weights and their steps.
+        activation_bytes: Steps and zero points of quantized inputs.
+        bitops: Multiply-accumulates × weight bits × activation bits of one sample; an input that stays
+            float counts as 16 bits.
+    """
+
+    def __init__(self, space: SearchSpace) -> None:
+        self.space = space
+        shape = (
+            len(space.groups),
+            max(len(group.weight_bits) for group in space.groups),
+            max(len(group.activation_bits) for group in space.groups),
+        )
+        self.weight_bytes = np.full(shape, np.inf)
+        self.activation_bytes = np.full(shape, np.inf)
+        self.bitops = np.full(shape, np.inf)
+        for g, group in enumerate(space.groups):
+            for w in range(len(group.weight_bits)):
+                for a in range(len(group.activation_bits)):
+                    chosen = [(site, group.bits(site, w, a)) for site in group.sites]
+                    self.weight_bytes[g, w, a] = sum(self.site_bytes(site, bits) for site, bits in chosen)
+                    self.activation_bytes[g, w, a] = sum(
+                        ACTIVATION_QPARAM_BYTES for _, bits in chosen if bits.activation != FLOAT_BITS
+                    )
+                    self.bitops[g, w, a] = sum(
+                        site.macs * bits.weight * bits.activation for site, bits in chosen
+                    )
+
+    @staticmethod
+    def site_bytes(site: Site, bits: LayerBits) -> int:
+        """Returns the bytes of a site's packed weights and steps; 0 if it shares another's."""
+        if site.owner != site.name:
+            return 0
+        return packed_bytes(site.numel, bits.weight) + STEP_BYTES * site.channels
+
+    def costs(self, genome: Genome) -> Costs:
+        """Counts one policy."""
+        at = (np.arange(len(genome)), genome[:, 0], genome[:, 1])
+        weight_bytes = float(self.weight_bytes[at].sum())
+        size = weight_bytes + float(self.activation_bytes[at].sum()) + self.space.table.rest_bytes
+        return Costs(
+            weight_bits=weight_bytes * 8 / self.space.table.weights,
+            size=round(size),
+            bitops=float(self.bitops[at].sum()),
+        )
+
+    def resources(self, budget: Budget) -> list[Resource]:
+        """Turns a budget into capacities over this space.
+
+        Raises:
+            BudgetError: No policy of the space meets a limit; says the smallest that can.
+        """
+        resources = []
+        table = self.space.table
+        if budget.weight_bits is not None:
+            capacity = budget.weight_bits * table.weights / 8
+            resources.append(Resource("weight_bits", self.weight_bytes, capacity))
+        sizes = [] if budget.size is None else [("size", budget.size)]
+        if budget.size_fraction is not None:
+            sizes.append(("size_fraction", budget.size_fraction * table.float_bytes))
+        for name, size in sizes:
+            cost = self.weight_bytes + self.activation_bytes
+            rest = float(table.rest_bytes)
+            resources.append(Resource(name, cost, size - rest, rest))
+        if budget.bitops is not None:
+            resources.append(Resource("bitops", self.bitops, budget.bitops))
+        for resource in resources:
+            smallest = float(resource.cost.min(axis=(1, 2)).sum())
+            if smallest > resource.capacity:
+                raise BudgetError(self._cannot_be_met(budget, resource, smallest))
+        return resources
+
+    def _cannot_be_met(self, budget: Budget, resource: Resource, smallest: float) -> str:
+        table = self.space.table
+        if resource.name == "weight_bits":
+            bits = smallest * 8 / table.weights
+            what, ask = f"{bits:.3f} effective bits", f'"{_up(bits)}bit"'
+        elif resource.name == "bitops":
+            what = f"{format_count(smallest)}BitOps"
+            ask = f"Budget(bitops={np.ceil(smallest):.0f})"
+        else:
+            total = smallest + resource.base
+            stays = f"{format_bytes(resource.base)} of them stay float"
+            what = f"{format_bytes(total)} ({total / table.float_bytes:.1%} of the float model; {stays})"
+            ask = f'"{np.ceil(total):.0f}B"'
+        lower = [f"{min(self.space.weight_bits) - 1}-bit weights"] if min(self.space.weight_bits) > 1 else []
+        if resource.name == "bitops" and min(self.space.activation_bits) > 2:
+            lower.append(f"activations below {min(self.space.activation_bits)} bits (activation_bits=...)")
+        hint = f" or allow {' or '.join(lower)}" if lower else ""
+        return (
+            f"Budget {budget} cannot be met: the smallest policy of this search space has {what}. "
+            f"Ask for {ask}{hint}."
+        )
+
+
+def _up(bits: float) -> str:
+    return f"{np.ceil(bits * 100) / 100:g}"

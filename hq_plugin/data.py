@@ -1,0 +1,244 @@
+"""Batches of any kind, checked, split into training and held-out data.
+
+A batch may be a tensor, a tuple or a dict. Labels are recognised and kept apart; they are never
+needed, the float model is the teacher. Data that does not exist is made in `synthetic.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+
+from hq_plugin.config import Config
+from hq_plugin.errors import DataError
+
+LABEL_KEYS = ("labels", "label", "targets", "target", "y")
+#: Leaders of the search are re-ranked on this many times the samples that score a candidate.
+RERANK_FACTOR = 4
+
+Split = tuple[tuple[Any, ...], dict[str, Any], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, ready for `model(*args, **kwargs)`.
+
+    Attributes:
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+        labels: Class labels of shape `[samples]`, where there are any.
+        size: Number of samples.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    labels: Tensor | None
+    size: int
+
+    def run(self, model: nn.Module) -> Any:
+        """Runs a model on this batch."""
+        return model(*self.args, **self.kwargs)
+
+    def to(self, device: torch.device) -> Batch:
+        """Returns the batch on a device."""
+        args, kwargs, labels = _map((self.args, self.kwargs, self.labels), lambda t: t.to(device))
+        return Batch(args, kwargs, labels, self.size)
+
+
+@dataclass(frozen=True)
+class Data:
+    """Training batches, which can be read again and again, and held-out batches in memory.
+
+    Attributes:
+        train: Training data; each `iter` is one epoch.
+        holdout: Batches that training never sees (unless `shared` says otherwise).
+        shared: There was too little data to hold any out: both are the same.
+        synthetic: The data was made up, since none was given.
+    """
+
+    train: Iterable[Batch]
+    holdout: list[Batch]
+    shared: bool = False
+    synthetic: bool = False
+
+    def forever(self, skip: int = 0) -> Iterator[Batch]:
+        """Yields training batches without end, epoch after epoch, from the batch number `skip` on."""
+        seen = 0
+        while True:
+            before = seen
+            for batch in self.train:
+                seen += 1
+                if seen > skip:
+                    yield batch
+            if seen == before:
+                raise DataError("data ended: a second pass over it gave no batch. Pass a list or a Dataset.")
+
+
+def prepare_data(data: Any, model: nn.Module, config: Config) -> Data:
+    """Reads what a user may pass as data.
+
+    Args:
+        data: An iterable of batches that can be read more than once, a DataLoader, or a Dataset.
+        model: The model that will run on it; its signature tells inputs from labels.
+        config: Gives the seed, the batch size for a Dataset, and how much is held out.
+
+    Raises:
+        DataError: The data is empty, one-shot, not finite, not batches, or without values.
+    """
+    split = config.prepare_batch or _Splitter(model)
+    wanted = config.steps.holdout * RERANK_FACTOR
+    if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        if data.batch_size is None:
+            return _from_batches(data, split, wanted)
+        return _from_dataset(data.dataset, data.batch_size, split, wanted, config.seed, data)
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return _from_dataset(data, config.batch_size, split, wanted, config.seed, None)
+    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
+        raise DataError(
+            f"data is a {type(data).__name__}, not batches. Pass a list of batches (tensor, tuple or "
+            "dict), a DataLoader or a Dataset; one tensor of inputs becomes batches by x.split(64)."
+        )
+    if iter(data) is data:
+        raise DataError(
+            "data is a one-shot iterator (a generator, say): it can be read once, and training reads it "
+            "many times. Pass list(data), a DataLoader or a Dataset."
+        )
+    return _from_batches(data, split, wanted)
+
+
+def _from_dataset(
+    dataset: Any, batch_size: int, split: Callable[[Any], Split], wanted: int, seed: int, like: DataLoader | None
+) -> Data:
+    total = len(dataset)
+    if total == 0:
+        raise DataError("data is empty: the Dataset has no samples.")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = min(wanted, total // 4)
+    options: dict[str, Any] = {"batch_size": batch_size}
+    if like is not None:
+        options |= {"collate_fn": like.collate_fn, "num_workers": like.num_workers}
+    train_order = order[held:]
+    loader = DataLoader(
+        Subset(dataset, train_order),
+        shuffle=True,
+        # A last, smaller batch would upset BatchNorm; it is dropped unless it is the only one.
+        drop_last=len(train_order) >= batch_size,
+        generator=torch.Generator().manual_seed(seed),
+        **options,
+    )
+    held_loader = DataLoader(Subset(dataset, order[:held] if held else order), **options)
+    holdout = [make_batch(raw, split) for raw in held_loader]
+    return Data(_Batches(loader, split), holdout, shared=held == 0)
+
+
+def _from_batches(data: Iterable[Any], split: Callable[[Any], Split], wanted: int) -> Data:
+    limit = max(len(data) // 4, 1) if isinstance(data, Sized) else None
+    holdout: list[Batch] = []
+    more = False
+    for raw in data:
+        full = sum(batch.size for batch in holdout) >= wanted or (limit is not None and len(holdout) >= limit)
+        if full:
+            more = True
+            break
+        holdout.append(make_batch(raw, split))
+    if not holdout:
+        raise DataError("data is empty: it gave no batch.")
+    skip = len(holdout) if more else 0
+    return Data(_Batches(data, split, skip), holdout, shared=not more)
+
+
+class _Batches:
+    """Checked batches of a re-iterable source, without its first `skip` ones."""
+
+    def __init__(self, source: Iterable[Any], split: Callable[[Any], Split], skip: int = 0) -> None:
+        self.source, self.split, self.skip = source, split, skip
+
+    def __iter__(self) -> Iterator[Batch]:
+        for number, raw in enumerate(self.source):
+            if number >= self.skip:
+                yield make_batch(raw, self.split)
+
+
+def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
+    """Splits and checks one batch.
+
+    Raises:
+        DataError: It holds no tensor, no sample, values that are not finite, or no values at all.
+    """
+    args, kwargs, labels = split(raw)
+    tensors: list[Tensor] = []
+    _map((args, kwargs), tensors.append)
+    if not tensors:
+        raise DataError(
+            f"A batch of type {type(raw).__name__} holds no tensor. A batch is a tensor, a tuple of them, "
+            "or a dict of model inputs; prepare_batch=... splits any other kind."
+        )
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise DataError("A batch is on the meta device, which holds no values. Load real data.")
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise DataError("A batch holds NaN or infinity. Clean the data first.")
+    size = tensors[0].shape[0] if tensors[0].dim() else 1
+    if size == 0:
+        raise DataError("A batch holds no sample (its first dimension is 0). Drop empty batches.")
+    return Batch(tuple(args), dict(kwargs), labels, size)
+
+
+class _Splitter:
+    """Tells inputs from labels by the rules that most pipelines follow.
+
+    A dict goes in by keyword, without `labels`, `label`, `targets`, `target` and `y` unless `forward`
+    names them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it is one
+    whole number a sample while the first is floating point.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = inspect.signature(model.forward).parameters.values()
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        self.names = {p.name for p in parameters}
+        self.takes = sum(p.kind in positional for p in parameters)
+        self.takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
+
+    def __call__(self, raw: Any) -> Split:
+        if isinstance(raw, Tensor):
+            return (raw,), {}, None
+        if isinstance(raw, Mapping):
+            kwargs = {k: v for k, v in raw.items() if k not in LABEL_KEYS}
+            labels = next((raw[k] for k in LABEL_KEYS if isinstance(raw.get(k), Tensor)), None)
+            return (), kwargs, labels
+        if isinstance(raw, (tuple, list)):
+            args = tuple(raw)
+            if len(args) > 1 and (_is_label(args) or (len(args) > self.takes and not self.takes_any)):
+                last = args[-1]
+                return args[:-1], {}, last if _is_label(args) else None
+            return args, {}, None
+        return (raw,), {}, None
+
+
+def _is_label(args: tuple[Any, ...]) -> bool:
+    first, last = args[0], args[-1]
+    return (
+        isinstance(last, Tensor)
+        and not last.is_floating_point()
+        and last.dim() == 1
+        and isinstance(first, Tensor)
+        and (first.is_floating_point() or first.dim() > 1)
+        and first.shape[:1] == last.shape
+    )
+
+
+def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Applies a function to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_map(part, function) for part in value]) if type(value) in (tuple, list) else value
+    if isinstance(value, Mapping):
+        return {key: _map(part, function) for key, part in value.items()}
+    return value

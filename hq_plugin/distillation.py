@@ -1,0 +1,151 @@
+"""The float model as the teacher: losses between two outputs, and measures of how close they are.
+
+Outputs may be tensors, tuples, dicts or objects with `logits`. Nothing here runs a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hq_plugin.errors import ModelError
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    """Returns the floating-point tensors in an output, in order."""
+    if isinstance(output, Tensor):
+        return [output] if output.is_floating_point() else []
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    if isinstance(output, (tuple, list)):
+        return [tensor for part in output for tensor in tensors_of(part)]
+    return []
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """Returns the class scores in an output, `[..., classes]`, or None if it has none.
+
+    These are `output.logits` or `output["logits"]`, or an output that is one tensor
+    `[samples, classes]` with at least two classes.
+    """
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(logits, Tensor):
+        return logits
+    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
+        return output
+    return None
+
+
+def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL(teacher || student) in nats, the mean over samples.
+
+    Args:
+        student: Class scores `[..., classes]`.
+        teacher: Class scores of the same shape.
+    """
+    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
+    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
+    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+
+
+def relative_error(student: Any, teacher: Any) -> Tensor:
+    """Squared error over the teacher's variance, the mean over the floating tensors of an output."""
+    pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
+    if not pairs:
+        raise ModelError(
+            f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
+            "Pass loss=<function of the student's and the teacher's output>."
+        )
+    errors = [
+        (s.float() - t.float()).square().mean() / t.float().var(correction=0).clamp_min(1e-12)
+        for s, t in pairs
+    ]
+    return torch.stack(errors).mean()
+
+
+def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
+    """Returns the distillation loss that fits an example of the teacher's output.
+
+    Args:
+        loss: `"auto"`, `"kl"`, `"mse"` or a function, which is returned as it is.
+        example: One output of the teacher.
+
+    Raises:
+        ModelError: `"kl"` is asked for, but the output holds no class scores.
+    """
+    if not isinstance(loss, str):
+        return loss
+    scores = class_scores(example)
+    if loss == "kl" and scores is None:
+        raise ModelError('loss="kl" needs class scores: an output [samples, classes], or with `.logits`.')
+    if loss == "mse" or scores is None:
+        return relative_error
+    return _kl_of_outputs
+
+
+def _kl_of_outputs(student: Any, teacher: Any) -> Tensor:
+    student_scores, teacher_scores = class_scores(student), class_scores(teacher)
+    assert student_scores is not None
+    assert teacher_scores is not None
+    return kl_divergence(student_scores, teacher_scores)
+
+
+@dataclass
+class Fidelity:
+    """Running means of how close a model is to its teacher, over batches.
+
+    Attributes:
+        loss_function: The distance that is averaged over samples.
+        distance: Mean distance so far.
+        agreement: Share of predictions on which both choose the same class, or None.
+        accuracy: Share of labelled samples that the student gets right, or None.
+    """
+
+    loss_function: LossFunction
+    _total: float = 0.0
+    _samples: int = 0
+    _counts: dict[str, list[int]] = field(default_factory=dict)
+
+    def update(self, student: Any, teacher: Any, labels: Tensor | None, samples: int) -> None:
+        """Adds one batch of `samples` samples."""
+        self._total += float(self.loss_function(student, teacher)) * samples
+        self._samples += samples
+        scores, expected = class_scores(student), class_scores(teacher)
+        if scores is None or expected is None:
+            return
+        chosen = scores.argmax(-1)
+        self._count("agreement", chosen == expected.argmax(-1))
+        if labels is not None and labels.shape == chosen.shape:
+            self._count("accuracy", chosen == labels)
+
+    def _count(self, name: str, hits: Tensor) -> None:
+        counts = self._counts.setdefault(name, [0, 0])
+        counts[0] += int(hits.sum())
+        counts[1] += hits.numel()
+
+    def _share(self, name: str) -> float | None:
+        hits, total = self._counts.get(name, (0, 0))
+        return hits / total if total else None
+
+    @property
+    def distance(self) -> float:
+        """Mean distance; infinite where the student's outputs were not finite."""
+        mean = self._total / max(self._samples, 1)
+        return mean if mean == mean else float("inf")
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of predictions on which student and teacher agree."""
+        return self._share("agreement")
+
+    @property
+    def accuracy(self) -> float | None:
+        """Share of labelled samples that the student gets right."""
+        return self._share("accuracy")

@@ -1,0 +1,85 @@
+"""Step 3 of the method: with the policy fixed, the network that was generated for it is trained on.
+
+Section 3.4 of arXiv:2004.11506 retrains the policy that was found; starting from the generated weights
+is the default here, and from the float weights an option.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from hq_plugin import torch_ao
+from hq_plugin.config import Config
+from hq_plugin.data import Data
+from hq_plugin.distillation import LossFunction
+from hq_plugin.metaquantnet import ActivationSteps, WeightBlock
+from hq_plugin.policy import FLOAT_BITS, HybridPolicy
+from hq_plugin.scoring import calibrate_activations
+from hq_plugin.training import Task, seeded, train
+
+
+@torch.no_grad()
+def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
+    """Returns a copy of a meta-trained network for one policy, without its MetaQuantNet.
+
+    The weights that the MetaQuantNet generates for the policy become the layers' own; each layer keeps
+    one learned step for its weight and one for its input.
+    """
+    fixed = copy.deepcopy(network)
+    torch_ao.apply_policy(fixed, policy)
+    # One new block for each old one, so that tied weights stay tied (and are generated once).
+    blocks: dict[int, WeightBlock] = {}
+    for layer in torch_ao.qat_layers(fixed).values():
+        quantizer: Any = layer.weight_fake_quant
+        old: WeightBlock = quantizer.block
+        if id(old) not in blocks:
+            weight = layer._parameters["weight"]
+            assert weight is not None
+            step = old.step(quantizer.bits)
+            weight.copy_(old.weight(weight, quantizer.bits))
+            block = WeightBlock(weight, (quantizer.bits,)).to(weight.device)
+            block.log_step.copy_(step.log().unsqueeze(0))
+            blocks[id(old)] = block
+        quantizer.block = blocks[id(old)]
+        activation: Any = layer.activation_fake_quant
+        if activation.bits != FLOAT_BITS:
+            step_in, zero_point = activation.steps.qparams(activation.bits)
+            device = activation.steps.log_step.device
+            steps = ActivationSteps((activation.bits,)).to(device)
+            steps.initialise({activation.bits: (float(step_in), float(zero_point))})
+            activation.steps = steps
+        else:
+            activation.steps = ActivationSteps(())
+    return fixed
+
+
+def float_network(teacher: nn.Module, policy: HybridPolicy, data: Data, config: Config) -> nn.Module:
+    """Returns the float model prepared for one policy: what plain quantization-aware training starts from."""
+    network = torch_ao.prepare(teacher, policy).requires_grad_(True)
+    device = next(p.device for p in teacher.parameters())
+    calibrate_activations(network, data, config.calibration_batches, device)
+    return network
+
+
+def finetune_network(
+    network: nn.Module, teacher: nn.Module, data: Data, loss: LossFunction, config: Config
+) -> list[dict[str, Any]]:
+    """Trains a network with a fixed policy in place, and returns one `{"step", "loss"}` for each step."""
+    task = Task(
+        name="fine-tuning",
+        network=network,
+        teacher=teacher,
+        data=data,
+        loss=loss,
+        steps=config.steps.finetune,
+        learning_rate=config.learning_rate,
+        step_learning_rate=config.step_learning_rate,
+        show=config.progress,
+    )
+    with seeded(config.seed + 1):
+        train(task)
+    return task.history

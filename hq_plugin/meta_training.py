@@ -1,0 +1,86 @@
+"""Step 1 of the method: the MetaQuantNet learns to generate weights for any policy.
+
+Section 3.2 of arXiv:2004.11506. Every step samples a hybrid vector, lets the MetaQuantNet generate the
+network's weights for it, and distils the float model into the result. This does not depend on a
+budget; where one is known, policies are sampled around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from hq_plugin import torch_ao
+from hq_plugin.config import Config
+from hq_plugin.cost import CostTable, Resource
+from hq_plugin.data import Data
+from hq_plugin.distillation import LossFunction
+from hq_plugin.metaquantnet import MetaQuantNet
+from hq_plugin.sampling import PolicySampler
+from hq_plugin.scoring import calibrate_activations
+from hq_plugin.space import SearchSpace
+from hq_plugin.training import Task, seeded, train
+
+
+def build_network(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> nn.Module:
+    """Returns the network that a new MetaQuantNet drives, with calibrated activations.
+
+    Args:
+        teacher: The float model.
+        space: The search space.
+        data: Gives the calibration batches.
+        config: Options.
+    """
+    weights = {site.name: teacher.get_submodule(site.name)._parameters["weight"] for site in space.table}
+    with seeded(config.seed):
+        metaquantnet = MetaQuantNet(space, weights, config)  # type: ignore[arg-type]
+    network = torch_ao.prepare(teacher, space.policy(space.top), metaquantnet=metaquantnet)
+    network.requires_grad_(True)
+    device = next(p.device for p in teacher.parameters())
+    calibrate_activations(network, data, config.calibration_batches, device)
+    return network
+
+
+def meta_train_network(
+    network: nn.Module,
+    teacher: nn.Module,
+    space: SearchSpace,
+    costs: CostTable,
+    data: Data,
+    loss: LossFunction,
+    config: Config,
+    focus: Sequence[Resource] = (),
+) -> list[dict[str, Any]]:
+    """Meta-trains a network in place.
+
+    Args:
+        network: What `build_network` returned.
+        teacher: The float model, in eval mode.
+        space: The search space.
+        costs: Its costs.
+        data: Batches.
+        loss: Distance to the teacher's output.
+        config: Options.
+        focus: Resources of a budget around which policies are sampled.
+
+    Returns:
+        One `{"step", "loss"}` for each step.
+    """
+    sampler = PolicySampler(space, costs, config.seed, focus)
+    task = Task(
+        name="meta-training",
+        network=network,
+        teacher=teacher,
+        data=data,
+        loss=loss,
+        steps=config.steps.meta,
+        learning_rate=config.learning_rate,
+        step_learning_rate=config.step_learning_rate,
+        before_step=lambda step: torch_ao.apply_policy(network, sampler(step)),
+        show=config.progress,
+    )
+    with seeded(config.seed):
+        train(task)
+    return task.history

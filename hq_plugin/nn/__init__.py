@@ -1,0 +1,27 @@
+"""Packed layers: what a converted model is made of."""
+
+from hq_plugin.nn.packed import (
+    PackedConv1d,
+    PackedConv2d,
+    PackedEmbedding,
+    PackedLinear,
+    PackedModule,
+    adopt,
+    cache_weights,
+    packed_modules,
+    packed_type,
+    share_packed_weight,
+)
+
+__all__ = [
+    "PackedConv1d",
+    "PackedConv2d",
+    "PackedEmbedding",
+    "PackedLinear",
+    "PackedModule",
+    "adopt",
+    "cache_weights",
+    "packed_modules",
+    "packed_type",
+    "share_packed_weight",
+]

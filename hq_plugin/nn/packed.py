@@ -1,0 +1,228 @@
+"""Packed Linear, Conv1d, Conv2d and Embedding, and packed subclasses of them.
+
+A packed layer is a subclass of the float layer that it stands for: its forward is the float layer's own
+(timm's Conv2dSame pads, ScaledStdConv2d standardises), reading `self.weight`, which here is a property
+that dequantizes the packed integers. It takes and gives float tensors, and quantizes its own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
+from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.quantization import STEP_DTYPE, dequantize_weight, fake_quantize_activation
+
+_FIXED_DTYPES = {"weight_step": STEP_DTYPE, "activation_step": torch.float32}
+
+
+def adopt(module: nn.Module, new_type: type[nn.Module]) -> Any:
+    """Returns a module of another class with the attributes of `module`, which stays as it is.
+
+    Tensors and submodules are shared; the containers that hold them are not. `__init__` does not run,
+    so that any subclass, whatever its constructor takes, can be turned into another.
+    """
+    adopted = new_type.__new__(new_type)
+    for name, value in vars(module).items():
+        adopted.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return adopted
+
+
+class PackedModule(nn.Module):
+    """Mixin of every packed layer.
+
+    Attributes:
+        bits: Widths of weight and input.
+        weight_shape: Shape of the weight.
+        weight_dtype: Dtype in which `weight` is given out; follows `model.half()` and its like.
+        weight_packed: uint8, the integers (see `hq_plugin.packing`).
+        weight_step: bfloat16 `[channels]`; no dtype move changes it.
+        activation_step: float32 scalar, if the input is quantized.
+        activation_zero_point: int32 scalar, if the input is quantized.
+    """
+
+    bits: LayerBits
+    weight_shape: tuple[int, ...]
+    weight_dtype: torch.dtype
+    weight_packed: Tensor
+    weight_step: Tensor
+    activation_step: Tensor
+    activation_zero_point: Tensor
+    _float_type: type[nn.Module]
+    _cache_enabled: bool
+    _cached: Tensor | None
+
+    @classmethod
+    def skeleton(
+        cls,
+        float_module: nn.Module,
+        bits: LayerBits,
+        *,
+        float_type: type[nn.Module] | None = None,
+        drop: Sequence[str] = (),
+    ) -> PackedModule:
+        """Returns a packed layer with buffers of the right shapes, whose values are still to be filled in.
+
+        Args:
+            float_module: The layer whose settings and bias it takes over; it is not changed.
+            bits: Its widths.
+            float_type: The class to subclass; None takes that of `float_module`.
+            drop: Names of submodules that are not taken over.
+        """
+        weight = float_module._parameters["weight"]
+        assert weight is not None
+        packed: PackedModule = adopt(float_module, packed_type(float_type or type(float_module)))
+        del packed._parameters["weight"]
+        for name in drop:
+            packed._modules.pop(name, None)
+        packed.bits, packed.weight_shape = bits, tuple(weight.shape)
+        packed.weight_dtype = weight.dtype
+        packed._cache_enabled, packed._cached = True, None
+        device = weight.device
+        length = packed_bytes(weight.numel(), bits.weight)
+        packed.register_buffer("weight_packed", torch.zeros(length, dtype=torch.uint8, device=device))
+        packed.register_buffer("weight_step", torch.ones(weight.shape[0], dtype=STEP_DTYPE, device=device))
+        if bits.activation != FLOAT_BITS:
+            packed.register_buffer("activation_step", torch.ones((), device=device))
+            packed.register_buffer(
+                "activation_zero_point", torch.zeros((), dtype=torch.int32, device=device)
+            )
+        return packed
+
+    @classmethod
+    def from_integers(
+        cls,
+        float_module: nn.Module,
+        integers: Tensor,
+        step: Tensor,
+        bits: LayerBits,
+        activation_step: Tensor | None = None,
+        activation_zero_point: Tensor | None = None,
+        *,
+        float_type: type[nn.Module] | None = None,
+        drop: Sequence[str] = (),
+    ) -> PackedModule:
+        """Returns a packed layer with given integers.
+
+        Args:
+            float_module: The layer whose settings and bias it takes over; it is not changed.
+            integers: int8, the shape of its weight, inside `weight_range(bits.weight)`.
+            step: `[channels]`; rounded to bfloat16.
+            bits: Its widths.
+            activation_step: Scalar, needed if the input is quantized.
+            activation_zero_point: Whole scalar, needed if the input is quantized.
+            float_type: The class to subclass; None takes that of `float_module`.
+            drop: Names of submodules that are not taken over.
+
+        Raises:
+            ValueError: An integer lies outside its width, or a step for the input is missing.
+        """
+        packed = cls.skeleton(float_module, bits, float_type=float_type, drop=drop)
+        packed.weight_packed = pack_bits(integers, bits.weight)
+        packed.weight_step = step.detach().to(STEP_DTYPE)
+        if bits.activation != FLOAT_BITS:
+            if activation_step is None or activation_zero_point is None:
+                raise ValueError("A layer with a quantized input needs activation_step and zero point.")
+            packed.activation_step = activation_step.detach().float().reshape(())
+            packed.activation_zero_point = activation_zero_point.detach().to(torch.int32).reshape(())
+        return packed
+
+    @property
+    def weight(self) -> Tensor:
+        """The dequantized weight, in the shape and dtype of the float layer's."""
+        if self._cached is not None:
+            return self._cached
+        integers = unpack_bits(self.weight_packed, self.bits.weight, self.weight_shape)
+        weight = dequantize_weight(integers, self.weight_step.float(), self.bits.weight).to(self.weight_dtype)
+        if self._cache_enabled and not torch.compiler.is_compiling():
+            self._cached = weight
+        return weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the float layer's forward on the quantized input and the dequantized weight."""
+        if self.bits.activation != FLOAT_BITS:
+            if args:
+                args = (self._quantize_input(args[0]), *args[1:])
+            else:
+                kwargs = {name: self._quantize_input(value) for name, value in kwargs.items()}
+        return super().forward(*args, **kwargs)
+
+    def _quantize_input(self, x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            return x
+        return fake_quantize_activation(
+            x, self.activation_step, self.activation_zero_point, self.bits.activation
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Moves of device and dtype come through here. What is exact stays exact: steps keep their dtype.
+        exact = {name: self._buffers[name] for name in _FIXED_DTYPES if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != _FIXED_DTYPES[name]:
+                self._buffers[name] = before.to(after.device)
+        self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_step.device)).dtype
+        self._cached = None
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._cached = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def extra_repr(self) -> str:
+        """Shows the float layer's settings and the widths."""
+        return f"{super().extra_repr()}, bits={self.bits}"
+
+
+@lru_cache(maxsize=None)
+def packed_type(float_type: type[nn.Module]) -> type[Any]:
+    """Returns the packed subclass of a float layer's class."""
+    if issubclass(float_type, PackedModule):
+        return float_type
+    name = f"Packed{float_type.__name__}"
+    return type(name, (PackedModule, float_type), {"_float_type": float_type, "__module__": __name__})
+
+
+PackedLinear = packed_type(nn.Linear)
+PackedConv1d = packed_type(nn.Conv1d)
+PackedConv2d = packed_type(nn.Conv2d)
+PackedEmbedding = packed_type(nn.Embedding)
+
+
+def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
+    """Ties `other`'s packed weight to `owner`'s: both hold the same tensors."""
+    other.weight_packed, other.weight_step = owner.weight_packed, owner.weight_step
+    other._cached = None
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Returns the packed layers of a model by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def cache_weights(model: nn.Module, enabled: bool) -> nn.Module:
+    """Switches the cache of dequantized weights, for speed or for memory.
+
+    On (the default), each layer dequantizes its weight once, on first use, and keeps it: a forward is as
+    fast as the float model's, and memory holds the float weights beside the packed ones. Off, only the
+    packed integers stay in memory, and each forward dequantizes layer by layer.
+
+    Args:
+        model: A converted model; it is changed in place.
+        enabled: Whether to cache.
+
+    Returns:
+        `model`.
+    """
+    for module in packed_modules(model).values():
+        module._cache_enabled, module._cached = enabled, None
+    return model

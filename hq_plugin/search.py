@@ -1,0 +1,216 @@
+"""Step 2 of the method: the genetic search for the best widths under a budget, on nevergrad.
+
+Section 3.3 of arXiv:2004.11506. The population starts from the exact dynamic-programming solution of
+additive sensitivities and from the best uniform policies. Offspring are made by mutation and uniform
+crossover and are repaired into the budget, so that no candidate ever exceeds it. The score of a
+candidate is given from outside (`scoring.py`); the lower the better.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import nevergrad as ng
+import numpy as np
+
+from hq_plugin.allocation import Repair, dynamic_programming, monotone
+from hq_plugin.config import Config
+from hq_plugin.cost import Resource, Table
+from hq_plugin.policy import HybridPolicy
+from hq_plugin.progress import progress
+from hq_plugin.space import Genome, SearchSpace
+
+Score = Callable[[HybridPolicy], float]
+
+#: How often a candidate that was scored before is mutated again before it is given up.
+_RETRIES = 8
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A policy that the search scored.
+
+    Attributes:
+        genome: The policy in the space's encoding.
+        score: Its distance to the float model; infinite where it was not finite.
+    """
+
+    genome: Genome
+    score: float
+
+
+@dataclass
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        leaders: The best policies, best first.
+        evaluations: Every policy in the order in which it was scored.
+        seconds: Wall time of the whole search.
+        scoring_seconds: The part of it that was spent in scoring.
+    """
+
+    leaders: list[Scored]
+    evaluations: list[Scored]
+    seconds: float
+    scoring_seconds: float
+    seeds: dict[str, list[Genome]] = field(default_factory=dict)
+
+
+def additive_sensitivities(space: SearchSpace, score: Score, show: bool | None = None) -> Table:
+    """Measures what each width of each group costs alone, with every other at its widest.
+
+    Returns:
+        `[groups, weight widths, activation widths]`: the rise of the score over that of the widest
+        policy, the weight's and the activation's added up; infinite where a group lacks the width.
+    """
+    top = space.top
+    shape = (len(space.groups), int(top[:, 0].max()) + 1, int(top[:, 1].max()) + 1)
+    rise = (np.full(shape[:2], np.inf), np.full((shape[0], shape[2]), np.inf))
+    base = score(space.policy(top))
+    with progress(show) as bars:
+        bar = bars.task("sensitivities", total=int(top.sum()))
+        for row in range(shape[0]):
+            for column in (0, 1):
+                rise[column][row, top[row, column]] = 0.0
+                for index in range(int(top[row, column])):
+                    genome = top.copy()
+                    genome[row, column] = index
+                    rise[column][row, index] = min(score(space.policy(genome)) - base, 1e6)
+                    bar.advance()
+    table: Table = rise[0][:, :, None] + rise[1][:, None, :]
+    return table
+
+
+class PolicyGenome(ng.p.Array):
+    """A genome as a nevergrad parameter, with the operators of the genetic algorithm.
+
+    Mutation moves a heavy-tailed number of genes by mostly one width (the "fast" GA, Doerr et al.,
+    arXiv:1703.03334); crossover takes each group's widths from one of two parents. Both end in repair.
+    """
+
+    def __init__(self, genome: Genome, top: Genome, repair: Repair, known: Container[bytes]) -> None:
+        super().__init__(init=genome.astype(float))
+        self._repair, self._known = repair, known
+        self._free = np.argwhere(top > 0)
+
+    @property
+    def genome(self) -> Genome:
+        """The genome as integers."""
+        return np.asarray(self.value).round().astype(np.int64)
+
+    def _set(self, genome: Genome) -> None:
+        self.value = self._repair(genome).astype(float)
+
+    def mutate(self) -> None:
+        """Moves some genes and repairs, again if that gives a genome that was scored before."""
+        if len(self._free) == 0:
+            return
+        rng, start = self.random_state, self.genome
+        # A power law over the number of moved genes: mostly one or two, sometimes half of them.
+        limit = max(1, len(self._free) // 2)
+        weights = np.arange(1, limit + 1) ** -1.5
+        for _ in range(_RETRIES):
+            genome = start.copy()
+            count = rng.choice(limit, p=weights / weights.sum()) + 1
+            for row, column in self._free[rng.choice(len(self._free), size=count, replace=False)]:
+                genome[row, column] += (1 if rng.rand() < 0.8 else 2) * (1 if rng.rand() < 0.5 else -1)
+            self._set(genome)
+            if _key(self.genome) not in self._known:
+                break
+
+    def recombine(self, *others: PolicyGenome) -> None:  # type: ignore[override]
+        """Takes each group's widths from this parent or from another, and repairs."""
+        genome = self.genome
+        for other in others:
+            taken = self.random_state.rand(len(genome)) < 0.5
+            genome[taken] = other.genome[taken]
+        self._set(genome)
+
+    def sample(self) -> PolicyGenome:
+        """Returns a new individual for the first population: several mutations away from this one."""
+        child = self.spawn_child()
+        for _ in range(3):
+            child.mutate()
+        child._set_parenthood(None)
+        return child
+
+
+def genetic_search(
+    space: SearchSpace,
+    resources: Sequence[Resource],
+    sensitivities: Table,
+    score: Score,
+    config: Config,
+    uniform: Sequence[Genome],
+    leaders: int = 8,
+) -> SearchResult:
+    """Searches the policy of the lowest score that keeps every limit.
+
+    Args:
+        space: The search space.
+        resources: The limits.
+        sensitivities: Additive losses, from `additive_sensitivities`.
+        score: Scores a policy; lower is better. It is called once for each policy.
+        config: Gives the number of evaluations, the population, crossover and seed.
+        uniform: The best uniform genomes inside the budget.
+        leaders: How many of the best are returned.
+    """
+    began, scoring = time.perf_counter(), 0.0
+    rng = np.random.RandomState(config.seed)
+    losses = monotone(sensitivities)
+    repair = Repair(losses, resources, space.top, rng)
+    planned = dynamic_programming(losses, resources)
+    known: dict[bytes, Scored] = {}
+    budget = max(config.steps.evaluations, 1)
+
+    parameter = PolicyGenome(planned, space.top, repair, known)
+    parameter.random_state = rng
+    population = min(config.population, max(2, budget // 3))
+    family = ng.families.EvolutionStrategy(
+        recombination_ratio=config.crossover,
+        popsize=population,
+        offsprings=population,
+        only_offsprings=False,
+        ranker="simple",
+    )
+    with warnings.catch_warnings():
+        # nevergrad calls budgets below 60 inefficient; "smoke" knows.
+        warnings.simplefilter("ignore")
+        optimizer = family(parameter, budget=10 * budget)
+    starts = [planned, *(repair(genome) for genome in uniform), *uniform]
+    for genome in reversed(starts):
+        optimizer.suggest(genome.astype(float))
+
+    with progress(config.progress) as bars:
+        bar = bars.task("search", total=budget)
+        asked = 0
+        while len(known) < budget and asked < 20 * budget:
+            candidate: Any = optimizer.ask()
+            asked += 1
+            key = _key(candidate.genome)
+            if key not in known:
+                began_scoring = time.perf_counter()
+                value = score(space.policy(candidate.genome))
+                scoring += time.perf_counter() - began_scoring
+                known[key] = Scored(candidate.genome, value if np.isfinite(value) else float("inf"))
+                bar.advance(best=min(scored.score for scored in known.values()))
+            # A large finite number, since nevergrad compares losses by arithmetic.
+            optimizer.tell(candidate, min(known[key].score, 1e30))
+    evaluations = list(known.values())
+    best = sorted(evaluations, key=lambda scored: scored.score)[:leaders]
+    return SearchResult(
+        best,
+        evaluations,
+        time.perf_counter() - began,
+        scoring,
+        {"dynamic_programming": [planned], "uniform": list(uniform)},
+    )
+
+
+def _key(genome: Genome) -> bytes:
+    return genome.tobytes()

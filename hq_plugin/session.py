@@ -1,0 +1,343 @@
+"""`Session`: a meta-trained network, which turns any budget into a packed model without training again.
+
+The pipeline of the method, in the order of its steps: `create` meta-trains (step 1), `search` finds a
+policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quantize` is the last three.
+"""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hq_plugin import torch_ao
+from hq_plugin.allocation import best_uniform
+from hq_plugin.budget import Budget
+from hq_plugin.config import Config
+from hq_plugin.cost import CostTable, Table
+from hq_plugin.data import Batch, Data
+from hq_plugin.distillation import Fidelity, LossFunction, loss_function
+from hq_plugin.errors import DataError, ModelError
+from hq_plugin.finetune import finetune_network, float_network, generated_network
+from hq_plugin.meta_training import build_network, meta_train_network
+from hq_plugin.policy import FLOAT_BITS, HybridPolicy
+from hq_plugin.result import Baseline, Costs, LayerReport, Result
+from hq_plugin.scoring import Scorer, evaluating, recalibrate_batchnorm
+from hq_plugin.search import Scored, additive_sensitivities, genetic_search
+from hq_plugin.sites import SiteTable, find_sites
+from hq_plugin.space import Genome, SearchSpace
+
+EvalFunction = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search decided for a budget.
+
+    Attributes:
+        policy: The best policy.
+        chosen: `"searched"`, or the baseline that was better: `"uniform"` or `"dynamic_programming"`.
+        costs: What it costs.
+        used: Share of each limit that it uses.
+        baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
+        history: One `{"evaluation", "policy", "score"}` for every policy scored.
+        seconds: Wall time of the search and the part spent in scoring.
+    """
+
+    policy: HybridPolicy
+    chosen: str
+    costs: Costs
+    used: dict[str, float]
+    baselines: dict[str, Baseline]
+    history: list[dict[str, Any]]
+    seconds: dict[str, float]
+
+
+class Session:
+    """A float model and the MetaQuantNet that was trained for it. `hq_plugin.meta_train` makes one.
+
+    Attributes:
+        teacher: A copy of the float model, in eval mode.
+        network: The prepared network that the MetaQuantNet drives.
+        space: The search space.
+        costs: What its policies cost.
+        config: The options.
+        history: History of meta-training, one `{"step", "loss"}` a step.
+        seconds: Wall time of the stages so far.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, network: nn.Module, space: SearchSpace, data: Data, config: Config
+    ) -> None:
+        self.teacher, self.network, self.space = teacher, network, space
+        self.data, self.config = data, config
+        self.costs = CostTable(space)
+        self.history: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        self.sensitivities: Table | None = None
+        with torch.no_grad():
+            example = _probe(teacher, data.holdout[0])
+        self.loss: LossFunction = loss_function(config.loss, example)
+        self._scorer: Scorer | None = None
+
+    @classmethod
+    def create(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None) -> Session:
+        """Finds the sites, builds the MetaQuantNet and meta-trains it (step 1).
+
+        Args:
+            model: The float model; it is not changed.
+            data: Prepared batches.
+            config: Options.
+            budget: Where it is known, policies are sampled around it.
+
+        Raises:
+            BudgetError: The budget cannot be met; found out before anything is trained.
+        """
+        teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        space = search_space(teacher, data, config, budget)
+        costs = CostTable(space)
+        focus = costs.resources(budget) if budget is not None else []
+        began = time.perf_counter()
+        session = cls(teacher, build_network(teacher, space, data, config), space, data, config)
+        session.history = meta_train_network(
+            session.network, teacher, space, costs, data, session.loss, config, focus
+        )
+        session.seconds["meta_training"] = time.perf_counter() - began
+        return session
+
+    @property
+    def scorer(self) -> Scorer:
+        """Scores policies on the held-out data."""
+        if self._scorer is None:
+            self._scorer = Scorer(
+                self.teacher, self.data, self.loss, self.config.steps.holdout, self.config.recalibration
+            )
+        return self._scorer
+
+    def search(self, budget: str | Budget) -> Found:
+        """Finds the best policy under a budget (step 2); nothing is trained.
+
+        Raises:
+            BudgetError: The budget cannot be read or met.
+        """
+        budget = Budget.parse(budget)
+        resources = self.costs.resources(budget)
+        began = time.perf_counter()
+        with evaluating(self.network):
+
+            def score(policy: HybridPolicy) -> float:
+                return self.scorer.score(self.network, policy).distance
+
+            if self.sensitivities is None:
+                self.sensitivities = additive_sensitivities(self.space, score, self.config.progress)
+            measured = time.perf_counter()
+            uniform = best_uniform(self.space, self.costs, resources)
+            found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
+            ranked = self._rerank(found.leaders, found.seeds)
+        chosen = min(ranked, key=lambda name: ranked[name].kl)
+        genome = self.space.genome(ranked[chosen].policy)
+        return Found(
+            policy=ranked[chosen].policy,
+            chosen=chosen,
+            costs=ranked[chosen].costs,
+            used={resource.name: resource.used(genome) for resource in resources},
+            baselines=ranked,
+            history=[
+                {"evaluation": n, "policy": self.space.policy(scored.genome).to_json(), "score": scored.score}
+                for n, scored in enumerate(found.evaluations)
+            ],
+            seconds={
+                "sensitivities": measured - began,
+                "search": time.perf_counter() - measured,
+                "search_scoring": found.scoring_seconds,
+            },
+        )
+
+    def _rerank(self, leaders: Sequence[Scored], seeds: Mapping[str, list[Genome]]) -> dict[str, Baseline]:
+        """Measures the leaders and the baselines on all held-out data; keeps the best of each kind."""
+        best: dict[str, Baseline] = {}
+        candidates = {**seeds, "searched": [scored.genome for scored in leaders]}
+        measured: dict[bytes, Fidelity] = {}
+        for name, genomes in candidates.items():
+            for genome in genomes:
+                key = genome.tobytes()
+                if key not in measured:
+                    measured[key] = self.scorer.score(self.network, self.space.policy(genome), full=True)
+                fidelity = measured[key]
+                if name not in best or fidelity.distance < best[name].kl:
+                    best[name] = Baseline(
+                        name,
+                        self.space.policy(genome),
+                        self.costs.costs(genome),
+                        fidelity.distance,
+                        fidelity.accuracy,
+                    )
+        # Where the search found a baseline again, the name says so.
+        order = ["searched", "dynamic_programming", "uniform"]
+        return {name: best[name] for name in order if name in best}
+
+    def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
+        """Searches several budgets on the one MetaQuantNet, and returns what was found for each."""
+        return [self.search(budget) for budget in budgets]
+
+    def quantize(self, budget: str | Budget, *, eval_fn: EvalFunction | None = None) -> nn.Module:
+        """Searches, fine-tunes and converts (steps 2 to 4) for a budget; the MetaQuantNet stays as it is.
+
+        Args:
+            budget: As for `hq_plugin.quantize`.
+            eval_fn: Called with a model, returns a number to report; higher or lower, it decides nothing.
+
+        Returns:
+            The packed model, with `.hq` (a `Result`).
+        """
+        budget = Budget.parse(budget)
+        return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
+
+    def finetune(
+        self,
+        found: Found | HybridPolicy,
+        *,
+        budget: Budget | None = None,
+        eval_fn: EvalFunction | None = None,
+    ) -> nn.Module:
+        """Fine-tunes a policy and converts it (steps 3 and 4).
+
+        Args:
+            found: What `search` returned, or any policy of the search space.
+            budget: For the report.
+            eval_fn: As for `quantize`.
+
+        Returns:
+            The packed model, with `.hq` (a `Result`).
+
+        Raises:
+            PolicyError: The policy is for another model or outside the search space.
+        """
+        if isinstance(found, HybridPolicy):
+            costs = self.costs.costs(self.space.genome(found))
+            found = Found(found, "given", costs, {}, {}, [], {})
+        began = time.perf_counter()
+        if self.config.finetune_from == "float":
+            network = float_network(self.teacher, found.policy, self.data, self.config)
+        else:
+            network = generated_network(self.network, found.policy)
+        calibration = self.scorer.calibration(self.scorer.samples)
+        recalibrate_batchnorm(network, calibration)
+        before = copy.deepcopy(network.state_dict()) if self.config.steps.finetune else None
+        start = self.scorer.measure(network)
+        history = finetune_network(network, self.teacher, self.data, self.loss, self.config)
+        if before is not None and not self.scorer.measure(network).distance <= start.distance:
+            # A handful of steps can be worse than none; then none are taken.
+            network.load_state_dict(before)
+        tuned = time.perf_counter()
+        packed = torch_ao.convert(network)
+        seconds = {
+            **self.seconds,
+            **found.seconds,
+            "finetune": tuned - began,
+            "convert": time.perf_counter() - tuned,
+        }
+        packed.hq = self._result(packed, found, budget, eval_fn, history, seconds)  # type: ignore[assignment]
+        return packed
+
+    def _result(
+        self,
+        packed: nn.Module,
+        found: Found,
+        budget: Budget | None,
+        eval_fn: EvalFunction | None,
+        finetune_history: list[dict[str, Any]],
+        seconds: dict[str, float],
+    ) -> Result:
+        fidelity, teacher = self.scorer.measure(packed), self.scorer.measure(self.teacher)
+        genome = self.space.genome(found.policy)
+        return Result(
+            policy=found.policy,
+            budget=str(budget) if budget is not None else "given policy",
+            chosen=found.chosen,
+            costs=found.costs,
+            used=found.used,
+            float_size=self.space.table.float_bytes,
+            kl=fidelity.distance,
+            agreement=fidelity.agreement,
+            accuracy=fidelity.accuracy,
+            float_accuracy=teacher.accuracy,
+            metric=None if eval_fn is None else float(eval_fn(packed)),
+            float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
+            baselines=found.baselines,
+            layers=self._layers(genome),
+            float_layers=[vars(layer) for layer in self.space.table.float_layers],
+            history={
+                "meta_training": self.history,
+                "search": found.history,
+                "finetune": finetune_history,
+            },
+            seconds=seconds,
+            config=self.config.to_json(),
+            versions=versions(),
+        )
+
+    def _layers(self, genome: Genome) -> list[LayerReport]:
+        policy = self.space.policy(genome)
+        return [
+            LayerReport(
+                name=site.name,
+                kind=site.kind,
+                shape=site.weight_shape,
+                weight_bits=policy[site.name].weight,
+                activation_bits=policy[site.name].activation,
+                size=self.costs.site_bytes(site, policy[site.name]),
+                bitops=site.macs * policy[site.name].weight * policy[site.name].activation,
+            )
+            for site in self.space.table
+        ]
+
+    def save(self, directory: str | Path) -> Path:
+        """Saves the session; `hq_plugin.load_session(directory, model)` reads it back."""
+        from hq_plugin.session_store import save_session
+
+        return save_session(self, directory)
+
+
+def search_space(model: nn.Module, data: Data, config: Config, budget: Budget | None) -> SearchSpace:
+    """Finds a model's sites with one held-out batch, and builds the search space of `config`."""
+    batch = data.holdout[0]
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    table: SiteTable = find_sites(
+        model, lambda m: _probe(m, batch.to(device)), batch.size, exclude=config.exclude
+    )
+    return SearchSpace.build(
+        table, config, search_activations=budget is not None and budget.bitops is not None
+    )
+
+
+def _probe(model: nn.Module, batch: Batch) -> Any:
+    """Runs the first batch, and says in terms of the data what is wrong if that fails."""
+    try:
+        return batch.run(model)
+    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        if isinstance(error, (DataError, ModelError)):
+            raise
+        shapes = [tuple(part.shape) for part in batch.args if isinstance(part, torch.Tensor)]
+        shapes += [(key, tuple(v.shape)) for key, v in batch.kwargs.items() if isinstance(v, torch.Tensor)]
+        raise DataError(
+            f"The model cannot run on the first batch, whose inputs have the shapes {shapes}: {error}. Pass "
+            "batches that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
+        ) from error
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    from hq_plugin import __version__
+
+    return {"hq_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+__all__ = ["FLOAT_BITS", "Found", "Session", "search_space"]

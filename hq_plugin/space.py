@@ -1,0 +1,207 @@
+"""`SearchSpace`: which widths each group of sites may choose, and the genome that encodes a policy.
+
+A genome is an int array `[groups, 2]`: for each group of sites an index into its weight widths and one
+into its activation widths, both in ascending order. What a choice costs is `cost.py`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hq_plugin.config import Config
+from hq_plugin.errors import ConfigError, PolicyError
+from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, HybridPolicy, LayerBits
+from hq_plugin.sites import Site, SiteTable
+
+Genome = NDArray[np.int64]
+
+#: Activation widths of the search where a budget limits BitOps and the user named none.
+BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites that share their widths, and the widths among which they choose, ascending."""
+
+    name: str
+    sites: tuple[Site, ...]
+    weight_bits: tuple[int, ...]
+    activation_bits: tuple[int, ...]
+
+    def bits(self, site: Site, weight: int, activation: int) -> LayerBits:
+        """Returns a site's widths for two indices. A site without a float input keeps it."""
+        activation_bits = self.activation_bits[activation] if site.quantizes_input else FLOAT_BITS
+        return LayerBits(self.weight_bits[weight], activation_bits)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The choices at every group of sites of one model."""
+
+    table: SiteTable
+    groups: tuple[Group, ...]
+
+    @classmethod
+    def build(cls, table: SiteTable, config: Config, *, search_activations: bool = False) -> SearchSpace:
+        """Builds the space that `config` describes.
+
+        Args:
+            table: The model's sites.
+            config: Gives widths, pinned sites and groups.
+            search_activations: Whether activations choose too where `config` names no widths for them.
+
+        Raises:
+            ConfigError: A pattern matches no site, a site is in two groups, or a pinned width is not
+                possible.
+        """
+        activation_bits = config.activation_bits
+        if activation_bits is None:
+            activation_bits = BITOPS_ACTIVATION_BITS if search_activations else (8,)
+        assert isinstance(activation_bits, tuple)
+        table = _regroup(table, config.groups)
+        groups = []
+        pinned_used = set()
+        for name, sites in table.groups.items():
+            weights, activations = config.weight_bits, activation_bits
+            for pattern, width in (config.pinned or {}).items():
+                if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
+                    pinned_used.add(pattern)
+                    weights, activations = _pin(pattern, width, activations)
+            if not any(site.quantizes_input for site in sites):
+                activations = (FLOAT_BITS,)
+            groups.append(Group(name, tuple(sites), weights, activations))
+        for pattern in set(config.pinned or {}) - pinned_used:
+            raise ConfigError(f"pinned pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
+        return cls(table, tuple(groups))
+
+    @property
+    def weight_bits(self) -> tuple[int, ...]:
+        """Every weight width that some group may choose, ascending."""
+        return tuple(sorted({bits for group in self.groups for bits in group.weight_bits}))
+
+    @property
+    def activation_bits(self) -> tuple[int, ...]:
+        """Every activation width that some group may choose, ascending."""
+        return tuple(sorted({bits for group in self.groups for bits in group.activation_bits}))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of a genome: `(groups, 2)`."""
+        return len(self.groups), 2
+
+    @property
+    def top(self) -> Genome:
+        """The largest index at each place of a genome, which is also the policy of most bits."""
+        return np.array([[len(g.weight_bits) - 1, len(g.activation_bits) - 1] for g in self.groups])
+
+    def group_of(self, site: str) -> Group:
+        """Returns the group that holds a site."""
+        return next(group for group in self.groups if any(s.name == site for s in group.sites))
+
+    def policy(self, genome: Genome) -> HybridPolicy:
+        """Decodes a genome; the policy lists the sites in the model's order."""
+        chosen = {
+            site.name: group.bits(site, int(weight), int(activation))
+            for group, (weight, activation) in zip(self.groups, genome, strict=True)
+            for site in group.sites
+        }
+        return HybridPolicy({site.name: chosen[site.name] for site in self.table})
+
+    def genome(self, policy: HybridPolicy) -> Genome:
+        """Encodes a policy.
+
+        Raises:
+            PolicyError: The policy is for another model, breaks a group, or uses a width that the
+                space does not have.
+        """
+        check_sites(policy, [site.name for site in self.table])
+        genome = np.zeros(self.shape, dtype=np.int64)
+        for row, group in enumerate(self.groups):
+            weights = {policy[site.name].weight for site in group.sites}
+            activations = {policy[s.name].activation for s in group.sites if s.quantizes_input}
+            for column, (chosen, possible) in enumerate(
+                ((weights, group.weight_bits), (activations or {FLOAT_BITS}, group.activation_bits))
+            ):
+                if len(chosen) > 1:
+                    names = ", ".join(site.name for site in group.sites)
+                    raise PolicyError(f"Sites {names} share one width, but the policy gives {chosen}.")
+                width = chosen.pop()
+                if width not in possible:
+                    kind = ("weight", "activation")[column]
+                    raise PolicyError(
+                        f"The policy gives {group.name!r} a {kind} width of {width}; this search space "
+                        f"has {possible}. Meta-train with {kind}_bits that include it."
+                    )
+                genome[row, column] = possible.index(width)
+        return genome
+
+    def nearest_uniform(self, weight_bits: int, activation_bits: int) -> Genome:
+        """Returns the genome of one width for all; a pinned group takes its nearest possible width."""
+        return np.array(
+            [
+                [_nearest(group.weight_bits, weight_bits), _nearest(group.activation_bits, activation_bits)]
+                for group in self.groups
+            ]
+        )
+
+
+def check_sites(policy: HybridPolicy, names: list[str]) -> None:
+    """Checks that a policy names exactly the sites of a model.
+
+    Raises:
+        PolicyError: A site is missing or unknown.
+    """
+    missing = [name for name in names if name not in policy]
+    unknown = [name for name in policy if name not in names]
+    if missing or unknown:
+        parts = [f"it lacks {', '.join(missing[:5])}"] if missing else []
+        parts += [f"it names {', '.join(unknown[:5])}, which the model does not have"] if unknown else []
+        raise PolicyError(
+            f"The policy is for another model: {'; '.join(parts)}. Give a width for each of the model's "
+            f"{len(names)} sites."
+        )
+
+
+def _regroup(table: SiteTable, groups: tuple[tuple[str, ...], ...]) -> SiteTable:
+    """Joins the sites of each list of patterns, and all that are tied to them, into one group."""
+    joined = {site.group: site.group for site in table}
+    taken: dict[str, int] = {}
+    for number, patterns in enumerate(groups):
+        members: list[str] = []
+        for pattern in patterns:
+            matching = [site.group for site in table if fnmatch.fnmatchcase(site.name, pattern)]
+            if not matching:
+                raise ConfigError(f"groups pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
+            members += matching
+        for member in members:
+            if taken.setdefault(member, number) != number:
+                raise ConfigError(f"Site {member!r} is in two lists of groups; join them into one.")
+            joined[member] = members[0]
+    return replace(table, sites=tuple(replace(site, group=joined[site.group]) for site in table))
+
+
+def _pin(
+    pattern: str, width: int | tuple[int, int], activations: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    weight, activation = width if isinstance(width, (tuple, list)) else (width, None)
+    if weight not in WEIGHT_BITS or (activation is not None and activation not in ACTIVATION_BITS):
+        raise ConfigError(
+            f"pinned[{pattern!r}]={width!r} is not possible: give a weight width of 1 to 8, or a pair "
+            f"with an activation width of 2 to 8 or {FLOAT_BITS} for floating point."
+        )
+    return (weight,), activations if activation is None else (activation,)
+
+
+def _nearest(widths: tuple[int, ...], wanted: int) -> int:
+    """Returns the index of the largest width not above `wanted`, or the smallest there is."""
+    below = [index for index, width in enumerate(widths) if width <= wanted]
+    return below[-1] if below else 0
+
+
+def _some(table: SiteTable) -> str:
+    names = [site.name for site in table]
+    return ", ".join(names[:8]) + (" ..." if len(names) > 8 else "")

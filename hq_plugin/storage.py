@@ -1,0 +1,186 @@
+"""Directories of one JSON file and one safetensors file: written whole or not at all, read with checks.
+
+Saved models (`artifact.py`) and sessions (`session_store.py`) are both such directories. Nothing is
+ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hq_plugin.errors import ArtifactError, ArtifactPathError
+
+JSON_FILE, TENSOR_FILE = "hq.json", "model.safetensors"
+#: A JSON file above this size is not one of ours.
+_JSON_LIMIT = 64 << 20
+
+
+def write_directory(
+    directory: str | Path,
+    kind: str,
+    version: int,
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a directory of a kind; it appears whole or not at all.
+
+    Args:
+        directory: Where; it may exist if it is empty, or of the same kind with `overwrite`.
+        kind: Name of the format, which reading checks.
+        version: Version of the format.
+        content: JSON values.
+        tensors: Tensors by name, none of them sharing memory.
+        overwrite: Whether a directory of this kind is replaced.
+
+    Raises:
+        ArtifactPathError: The directory holds something else, or cannot be written.
+    """
+    target = Path(directory).expanduser()
+    _check_target(target, kind, overwrite)
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+            staging / TENSOR_FILE,
+        )
+        head = {"format": kind, "version": version, "sha256": _digest(staging / TENSOR_FILE)}
+        (staging / JSON_FILE).write_text(json.dumps({**head, **content}, indent=1, allow_nan=True))
+        for name in (TENSOR_FILE, JSON_FILE):
+            with open(staging / name, "rb") as file:
+                os.fsync(file.fileno())
+        staging.chmod(0o755)
+        _move_into_place(staging, target)
+    except (OSError, SafetensorError) as error:
+        raise ArtifactPathError(
+            f"{target} could not be written: {error}. Nothing was left there. Choose a directory that is "
+            "writable, on a disk with room."
+        ) from error
+    finally:
+        if staging is not None:
+            shutil.rmtree(staging, ignore_errors=True)
+    return target
+
+
+def _check_target(target: Path, kind: str, overwrite: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not target.is_dir():
+        raise ArtifactPathError(f"{target} is a file, not a directory. Choose another name.")
+    try:
+        names = {path.name for path in target.iterdir()}
+    except OSError as error:
+        raise ArtifactPathError(f"{target} cannot be read: {error}") from error
+    if not names:
+        return
+    ours = names == {JSON_FILE, TENSOR_FILE}
+    if ours:
+        try:
+            ours = read_json(target, kind, version=None)["format"] == kind
+        except ArtifactError:
+            ours = False
+    if not ours:
+        raise ArtifactPathError(
+            f"{target} holds something else ({', '.join(sorted(names)[:4])}), which is not deleted. Choose "
+            "an empty or a new directory."
+        )
+    if not overwrite:
+        raise ArtifactPathError(f"{target} holds a saved {kind}. Pass overwrite=True or another directory.")
+
+
+def _move_into_place(staging: Path, target: Path) -> None:
+    if not target.exists():
+        staging.rename(target)
+        return
+    # An existing directory moves aside first, so that at every moment one whole directory exists.
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(aside / "old")
+    try:
+        staging.rename(target)
+    except OSError:
+        (aside / "old").rename(target)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_json(directory: str | Path, kind: str, version: int | None) -> dict[str, Any]:
+    """Reads the JSON part, and checks format and version (None skips the version).
+
+    Raises:
+        ArtifactError: The file is missing, damaged, foreign or of a newer version.
+    """
+    path = Path(directory).expanduser() / JSON_FILE
+    try:
+        if path.stat().st_size > _JSON_LIMIT:
+            raise ArtifactError(f"{path} is larger than {_JSON_LIMIT >> 20} MiB: it is not a saved {kind}.")
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{Path(directory)} holds no saved {kind} (no {JSON_FILE}). Give a directory that hq_plugin wrote."
+        ) from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is damaged: it is not JSON ({error}). Save the {kind} again.") from error
+    if not isinstance(data, dict) or data.get("format") != kind:
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        raise ArtifactError(f"{path} is not a saved {kind} (format {found!r}).")
+    if version is not None and not (isinstance(data.get("version"), int) and 1 <= data["version"] <= version):
+        raise ArtifactError(
+            f"{path} has format version {data.get('version')!r}; this hq_plugin reads up to {version}. "
+            "Upgrade hq_plugin."
+        )
+    return data
+
+
+def read_tensors(directory: str | Path, digest: Any) -> dict[str, Tensor]:
+    """Reads the tensor part, once its checksum is right.
+
+    Raises:
+        ArtifactError: The file is missing, damaged or truncated.
+    """
+    path = Path(directory).expanduser() / TENSOR_FILE
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    if hashlib.sha256(raw).hexdigest() != digest:
+        raise ArtifactError(
+            f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it again."
+        )
+    with contextlib.suppress(SafetensorError, ValueError, KeyError, RuntimeError):
+        return load_tensors(raw)
+    raise ArtifactError(f"{path} is not a safetensors file.")
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a checksum of names, dtypes, shapes and values, to recognise a float model by."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        value = tensor.detach().cpu().contiguous()
+        digest.update(f"{name}{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

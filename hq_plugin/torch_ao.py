@@ -1,0 +1,516 @@
+"""The door to torch.ao: fake-quantizers, observers, QConfigs, `prepare` and `convert`.
+
+This is the only file that imports torch.ao. A policy becomes per-layer QConfigs; torch.ao's own
+`prepare_qat` and `convert` swap the layers by mappings that are built for the types found in the model,
+so that subclasses (timm's Conv2dSame, say) are swapped like their base. The prepared layer is a subclass
+of the float layer that fake-quantizes its own input and weight; the converted one is a packed layer of
+`hq_plugin.nn`. Both take and give float tensors: no stubs, no graph.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.ao.nn.intrinsic.qat as nniqat
+import torch.ao.nn.qat as nnqat
+import torch.ao.quantization as tq
+from torch import Tensor, nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.observer import ObserverBase
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from hq_plugin.errors import ModelError, PolicyError
+from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
+from hq_plugin.nn import PackedModule, adopt, share_packed_weight
+from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
+from hq_plugin.quantization import optimal_activation_qparams, optimal_weight_step, quantize_weight
+from hq_plugin.sites import KINDS, foldable
+
+__all__ = [
+    "ActivationObserver",
+    "HybridActivationFakeQuantize",
+    "HybridFakeQuantize",
+    "HybridWeightFakeQuantize",
+    "WeightObserver",
+    "apply_policy",
+    "cached_weights",
+    "calibrate",
+    "convert",
+    "get_qconfig_mapping",
+    "prepare",
+]
+
+
+class WeightObserver(ObserverBase):
+    """Finds, for each channel of a weight, the step of least squared error at one width."""
+
+    def __init__(self, bits: int, **_: Any) -> None:
+        super().__init__(dtype=torch.qint8)
+        self.bits = bits
+        self.register_buffer("step", torch.ones(0))
+        self.step: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observes a weight, `[channels, ...]`, and returns it."""
+        self.step = optimal_weight_step(x, self.bits)
+        return x
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Returns step and zero point (0) of every channel."""
+        return self.step, torch.zeros_like(self.step, dtype=torch.int32)
+
+
+class ActivationObserver(ObserverBase):
+    """Keeps a sample of the values seen, from which step and zero point of any width are found.
+
+    Args:
+        bits: The width for which `calculate_qparams` answers.
+        samples: Values kept of each batch; batches are thinned evenly, so that no randomness is needed.
+    """
+
+    def __init__(self, bits: int = 8, samples: int = 8192, **_: Any) -> None:
+        super().__init__(dtype=torch.quint8)
+        self.bits, self.samples = bits, samples
+        self.low, self.high = float("inf"), float("-inf")
+        self.values: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Observes an activation of any shape and returns it."""
+        flat = x.detach().float().flatten()
+        if flat.numel():
+            self.low, self.high = min(self.low, float(flat.min())), max(self.high, float(flat.max()))
+            self.values.append(flat[:: max(1, flat.numel() // self.samples)].clone())
+        return x
+
+    def qparams(self, bits: int) -> tuple[float, float]:
+        """Returns step and zero point of least squared error at a width."""
+        if not self.values:
+            return 1.0, 0.0
+        return optimal_activation_qparams(torch.cat(self.values), self.low, self.high, bits)
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Returns step and zero point at the observer's own width."""
+        step, zero_point = self.qparams(self.bits)
+        return torch.tensor([step]), torch.tensor([int(zero_point)], dtype=torch.int32)
+
+
+class HybridFakeQuantize(FakeQuantizeBase):
+    """A torch.ao fake-quantizer whose width can be set at any time, driven by a MetaQuantNet.
+
+    Attributes:
+        bits: The width in force.
+    """
+
+    dtype: torch.dtype
+    qscheme: torch.qscheme
+    is_dynamic = False
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self.bits = bits
+
+    @property
+    def active(self) -> bool:
+        """Whether it quantizes now (torch.ao's `disable_fake_quant` and `enable_fake_quant` decide)."""
+        return bool(self.fake_quant_enabled[0])
+
+    def extra_repr(self) -> str:
+        """Shows the width."""
+        return f"bits={self.bits}"
+
+
+class HybridWeightFakeQuantize(HybridFakeQuantize):
+    """Gives the weight that a MetaQuantNet block generates for the width in force.
+
+    Args:
+        bits: The width in force.
+        block: The block; None builds a one-width table from the first weight seen. A QAT loop that
+            leaves it None runs one forward before it makes its optimizer.
+    """
+
+    dtype = torch.qint8
+    qscheme = torch.per_channel_symmetric
+
+    def __init__(self, bits: int = 8, block: WeightBlock | None = None, **_: Any) -> None:
+        super().__init__(bits)
+        self.block = block
+        self._cache: dict[int, Tensor] | None = None
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Returns the fake-quantized weight, in the shape and dtype of `weight`."""
+        if not self.active:
+            return weight
+        if self._cache is not None:
+            if self.bits not in self._cache:
+                self._cache[self.bits] = self._ready(weight)(weight, self.bits).detach()
+            return self._cache[self.bits]
+        generated: Tensor = self._ready(weight)(weight, self.bits)
+        return generated
+
+    def _ready(self, weight: Tensor) -> WeightBlock:
+        if self.block is None:
+            self.block = WeightBlock(weight.detach(), (self.bits,)).to(weight.device)
+        return self.block
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Returns the step of every channel and zero points of 0."""
+        if self.block is None:
+            raise ModelError("This fake-quantizer has seen no weight yet. Run the model once first.")
+        step = self.block.step(self.bits).detach()
+        return step, torch.zeros_like(step, dtype=torch.int32)
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the int8 integers and the step that `forward` stands for, from the same arithmetic."""
+        block = self._ready(weight)
+        step = block.step(self.bits).detach()
+        return quantize_weight(block.weight(weight, self.bits).float(), step, self.bits), step
+
+
+class HybridActivationFakeQuantize(HybridFakeQuantize):
+    """Fake-quantizes a layer's input at the width in force; 16 lets it through.
+
+    It calibrates itself on the first batch that it sees, unless `calibrate` ran before.
+
+    Args:
+        bits: The width in force.
+        steps: Steps of every width; None makes those of `bits` alone.
+    """
+
+    dtype = torch.quint8
+    qscheme = torch.per_tensor_affine
+
+    def __init__(self, bits: int = 8, steps: ActivationSteps | None = None, **_: Any) -> None:
+        super().__init__(bits)
+        self.steps = steps if steps is not None else ActivationSteps((bits,))
+        self.activation_post_process = ActivationObserver(bits)
+        self.observing = False
+        self._calibrated = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the fake-quantized input, in the shape and dtype of `x`."""
+        if self.bits == FLOAT_BITS and not self.observing:
+            return x
+        if self.observing:
+            self.activation_post_process(x)
+        elif not self._calibrated and not bool(self.steps.calibrated):
+            self.activation_post_process(x)
+            self.finish_calibration()
+        if not self.active or self.bits == FLOAT_BITS:
+            return x
+        self._calibrated = True
+        quantized: Tensor = self.steps(x, self.bits)
+        return quantized
+
+    def finish_calibration(self) -> None:
+        """Sets the steps of every width from what was observed, and forgets the observations."""
+        self.steps.initialise({b: self.activation_post_process.qparams(b) for b in self.steps.widths})
+        self.activation_post_process = ActivationObserver(self.bits)
+        self.observing = False
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Returns step and zero point of the width in force."""
+        step, zero_point = self.steps.qparams(self.bits)
+        return step.detach().reshape(1), zero_point.detach().round().to(torch.int32).reshape(1)
+
+
+class QATMixin:
+    """A layer in training: its weight is generated, and its input is fake-quantized.
+
+    `weight` is a property, so that the float layer's own forward, whatever it does with the weight,
+    runs on the generated one; the parameter itself is `_parameters["weight"]`.
+    """
+
+    _float_type: type[nn.Module]
+    weight_fake_quant: HybridWeightFakeQuantize
+    activation_fake_quant: HybridActivationFakeQuantize
+
+    @property
+    def weight(self) -> Tensor:
+        """The fake-quantized weight."""
+        weight: Tensor = self.weight_fake_quant(self._parameters["weight"])  # type: ignore[attr-defined]
+        return weight
+
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Runs the float layer's forward on a fake-quantized input and weight."""
+        if input.is_floating_point():
+            input = self.activation_fake_quant(input)
+        output: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        return output
+
+
+@lru_cache(maxsize=None)
+def _qat_type(float_type: type[nn.Module]) -> type[nn.Module]:
+    name = f"QAT{float_type.__name__}"
+    return type(name, (QATMixin, float_type), {"_float_type": float_type, "__module__": __name__})
+
+
+def _kind_of(module: nn.Module) -> str | None:
+    return next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
+
+
+class _SwapToQAT:
+    """What torch.ao's mapping asks `from_float` of: makes the QAT layer of a float layer."""
+
+    @staticmethod
+    def from_float(module: nn.Module) -> nn.Module:
+        qconfig = module.qconfig
+        prepared = adopt(module, _qat_type(type(module)))
+        prepared.weight_fake_quant = qconfig.weight()  # type: ignore[operator, union-attr]
+        prepared.activation_fake_quant = qconfig.activation()  # type: ignore[operator, union-attr]
+        # torch.ao would add the activation's fake-quantizer to the layer's *output* as well; ours sits
+        # at the input.
+        prepared.qconfig = tq.QConfig(activation=nn.Identity, weight=qconfig.weight)  # type: ignore[union-attr]
+        return prepared.train(module.training)
+
+
+def prepare(
+    model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNet | None = None
+) -> nn.Module:
+    """Returns a copy of a float model that trains under a policy, by torch.ao's `prepare_qat`.
+
+    Args:
+        model: Float model; it is not changed.
+        policy: Widths of the layers to quantize; every other layer stays float.
+        metaquantnet: Generates the weights and holds the activations' steps. None gives each layer its
+            own learned steps, which is LSQ; activations are then calibrated on the first batch.
+
+    Returns:
+        The prepared model, in the mode (train or eval) of `model`.
+
+    Raises:
+        PolicyError: The policy names a layer that the model lacks or that cannot be quantized.
+    """
+    model = copy.deepcopy(model)
+    modules = dict(model.named_modules())
+    blocks: dict[int, WeightBlock] = {}
+    for name, bits in policy.items():
+        module = modules.get(name)
+        if module is None or _kind_of(module) is None:
+            what = "which the model lacks" if module is None else f"a {type(module).__name__}"
+            raise PolicyError(
+                f"The policy is for another model: it names {name!r}, {what}. Layers that can be quantized "
+                "are Linear, Conv1d, Conv2d and Embedding."
+            )
+        if metaquantnet is not None:
+            block = metaquantnet.block(name)
+            steps = metaquantnet.activation_steps(name)
+        else:
+            weight = module._parameters["weight"]
+            assert weight is not None
+            # Tied weights share one block, or else they would not stay tied.
+            block = blocks.setdefault(id(weight), WeightBlock(weight, (bits.weight,)).to(weight.device))
+            steps = None if bits.activation == FLOAT_BITS else ActivationSteps((bits.activation,))
+        module.qconfig = _qconfig(bits, block, steps)  # type: ignore[assignment]
+    training = {name: module.training for name, module in model.named_modules()}
+    mapping = {type(modules[name]): _SwapToQAT for name in policy}
+    prepared = _swap_all(model, mapping, lambda holder, m: tq.prepare_qat(holder, mapping=m, inplace=True))
+    for name, module in prepared.named_modules():
+        if name in training:
+            module.training = training[name]
+    return prepared
+
+
+def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps | None) -> tq.QConfig:
+    # Not `with_args`: torch.ao deep-copies a QConfig's partials nowhere, and blocks must stay shared.
+    return tq.QConfig(
+        activation=lambda **_: HybridActivationFakeQuantize(bits.activation, steps),
+        weight=lambda **_: HybridWeightFakeQuantize(bits.weight, block),
+    )
+
+
+def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Module:
+    """Swaps by torch.ao, and also the root module and every further reference to a swapped module."""
+    swapped: dict[int, nn.Module] = {}
+    originals = list(model.modules())  # keeps ids alive
+
+    def remember(handler: Any) -> type:
+        class Remembering:
+            @staticmethod
+            def from_float(module: nn.Module) -> nn.Module:
+                if id(module) not in swapped:
+                    swapped[id(module)] = handler.from_float(module)
+                return swapped[id(module)]
+
+        return Remembering
+
+    holder = nn.Module()
+    holder.add_module("model", model)
+    holder.train()
+    with warnings.catch_warnings():
+        # torch.ao's notice of its own removal is for those who call it; that is this file, knowingly.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        swap(holder, {float_type: remember(handler) for float_type, handler in mapping.items()})
+    for module in list(holder.modules()):
+        for name, child in list(module._modules.items()):
+            if child is not None and id(child) in swapped:
+                module._modules[name] = swapped[id(child)]
+    del originals
+    return holder.get_submodule("model")
+
+
+def qat_layers(prepared: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers of a prepared model that fake-quantize, by name."""
+    return {name: module for name, module in prepared.named_modules() if isinstance(module, QATMixin)}
+
+
+def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:
+    """Puts the widths of a policy in force in a prepared model."""
+    for name, bits in policy.items():
+        layer: Any = prepared.get_submodule(name)
+        layer.weight_fake_quant.bits = bits.weight
+        layer.activation_fake_quant.bits = bits.activation
+
+
+@contextmanager
+def cached_weights(prepared: nn.Module) -> Iterator[None]:
+    """Inside, every generated weight is computed once for each width; weights must not train."""
+    quantizers = [m for m in prepared.modules() if isinstance(m, HybridWeightFakeQuantize)]
+    for quantizer in quantizers:
+        quantizer._cache = {}
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer._cache = None
+
+
+@contextmanager
+def calibrate(prepared: nn.Module) -> Iterator[None]:
+    """Inside, a prepared model runs in float and observes its activations; then all steps are set."""
+    quantizers = [m for m in prepared.modules() if isinstance(m, HybridActivationFakeQuantize)]
+    prepared.apply(tq.disable_fake_quant)
+    for quantizer in quantizers:
+        quantizer.observing = bool(quantizer.steps.widths)
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            if quantizer.observing:
+                quantizer.finish_calibration()
+        prepared.apply(tq.enable_fake_quant)
+
+
+class _SwapToPacked:
+    """What torch.ao's mapping asks `from_float` of: makes the packed layer of a QAT layer."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, PackedModule] = {}
+
+    def from_float(self, module: Any) -> nn.Module:
+        if isinstance(module, QATMixin):
+            return self._pack(module, module._parameters["weight"], module._float_type)
+        return self._from_graph(module)
+
+    def _pack(self, module: Any, weight: Tensor, float_type: type[nn.Module]) -> nn.Module:
+        quantizer: HybridWeightFakeQuantize = module.weight_fake_quant
+        activation: HybridActivationFakeQuantize | None = getattr(module, "activation_fake_quant", None)
+        bits = LayerBits(quantizer.bits, FLOAT_BITS if activation is None else activation.bits)
+        step_in = zero_point = None
+        if activation is not None and activation.bits != FLOAT_BITS:
+            step_in, zero_point = (part.reshape(()) for part in activation.calculate_qparams())
+        integers, step = quantizer.integers(weight)
+        packed = PackedModule.from_integers(
+            module,
+            integers,
+            step,
+            bits,
+            step_in,
+            zero_point,
+            float_type=float_type,
+            drop=("weight_fake_quant", "activation_fake_quant", "activation_post_process"),
+        )
+        first = self._first.setdefault(id(weight), packed)
+        if first is not packed:
+            share_packed_weight(first, packed)
+        return packed  # type: ignore[return-value]
+
+    def _from_graph(self, module: Any) -> nn.Module:
+        """Packs a QAT layer that torch.ao's graph mode made: its BatchNorm is folded, its ReLU follows."""
+        weight, bias = module.weight.detach(), module.bias
+        float_type = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+        if hasattr(module, "bn"):
+            bn = module.bn
+            weight, bias = fuse_conv_bn_weights(
+                weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
+            )
+        shell = adopt(module, float_type)
+        shell._modules = {"weight_fake_quant": module.weight_fake_quant}
+        shell._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach())
+        packed = self._pack(shell, weight, float_type)
+        return nn.Sequential(packed, nn.ReLU()) if type(module) in _GRAPH_RELU else packed
+
+
+_GRAPH_RELU = (nniqat.LinearReLU, nniqat.ConvReLU2d, nniqat.ConvBnReLU2d)
+_GRAPH = (nnqat.Linear, nnqat.Conv2d, nniqat.ConvBn2d, *_GRAPH_RELU)
+
+
+def convert(prepared: nn.Module) -> nn.Module:
+    """Returns a packed copy of a prepared model, by torch.ao's `convert`.
+
+    BatchNorm layers are folded into one scale and one shift a channel. The outputs equal those of the
+    prepared model in eval mode up to the rounding of that fold. A model that torch.ao's own
+    `prepare_qat_fx` prepared with `get_qconfig_mapping` is accepted as well; the fake-quantizers of its
+    activations stay in its graph.
+
+    Args:
+        prepared: What `prepare` returned, trained or not; it is not changed.
+
+    Returns:
+        The converted model in eval mode, without gradients.
+
+    Raises:
+        ModelError: The model holds no layer that `prepare` made.
+    """
+    converted = copy.deepcopy(prepared).eval()
+    types = {type(m) for m in converted.modules() if isinstance(m, (QATMixin, *_GRAPH))}
+    if not types:
+        raise ModelError("The model holds no prepared layer. Call hq_plugin.torch_ao.prepare on it first.")
+    swapper = _SwapToPacked()
+    converted = _swap_all(
+        converted,
+        dict.fromkeys(types, swapper),
+        lambda holder, mapping: tq.convert(holder, mapping=mapping, inplace=True),
+    )
+    fold_batchnorm(converted)
+    return converted.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fold_batchnorm(model: nn.Module) -> None:
+    """Turns each BatchNorm into the affine map that it is in eval mode: statistics become 0 and 1.
+
+    The layer keeps its class (timm's hold an activation as well), its scale and shift take over what the
+    statistics did, and constants cost nothing on disk.
+    """
+    for module in model.modules():
+        if foldable(module):
+            bn: Any = module
+            scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
+            shift = bn.bias.double() - bn.running_mean.double() * scale
+            bn.weight.copy_(scale)
+            bn.bias.copy_(shift)
+            bn.running_mean.zero_()
+            bn.running_var.fill_(1 - bn.eps)
+            if bn.num_batches_tracked is not None:
+                bn.num_batches_tracked.zero_()
+
+
+def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:
+    """Returns a policy as torch.ao's QConfigMapping, for your own torch.ao QAT loop.
+
+    For `prepare_qat_fx(model, get_qconfig_mapping(policy), example_inputs)`. Steps start on the first
+    batch, so run one forward before you make the optimizer; `hq_plugin.torch_ao.convert` packs the
+    result. In graph mode torch.ao may quantize a layer's input at its producer's width.
+    """
+    mapping = tq.QConfigMapping().set_global(None)
+    for name, bits in policy.items():
+        mapping = mapping.set_module_name(name, _qconfig(bits, None, None))
+    return mapping

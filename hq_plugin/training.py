@@ -1,0 +1,148 @@
+"""The one training loop: a prepared network learns from its float teacher, on accelerate.
+
+Meta-training and fine-tuning are this loop with different networks and a different `before_step`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from hq_plugin.data import Data
+from hq_plugin.distillation import LossFunction
+from hq_plugin.errors import HQWarning, TrainingError
+from hq_plugin.progress import progress
+
+#: Share of the steps over which the learning rate rises, and how often a good state is kept.
+WARMUP, SNAPSHOTS = 0.05, 20
+#: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
+CLIP = 1.0
+_STEP_PARAMETERS = ("log_step", "zero_point")
+
+
+@dataclass
+class Task:
+    """What one training stage needs.
+
+    Attributes:
+        name: Name of the stage, for progress bars and messages.
+        network: The prepared network; it is trained in place.
+        teacher: The float model, in eval mode.
+        data: Batches.
+        loss: Distance of the network's output to the teacher's.
+        steps: Optimizer steps.
+        learning_rate: Peak rate of weights.
+        step_learning_rate: Peak rate of quantization steps and zero points.
+        before_step: Called with each step's number before its forward.
+        show: Whether to show a progress bar; None on a terminal only.
+        history: One `{"step", "loss"}` is added for each step.
+    """
+
+    name: str
+    network: nn.Module
+    teacher: nn.Module
+    data: Data
+    loss: LossFunction
+    steps: int
+    learning_rate: float
+    step_learning_rate: float
+    before_step: Callable[[int], None] = lambda step: None
+    show: bool | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's randomness follows from `seed`; outside, the caller's is untouched."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def train(task: Task) -> None:
+    """Runs a training stage.
+
+    Raises:
+        TrainingError: The loss is not finite before any good state was kept.
+    """
+    if task.steps == 0:
+        return
+    accelerator = Accelerator()
+    network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
+    network.train()
+    optimizer = torch.optim.Adam(_parameter_groups(task))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps))
+    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    batches = task.data.forever()
+    good: tuple[int, dict[str, Tensor]] | None = None
+    every = max(1, task.steps // SNAPSHOTS)
+    with progress(task.show) as bars:
+        bar = bars.task(task.name, total=task.steps)
+        for step in range(task.steps):
+            if step and step % every == 0:
+                good = (step, copy.deepcopy(network.state_dict()))
+            batch = next(batches).to(accelerator.device)
+            task.before_step(step)
+            with torch.no_grad():
+                target = batch.run(teacher)
+            loss = task.loss(batch.run(wrapped), target)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                _stop_at(task, step, value, network, good)
+                break
+            optimizer.zero_grad()
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            schedule.step()
+            task.history.append({"step": step, "loss": value})
+            bar.advance(loss=value)
+    network.eval()
+
+
+def _parameter_groups(task: Task) -> list[dict[str, Any]]:
+    named = [(name, p) for name, p in task.network.named_parameters() if p.requires_grad]
+    steps = [p for name, p in named if name.endswith(_STEP_PARAMETERS)]
+    weights = [p for name, p in named if not name.endswith(_STEP_PARAMETERS)]
+    groups = [
+        {"params": weights, "lr": task.learning_rate},
+        {"params": steps, "lr": task.step_learning_rate},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _cosine(step: int, steps: int) -> float:
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _stop_at(
+    task: Task, step: int, value: float, network: nn.Module, good: tuple[int, dict[str, Tensor]] | None
+) -> None:
+    """Goes back to the last good state after a loss that is not finite."""
+    advice = f"Lower learning_rate (now {task.learning_rate:g}) or look at the data."
+    if good is None:
+        raise TrainingError(
+            f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "
+            f"state to keep. {advice}"
+        )
+    network.load_state_dict(good[1])
+    warnings.warn(
+        f"The loss of {task.name} became {value} at step {step} of {task.steps}; training stopped there, and "
+        f"the state of step {good[0]} is used. {advice}",
+        HQWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,1 @@
+"""Adapters for the ecosystems that models come from. Each is optional and imports no other."""
