@@ -94,11 +94,11 @@ def _knapsack(loss: Table, resource: Resource) -> Genome:
             updated[better], choice[g, better] = moved[better], k
         best = updated
     genome = np.zeros((groups, 2), dtype=np.int64)
-    at = bins
+    at: int = bins
     for g in reversed(range(groups)):
-        k = int(choice[g, at])
-        genome[g] = divmod(k, activations)
-        at -= int(units[g, k])
+        chosen: int = choice[g, at].item()
+        genome[g] = divmod(chosen, activations)
+        at -= units[g, chosen].item()
     return genome
 
 
@@ -116,9 +116,7 @@ class Repair:
         rng: Source of the noise.
     """
 
-    def __init__(
-        self, loss: Table, resources: Sequence[Resource], top: Genome, rng: np.random.RandomState
-    ) -> None:
+    def __init__(self, loss: Table, resources: Sequence[Resource], top: Genome, rng: np.random.RandomState) -> None:
         self.loss, self.resources, self.top, self.rng = loss, list(resources), top, rng
         self._rows = np.arange(len(top))
 
@@ -160,7 +158,9 @@ class Repair:
             possible, loss, cost = self._changes(genome, column, -1)
             saved = -cost[broken].sum(axis=0)
             score = np.where(
-                possible & (saved > 0), np.maximum(loss, 0) * noise[:, column] / np.maximum(saved, 1e-15), np.inf
+                possible & (saved > 0),
+                np.maximum(loss, 0) * noise[:, column] / np.maximum(saved, 1e-15),
+                np.inf,
             )
             row = int(score.argmin())
             if score[row] < best:

@@ -229,7 +229,11 @@ def _constants(data: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, T
     result = {}
     for name, constant in constants.items():
         try:
-            shape, dtype, value = tuple(constant["shape"]), _CONSTANT_DTYPES[constant["dtype"]], constant["value"]
+            shape, dtype, value = (
+                tuple(constant["shape"]),
+                _CONSTANT_DTYPES[constant["dtype"]],
+                constant["value"],
+            )
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError("value")
         except (KeyError, TypeError) as error:

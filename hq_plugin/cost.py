@@ -79,9 +79,7 @@ class CostTable:
                     self.activation_bytes[g, w, a] = sum(
                         ACTIVATION_QPARAM_BYTES for _, bits in chosen if bits.activation != FLOAT_BITS
                     )
-                    self.bitops[g, w, a] = sum(
-                        site.macs * bits.weight * bits.activation for site, bits in chosen
-                    )
+                    self.bitops[g, w, a] = sum(site.macs * bits.weight * bits.activation for site, bits in chosen)
 
     @staticmethod
     def site_bytes(site: Site, bits: LayerBits) -> int:

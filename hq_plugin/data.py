@@ -113,7 +113,12 @@ def prepare_data(data: Any, model: nn.Module, config: Config) -> Data:
 
 
 def _from_dataset(
-    dataset: Any, batch_size: int, split: Callable[[Any], Split], wanted: int, seed: int, like: DataLoader | None
+    dataset: Any,
+    batch_size: int,
+    split: Callable[[Any], Split],
+    wanted: int,
+    seed: int,
+    like: DataLoader | None,
 ) -> Data:
     total = len(dataset)
     if total == 0:

@@ -64,8 +64,7 @@ def relative_error(student: Any, teacher: Any) -> Tensor:
             "Pass loss=<function of the student's and the teacher's output>."
         )
     errors = [
-        (s.float() - t.float()).square().mean() / t.float().var(correction=0).clamp_min(1e-12)
-        for s, t in pairs
+        (s.float() - t.float()).square().mean() / t.float().var(correction=0).clamp_min(1e-12) for s, t in pairs
     ]
     return torch.stack(errors).mean()
 

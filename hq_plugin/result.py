@@ -149,9 +149,7 @@ class Result:
                 LayerReport(**{**layer, "shape": tuple(layer["shape"])}) for layer in data["layers"]
             ]
             values["baselines"] = {
-                name: Baseline(
-                    **{**b, "policy": HybridPolicy.from_json(b["policy"]), "costs": Costs(**b["costs"])}
-                )
+                name: Baseline(**{**b, "policy": HybridPolicy.from_json(b["policy"]), "costs": Costs(**b["costs"])})
                 for name, b in data["baselines"].items()
             }
             return cls(**values)

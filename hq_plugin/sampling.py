@@ -33,9 +33,7 @@ class PolicySampler:
         focus: Resources of a budget around which random policies are drawn; empty for none.
     """
 
-    def __init__(
-        self, space: SearchSpace, costs: CostTable, seed: int, focus: Sequence[Resource] = ()
-    ) -> None:
+    def __init__(self, space: SearchSpace, costs: CostTable, seed: int, focus: Sequence[Resource] = ()) -> None:
         self.space, self.seed = space, seed
         self.focus = list(focus)
         if not self.focus:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ class Scorer:
         teacher: The float model, in eval mode.
         data: Training data (for BatchNorm) and held-out data.
         loss: The distance.
-        samples: Held-out samples that score a candidate; `full` scores use all that are held out.
+        samples: Held-out samples that score a candidate of the search.
         recalibration: Samples for BatchNorm, as a share of the samples scored.
     """
 
@@ -76,39 +76,37 @@ class Scorer:
                 if sum(b.size for b in taken) >= wanted:
                     break
             self._calibration = taken
-        count = 0
-        for count, total in enumerate(_running_sum(self._calibration), start=1):
-            if total >= wanted:
-                break
-        return self._calibration[:count]
+        totals = accumulate(batch.size for batch in self._calibration)
+        return [
+            batch for batch, total in zip(self._calibration, totals, strict=True) if total - batch.size < wanted
+        ]
 
     @torch.no_grad()
-    def measure(self, network: nn.Module, *, full: bool = True) -> Fidelity:
-        """Measures a network as it is, in eval mode."""
+    def measure(self, network: nn.Module, *, samples: int | None = None) -> Fidelity:
+        """Measures a network as it is, in eval mode, on all held-out samples or the first `samples`."""
         network.eval()
         fidelity = Fidelity(self.loss)
         seen = 0
         for batch, target in zip(self.batches, self.targets, strict=True):
-            if not full and seen >= self.samples:
+            if samples is not None and seen >= samples:
                 break
             fidelity.update(batch.run(network), target, batch.labels, batch.size)
             seen += batch.size
         return fidelity
 
-    def score(self, network: nn.Module, policy: HybridPolicy, *, full: bool = False) -> Fidelity:
-        """Puts a policy in force, recalibrates BatchNorm for it, and measures."""
+    def score(self, network: nn.Module, policy: HybridPolicy, *, samples: int | None = None) -> Fidelity:
+        """Puts a policy in force, recalibrates BatchNorm for it, and measures.
+
+        Args:
+            network: The prepared network.
+            policy: The policy; it stays in force.
+            samples: How many held-out samples to use at least; None takes all.
+        """
         torch_ao.apply_policy(network, policy)
         held = sum(batch.size for batch in self.batches)
-        samples = held if full else min(self.samples, held)
+        samples = held if samples is None else min(samples, held)
         recalibrate_batchnorm(network, self.calibration(round(samples * self.recalibration)))
-        return self.measure(network, full=full)
-
-
-def _running_sum(batches: Sequence[Batch]) -> Iterator[int]:
-    total = 0
-    for batch in batches:
-        total += batch.size
-        yield total
+        return self.measure(network, samples=samples)
 
 
 @contextmanager

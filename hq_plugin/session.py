@@ -10,7 +10,7 @@ import copy
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +27,19 @@ from hq_plugin.distillation import Fidelity, LossFunction, loss_function
 from hq_plugin.errors import DataError, ModelError
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.meta_training import build_network, meta_train_network
-from hq_plugin.policy import FLOAT_BITS, HybridPolicy
+from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs, LayerReport, Result
 from hq_plugin.scoring import Scorer, evaluating, recalibrate_batchnorm
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
-from hq_plugin.sites import SiteTable, find_sites
+from hq_plugin.sites import find_sites
 from hq_plugin.space import Genome, SearchSpace
 
 EvalFunction = Callable[[nn.Module], float]
+
+#: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
+QUICK = 4
+#: Activation widths of the search where a budget limits BitOps and the user named none.
+BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Session:
         self.seconds: dict[str, float] = {}
         self.sensitivities: Table | None = None
         with torch.no_grad():
-            example = _probe(teacher, data.holdout[0])
+            example = _probe(teacher, data.holdout[0].to(_device(teacher)))
         self.loss: LossFunction = loss_function(config.loss, example)
         self._scorer: Scorer | None = None
 
@@ -100,8 +105,12 @@ class Session:
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
         """
+        if config.activation_bits is None:
+            limits_bitops = budget is not None and budget.bitops is not None
+            widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
+            config = replace(config, activation_bits=widths)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        space = search_space(teacher, data, config, budget)
+        space = search_space(teacher, data, config)
         costs = CostTable(space)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
@@ -131,12 +140,16 @@ class Session:
         resources = self.costs.resources(budget)
         began = time.perf_counter()
         with evaluating(self.network):
+            samples = self.scorer.samples
 
             def score(policy: HybridPolicy) -> float:
-                return self.scorer.score(self.network, policy).distance
+                return self.scorer.score(self.network, policy, samples=samples).distance
+
+            def quick_score(policy: HybridPolicy) -> float:
+                return self.scorer.score(self.network, policy, samples=samples // QUICK).distance
 
             if self.sensitivities is None:
-                self.sensitivities = additive_sensitivities(self.space, score, self.config.progress)
+                self.sensitivities = additive_sensitivities(self.space, quick_score, self.config.progress)
             measured = time.perf_counter()
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
@@ -169,7 +182,7 @@ class Session:
             for genome in genomes:
                 key = genome.tobytes()
                 if key not in measured:
-                    measured[key] = self.scorer.score(self.network, self.space.policy(genome), full=True)
+                    measured[key] = self.scorer.score(self.network, self.space.policy(genome))
                 fidelity = measured[key]
                 if name not in best or fidelity.distance < best[name].kl:
                     best[name] = Baseline(
@@ -306,16 +319,15 @@ class Session:
         return save_session(self, directory)
 
 
-def search_space(model: nn.Module, data: Data, config: Config, budget: Budget | None) -> SearchSpace:
+def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
     """Finds a model's sites with one held-out batch, and builds the search space of `config`."""
-    batch = data.holdout[0]
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    table: SiteTable = find_sites(
-        model, lambda m: _probe(m, batch.to(device)), batch.size, exclude=config.exclude
-    )
-    return SearchSpace.build(
-        table, config, search_activations=budget is not None and budget.bitops is not None
-    )
+    batch = data.holdout[0].to(_device(model))
+    table = find_sites(model, lambda m: _probe(m, batch), batch.size, exclude=config.exclude)
+    return SearchSpace.build(table, config)
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 def _probe(model: nn.Module, batch: Batch) -> Any:
@@ -325,7 +337,7 @@ def _probe(model: nn.Module, batch: Batch) -> Any:
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
         if isinstance(error, (DataError, ModelError)):
             raise
-        shapes = [tuple(part.shape) for part in batch.args if isinstance(part, torch.Tensor)]
+        shapes: list[Any] = [tuple(part.shape) for part in batch.args if isinstance(part, torch.Tensor)]
         shapes += [(key, tuple(v.shape)) for key, v in batch.kwargs.items() if isinstance(v, torch.Tensor)]
         raise DataError(
             f"The model cannot run on the first batch, whose inputs have the shapes {shapes}: {error}. Pass "
@@ -338,6 +350,3 @@ def versions() -> dict[str, str]:
     from hq_plugin import __version__
 
     return {"hq_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-__all__ = ["FLOAT_BITS", "Found", "Session", "search_space"]

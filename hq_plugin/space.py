@@ -19,9 +19,6 @@ from hq_plugin.sites import Site, SiteTable
 
 Genome = NDArray[np.int64]
 
-#: Activation widths of the search where a budget limits BitOps and the user named none.
-BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
-
 
 @dataclass(frozen=True)
 class Group:
@@ -46,21 +43,18 @@ class SearchSpace:
     groups: tuple[Group, ...]
 
     @classmethod
-    def build(cls, table: SiteTable, config: Config, *, search_activations: bool = False) -> SearchSpace:
+    def build(cls, table: SiteTable, config: Config) -> SearchSpace:
         """Builds the space that `config` describes.
 
         Args:
             table: The model's sites.
-            config: Gives widths, pinned sites and groups.
-            search_activations: Whether activations choose too where `config` names no widths for them.
+            config: Gives widths (activations of None are 8 bits), pinned sites and groups.
 
         Raises:
             ConfigError: A pattern matches no site, a site is in two groups, or a pinned width is not
                 possible.
         """
-        activation_bits = config.activation_bits
-        if activation_bits is None:
-            activation_bits = BITOPS_ACTIVATION_BITS if search_activations else (8,)
+        activation_bits = config.activation_bits or (8,)
         assert isinstance(activation_bits, tuple)
         table = _regroup(table, config.groups)
         groups = []

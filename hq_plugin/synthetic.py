@@ -106,7 +106,7 @@ def _match_batchnorm(model: nn.Module, inputs: list[Any], names: list[str], coun
         return
     terms: list[Tensor] = []
 
-    def compare(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def compare(module: Any, args: tuple[Tensor, ...]) -> None:
         x = args[0]
         axes = [axis for axis in range(x.dim()) if axis != 1]
         deviation = module.running_var.sqrt().clamp_min(1e-3)  # type: ignore[operator, union-attr]

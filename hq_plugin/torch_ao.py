@@ -13,13 +13,14 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
 import torch.ao.quantization as tq
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
@@ -220,7 +221,7 @@ class HybridActivationFakeQuantize(HybridFakeQuantize):
         return step.detach().reshape(1), zero_point.detach().round().to(torch.int32).reshape(1)
 
 
-class QATMixin:
+class QATMixin(nn.Module):
     """A layer in training: its weight is generated, and its input is fake-quantized.
 
     `weight` is a property, so that the float layer's own forward, whatever it does with the weight,
@@ -245,8 +246,8 @@ class QATMixin:
         return output
 
 
-@lru_cache(maxsize=None)
-def _qat_type(float_type: type[nn.Module]) -> type[nn.Module]:
+@cache
+def _qat_type(float_type: Any) -> type[nn.Module]:
     name = f"QAT{float_type.__name__}"
     return type(name, (QATMixin, float_type), {"_float_type": float_type, "__module__": __name__})
 
@@ -255,13 +256,17 @@ def _kind_of(module: nn.Module) -> str | None:
     return next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
 
 
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
 class _SwapToQAT:
     """What torch.ao's mapping asks `from_float` of: makes the QAT layer of a float layer."""
 
     @staticmethod
     def from_float(module: nn.Module) -> nn.Module:
         qconfig = module.qconfig
-        prepared = adopt(module, _qat_type(type(module)))
+        prepared = adopt(module, _qat_type(_class_of(module)))
         prepared.weight_fake_quant = qconfig.weight()  # type: ignore[operator, union-attr]
         prepared.activation_fake_quant = qconfig.activation()  # type: ignore[operator, union-attr]
         # torch.ao would add the activation's fake-quantizer to the layer's *output* as well; ours sits
@@ -270,9 +275,7 @@ class _SwapToQAT:
         return prepared.train(module.training)
 
 
-def prepare(
-    model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNet | None = None
-) -> nn.Module:
+def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNet | None = None) -> nn.Module:
     """Returns a copy of a float model that trains under a policy, by torch.ao's `prepare_qat`.
 
     Args:
@@ -406,7 +409,9 @@ class _SwapToPacked:
 
     def from_float(self, module: Any) -> nn.Module:
         if isinstance(module, QATMixin):
-            return self._pack(module, module._parameters["weight"], module._float_type)
+            weight = module._parameters["weight"]
+            assert weight is not None
+            return self._pack(module, weight, module._float_type)
         return self._from_graph(module)
 
     def _pack(self, module: Any, weight: Tensor, float_type: type[nn.Module]) -> nn.Module:
@@ -493,14 +498,28 @@ def fold_batchnorm(model: nn.Module) -> None:
     for module in model.modules():
         if foldable(module):
             bn: Any = module
-            scale = bn.weight.double() * (bn.running_var.double() + bn.eps).rsqrt()
-            shift = bn.bias.double() - bn.running_mean.double() * scale
+            # Scale and shift are asked from torch's own kernel, so that the folded layer gives the same
+            # bits: a difference of one unit in the last place can flip the rounding of an activation.
+            probe = torch.zeros(1, bn.num_features, 2, 2, dtype=bn.weight.dtype, device=bn.weight.device)
+            zero = torch.zeros_like(bn.weight)
+            shift = F.batch_norm(probe, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+            scale = F.batch_norm(probe + 1, zero, bn.running_var, bn.weight, zero, eps=bn.eps)
+            shift, scale = shift[0, :, 0, 0].clone(), scale[0, :, 0, 0].clone()
             bn.weight.copy_(scale)
             bn.bias.copy_(shift)
             bn.running_mean.zero_()
-            bn.running_var.fill_(1 - bn.eps)
+            bn.running_var.fill_(_one_less(bn.eps, bn.running_var.dtype))
             if bn.num_batches_tracked is not None:
                 bn.num_batches_tracked.zero_()
+
+
+def _one_less(eps: float, dtype: torch.dtype) -> float:
+    """Returns the number that, plus `eps`, is exactly 1 in a dtype."""
+    value, one = torch.tensor(1 - eps, dtype=dtype), torch.tensor(1.0, dtype=dtype)
+    for candidate in (value, torch.nextafter(value, one), torch.nextafter(value, torch.zeros_like(one))):
+        if bool(candidate + eps == 1):
+            return float(candidate)
+    return float(value)
 
 
 def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:

@@ -8,7 +8,7 @@ that dequantizes the packed integers. It takes and gives float tensors, and quan
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ def adopt(module: nn.Module, new_type: type[nn.Module]) -> Any:
     for name, value in vars(module).items():
         adopted.__dict__[name] = value.copy() if isinstance(value, dict) else value
     return adopted
+
+
+def _class_of(module: nn.Module, given: type[nn.Module] | None) -> Any:
+    return given or type(module)
 
 
 class PackedModule(nn.Module):
@@ -76,7 +80,7 @@ class PackedModule(nn.Module):
         """
         weight = float_module._parameters["weight"]
         assert weight is not None
-        packed: PackedModule = adopt(float_module, packed_type(float_type or type(float_module)))
+        packed: PackedModule = adopt(float_module, packed_type(_class_of(float_module, float_type)))
         del packed._parameters["weight"]
         for name in drop:
             packed._modules.pop(name, None)
@@ -89,9 +93,7 @@ class PackedModule(nn.Module):
         packed.register_buffer("weight_step", torch.ones(weight.shape[0], dtype=STEP_DTYPE, device=device))
         if bits.activation != FLOAT_BITS:
             packed.register_buffer("activation_step", torch.ones((), device=device))
-            packed.register_buffer(
-                "activation_zero_point", torch.zeros((), dtype=torch.int32, device=device)
-            )
+            packed.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         return packed
 
     @classmethod
@@ -155,9 +157,7 @@ class PackedModule(nn.Module):
     def _quantize_input(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return fake_quantize_activation(
-            x, self.activation_step, self.activation_zero_point, self.bits.activation
-        )
+        return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, self.bits.activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Moves of device and dtype come through here. What is exact stays exact: steps keep their dtype.
@@ -183,8 +183,8 @@ class PackedModule(nn.Module):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-@lru_cache(maxsize=None)
-def packed_type(float_type: type[nn.Module]) -> type[Any]:
+@cache
+def packed_type(float_type: Any) -> type[Any]:
     """Returns the packed subclass of a float layer's class."""
     if issubclass(float_type, PackedModule):
         return float_type

@@ -1,0 +1,95 @@
+"""Saving and loading sessions: the meta-trained network and what was measured on it.
+
+The float model itself is not stored: whoever loads a session passes it again, and a checksum tells
+whether it is the same.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from hq_plugin.config import Config
+from hq_plugin.data import Data
+from hq_plugin.errors import ArtifactError, ModelError
+from hq_plugin.meta_training import build_network
+from hq_plugin.session import Session, search_space
+from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
+
+FORMAT, VERSION = "hq_plugin session", 1
+
+
+def save_session(session: Session, directory: str | Path, *, overwrite: bool = False) -> Path:
+    """Saves a session into a directory, whole or not at all.
+
+    Raises:
+        ArtifactPathError: The directory holds something else, or cannot be written.
+    """
+    first: dict[int, str] = {}
+    tied, tensors = {}, {}
+    for name, tensor in session.network.state_dict().items():
+        owner = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
+        if owner == name:
+            tensors[name] = tensor
+        else:
+            tied[name] = owner
+    sensitivities = session.sensitivities
+    content = {
+        "model": fingerprint(session.teacher.state_dict()),
+        "sites": [site.name for site in session.space.table],
+        "config": session.config.to_json(),
+        "history": session.history,
+        "seconds": session.seconds,
+        "sensitivities": None
+        if sensitivities is None
+        else np.where(np.isfinite(sensitivities), sensitivities, -1.0).tolist(),
+        "tied": tied,
+    }
+    return write_directory(directory, FORMAT, VERSION, content, tensors, overwrite=overwrite)
+
+
+def read_session(
+    directory: str | Path,
+    model: nn.Module,
+    make_data: Callable[[Config], Data],
+    options: Mapping[str, Any],
+) -> Session:
+    """Loads a session for the float model that it was made from.
+
+    Args:
+        directory: What `save_session` wrote.
+        model: The float model.
+        make_data: Makes the data from the session's configuration.
+        options: Fields of the configuration that change.
+
+    Raises:
+        ArtifactError: The directory holds no session, or a damaged or newer one.
+        ModelError: The session is for another model.
+    """
+    content = read_json(directory, FORMAT, VERSION)
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    if content.get("model") != fingerprint(teacher.state_dict()):
+        raise ModelError(
+            f"{directory} was made from another float model, or from other weights. Load the same checkpoint."
+        )
+    tensors = read_tensors(directory, content.get("sha256"))
+    try:
+        config = Config.from_json(content["config"]).with_options(dict(options))
+        tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
+        data = make_data(config)
+        space = search_space(teacher, data, config)
+        network = build_network(teacher, space, data, config)
+        network.load_state_dict(tensors)
+        session = Session(teacher, network.eval(), space, data, config)
+        session.history, session.seconds = list(content["history"]), dict(content["seconds"])
+        if content["sensitivities"] is not None:
+            table = np.asarray(content["sensitivities"], dtype=float)
+            session.sensitivities = np.where(session.costs.weight_bytes < np.inf, table, np.inf)
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ArtifactError(f"{directory} is damaged, or an option changed its search space: {error}") from error
+    return session
