@@ -91,7 +91,7 @@ def prepare_data(data: Any, model: nn.Module, config: Config) -> Data:
     Raises:
         DataError: The data is empty, one-shot, not finite, not batches, or without values.
     """
-    split = config.prepare_batch or _Splitter(model)
+    split = batch_splitter(model, config)
     wanted = config.steps.holdout * RERANK_FACTOR
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         if data.batch_size is None:
@@ -193,6 +193,11 @@ def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
     if size == 0:
         raise DataError("A batch holds no sample (its first dimension is 0). Drop empty batches.")
     return Batch(tuple(args), dict(kwargs), labels, size)
+
+
+def batch_splitter(model: nn.Module, config: Config) -> Callable[[Any], Split]:
+    """Returns what tells a batch's inputs from its labels: `prepare_batch`, or the usual rules."""
+    return config.prepare_batch or _Splitter(model)
 
 
 class _Splitter:

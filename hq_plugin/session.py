@@ -12,13 +12,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from hq_plugin import torch_ao
-from hq_plugin.allocation import best_uniform
+from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
@@ -145,14 +145,10 @@ class Session:
             def score(policy: HybridPolicy) -> float:
                 return self.scorer.score(self.network, policy, samples=samples).distance
 
-            def quick_score(policy: HybridPolicy) -> float:
-                return self.scorer.score(self.network, policy, samples=samples // QUICK).distance
-
-            if self.sensitivities is None:
-                self.sensitivities = additive_sensitivities(self.space, quick_score, self.config.progress)
+            sensitivities = self._sensitivities()
             measured = time.perf_counter()
             uniform = best_uniform(self.space, self.costs, resources)
-            found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
+            found = genetic_search(self.space, resources, sensitivities, score, self.config, uniform)
             ranked = self._rerank(found.leaders, found.seeds)
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
@@ -196,6 +192,35 @@ class Session:
         order = ["searched", "dynamic_programming", "uniform"]
         return {name: best[name] for name in order if name in best}
 
+    def baselines(self, budget: str | Budget) -> dict[str, HybridPolicy]:
+        """Returns the policies that need no search: best uniform, and dynamic programming.
+
+        Both keep the budget. Of several uniform policies, none of which exceeds another in both widths,
+        the one with the widest weights is returned.
+
+        Raises:
+            BudgetError: The budget cannot be read or met.
+        """
+        resources = self.costs.resources(Budget.parse(budget))
+        with evaluating(self.network):
+            planned = dynamic_programming(monotone(self._sensitivities()), resources)
+        policies = {"dynamic_programming": self.space.policy(planned)}
+        uniform = best_uniform(self.space, self.costs, resources)
+        if uniform:
+            policies["uniform"] = self.space.policy(uniform[-1])
+        return policies
+
+    def _sensitivities(self) -> Table:
+        """Measures the sensitivities once."""
+        if self.sensitivities is None:
+            samples = self.scorer.samples // QUICK
+
+            def score(policy: HybridPolicy) -> float:
+                return self.scorer.score(self.network, policy, samples=samples).distance
+
+            self.sensitivities = additive_sensitivities(self.space, score, self.config.progress)
+        return self.sensitivities
+
     def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
         """Searches several budgets on the one MetaQuantNet, and returns what was found for each."""
         return [self.search(budget) for budget in budgets]
@@ -219,6 +244,8 @@ class Session:
         *,
         budget: Budget | None = None,
         eval_fn: EvalFunction | None = None,
+        start: Literal["generated", "float"] | None = None,
+        steps: int | None = None,
     ) -> nn.Module:
         """Fine-tunes a policy and converts it (steps 3 and 4).
 
@@ -226,6 +253,8 @@ class Session:
             found: What `search` returned, or any policy of the search space.
             budget: For the report.
             eval_fn: As for `quantize`.
+            start: In place of the option `finetune_from`; `"float"` is plain quantization-aware training.
+            steps: In place of the option `finetune_steps`.
 
         Returns:
             The packed model, with `.hq` (a `Result`).
@@ -236,17 +265,22 @@ class Session:
         if isinstance(found, HybridPolicy):
             costs = self.costs.costs(self.space.genome(found))
             found = Found(found, "given", costs, {}, {}, [], {})
+        config = replace(
+            self.config,
+            finetune_from=start or self.config.finetune_from,
+            finetune_steps=self.config.steps.finetune if steps is None else steps,
+        )
         began = time.perf_counter()
-        if self.config.finetune_from == "float":
-            network = float_network(self.teacher, found.policy, self.data, self.config)
+        if config.finetune_from == "float":
+            network = float_network(self.teacher, found.policy, self.data, config)
         else:
             network = generated_network(self.network, found.policy)
         calibration = self.scorer.calibration(self.scorer.samples)
         recalibrate_batchnorm(network, calibration)
-        before = copy.deepcopy(network.state_dict()) if self.config.steps.finetune else None
-        start = self.scorer.measure(network)
-        history = finetune_network(network, self.teacher, self.data, self.loss, self.config)
-        if before is not None and not self.scorer.measure(network).distance <= start.distance:
+        before = copy.deepcopy(network.state_dict()) if config.steps.finetune else None
+        untrained = self.scorer.measure(network).distance
+        history = finetune_network(network, self.teacher, self.data, self.loss, config)
+        if before is not None and not self.scorer.measure(network).distance <= untrained:
             # A handful of steps can be worse than none; then none are taken.
             network.load_state_dict(before)
         tuned = time.perf_counter()
@@ -257,7 +291,7 @@ class Session:
             "finetune": tuned - began,
             "convert": time.perf_counter() - tuned,
         }
-        packed.hq = self._result(packed, found, budget, eval_fn, history, seconds)  # type: ignore[assignment]
+        packed.hq = self._result(packed, found, budget, eval_fn, history, seconds, config)  # type: ignore[assignment]
         return packed
 
     def _result(
@@ -268,6 +302,7 @@ class Session:
         eval_fn: EvalFunction | None,
         finetune_history: list[dict[str, Any]],
         seconds: dict[str, float],
+        config: Config,
     ) -> Result:
         fidelity, teacher = self.scorer.measure(packed), self.scorer.measure(self.teacher)
         genome = self.space.genome(found.policy)
@@ -293,7 +328,7 @@ class Session:
                 "finetune": finetune_history,
             },
             seconds=seconds,
-            config=self.config.to_json(),
+            config=config.to_json(),
             versions=versions(),
         )
 

@@ -1,0 +1,40 @@
+# Two commands do everything on a fresh machine with Python 3.11: make demo, make test.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN = $(VENV)/bin
+DATA ?= digits
+
+.PHONY: demo test lint types bench clean
+
+# pip resolves torch, torchvision and timm together: their builds must match.
+$(VENV)/.demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/hq-plugin demo --data $(DATA)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+	$(BIN)/mypy integrations
+
+# Accuracies and timings of docs/benchmarks; hours on 2 cores, and resumable.
+bench: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks.spine
+	$(BIN)/python -m tests.benchmarks.overhead
+
+clean:
+	rm -rf $(VENV) build *.egg-info

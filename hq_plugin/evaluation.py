@@ -1,0 +1,48 @@
+"""Accuracy of any model on labelled data, for `hq-plugin evaluate` and for an `eval_fn`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from hq_plugin.config import Config
+from hq_plugin.data import batch_splitter, make_batch
+from hq_plugin.distillation import class_scores
+from hq_plugin.errors import DataError
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Config) -> tuple[float, int]:
+    """Measures top-1 accuracy.
+
+    Args:
+        model: Gives class scores.
+        data: Labelled batches, a DataLoader or a Dataset; all of it is used.
+        config: Gives `batch_size` for a Dataset, and `prepare_batch`.
+
+    Returns:
+        Share of samples that are right, and their number.
+
+    Raises:
+        DataError: The data is empty or has no labels.
+    """
+    if isinstance(data, Dataset):
+        data = DataLoader(data, batch_size=config.batch_size)
+    split = batch_splitter(model, config)
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    model.eval()
+    hits = total = 0
+    for raw in data:
+        batch = make_batch(raw, split).to(device)
+        scores = class_scores(batch.run(model))
+        if scores is None or batch.labels is None:
+            raise DataError("Accuracy needs a model with class scores and data with labels: (inputs, labels).")
+        hits += int((scores.argmax(-1) == batch.labels).sum())
+        total += batch.labels.numel()
+    if total == 0:
+        raise DataError("data is empty: it gave no batch.")
+    return hits / total, total
