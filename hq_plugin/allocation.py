@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -121,19 +122,33 @@ class Repair:
         self._rows = np.arange(len(top))
 
     def __call__(self, genome: Genome) -> Genome:
-        """Returns a repaired copy: never over a limit, and full where exchanges can fill it."""
-        genome = np.clip(genome, 0, self.top)
+        """Returns a repaired copy: never over a limit, and full (97 %) wherever the space allows it."""
         noise = np.exp(self.rng.normal(0, 0.3, size=genome.shape))
+        genome = self._fit(np.clip(genome, 0, self.top), noise)
+        for _ in range(2 * len(genome)):
+            if self._usage(genome) >= FULL:
+                return genome
+            exchanged = self._exchange(genome, noise)
+            if self._usage(exchanged) > self._usage(genome):
+                genome = exchanged
+        if self._usage(genome) < min(FULL, self._usage(self.fullest)):
+            return self.fullest.copy()
+        return genome
+
+    @cached_property
+    def fullest(self) -> Genome:
+        """The genome that uses most of the budget, whatever it loses."""
+        resource = max(self.resources, key=lambda r: r.spent(self.top) / max(r.capacity, 1e-12))
+        cost = np.where(np.isfinite(resource.cost), -resource.cost, np.inf)
+        return dynamic_programming(cost, [resource, *(r for r in self.resources if r is not resource)])
+
+    def _usage(self, genome: Genome) -> float:
+        return max(resource.used(genome) for resource in self.resources)
+
+    def _fit(self, genome: Genome, noise: NDArray) -> Genome:
         while any(resource.used(genome) > 1 for resource in self.resources):
             genome = self._step_down(genome, noise)
-        genome = self._fill(genome, noise)
-        for _ in range(2 * len(genome)):
-            if max(resource.used(genome) for resource in self.resources) >= FULL:
-                break
-            exchanged = self._exchange(genome, noise)
-            if max(r.used(exchanged) for r in self.resources) > max(r.used(genome) for r in self.resources):
-                genome = exchanged
-        return genome
+        return self._fill(genome, noise)
 
     def _at(self, table: Table, genome: Genome) -> NDArray[np.float64]:
         values: NDArray[np.float64] = table[self._rows, genome[:, 0], genome[:, 1]]
@@ -159,7 +174,7 @@ class Repair:
             saved = -cost[broken].sum(axis=0)
             score = np.where(
                 possible & (saved > 0),
-                np.maximum(loss, 0) * noise[:, column] / np.maximum(saved, 1e-15),
+                np.maximum(loss, 1e-12) * noise[:, column] / np.maximum(saved, 1e-15),
                 np.inf,
             )
             row = int(score.argmin())
@@ -188,16 +203,21 @@ class Repair:
             genome[place] += 1
 
     def _exchange(self, genome: Genome, noise: NDArray) -> Genome:
-        """Takes one width down at random and fills up again, elsewhere if that uses more."""
-        lowered = np.argwhere(genome > 0)
-        if len(lowered) == 0:
+        """Moves one width at random, up or down, and lets the others make up for it."""
+        moves = [
+            (row, column, step)
+            for (row, column), index in np.ndenumerate(genome)
+            for step in (-1, 1)
+            if 0 <= index + step <= self.top[row, column]
+        ]
+        if not moves:
             return genome
-        row, column = lowered[self.rng.randint(len(lowered))]
-        exchanged = genome.copy()
-        exchanged[row, column] -= 1
-        noise = noise.copy()
-        noise[row] *= 1e-6
-        return self._fill(exchanged, noise)
+        row, column, step = moves[self.rng.randint(len(moves))]
+        exchanged, noise = genome.copy(), noise.copy()
+        exchanged[row, column] += step
+        # The width just moved is the last to be moved back.
+        noise[row, column] *= 1e9 if step > 0 else 1e-9
+        return self._fit(exchanged, noise)
 
 
 def best_uniform(space: SearchSpace, costs: CostTable, resources: Sequence[Resource]) -> list[Genome]:

@@ -1,0 +1,56 @@
+import pytest
+
+from hq_plugin import Budget, BudgetError
+from hq_plugin.budget import format_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("3bit", Budget(weight_bits=3)),
+        ("2.5 bits", Budget(weight_bits=2.5)),
+        ("250KB", Budget(size=250_000)),
+        ("4MB", Budget(size=4_000_000)),
+        ("4 MiB", Budget(size=4 * 2**20)),
+        ("12%", Budget(size_fraction=0.12)),
+        ("1.5GBitOps", Budget(bitops=1.5e9)),
+        ("3bit + 2GBitOps", Budget(weight_bits=3, bitops=2e9)),
+        ("3bit,10%", Budget(weight_bits=3, size_fraction=0.1)),
+        ("1e3KB", Budget(size=1e6)),
+    ],
+)
+def test_short_forms(text: str, expected: Budget) -> None:
+    assert Budget.parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "bit", "3", "3 bytes", "three bit", "3bit 4MB", "4PB", "3bit+", "nanbit", "infMB"]
+)
+def test_what_cannot_be_read_says_what_can(text: str) -> None:
+    with pytest.raises(BudgetError, match="3bit"):
+        Budget.parse(text)
+
+
+@pytest.mark.parametrize("text", ["0bit", "-3bit", "-1MB", "0%", "0GBitOps"])
+def test_not_positive(text: str) -> None:
+    with pytest.raises(BudgetError, match="not positive"):
+        Budget.parse(text)
+
+
+def test_other_mistakes() -> None:
+    with pytest.raises(BudgetError, match="at least one limit"):
+        Budget()
+    with pytest.raises(BudgetError, match="not a finite number"):
+        Budget(size=float("nan"))
+    with pytest.raises(BudgetError, match="above 1"):
+        Budget.parse("120%")
+    with pytest.raises(BudgetError, match="twice"):
+        Budget.parse("3bit+4bit")
+    with pytest.raises(ValueError, match="string or a Budget"):
+        Budget.parse(3)  # type: ignore[arg-type]
+
+
+def test_text_reads_back() -> None:
+    budget = Budget(weight_bits=2.5, size=250_000, size_fraction=0.12, bitops=1.5e9)
+    assert Budget.parse(str(budget)) == budget
+    assert format_bytes(1234) == "1.23 kB"

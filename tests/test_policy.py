@@ -1,0 +1,33 @@
+import json
+
+import pytest
+
+from hq_plugin import HybridPolicy, LayerBits, PolicyError
+
+
+def test_json_reads_back() -> None:
+    policy = HybridPolicy({"a": LayerBits(3, 8), "b.c": LayerBits(1)})
+    assert HybridPolicy.from_json(json.dumps(policy.to_json())) == policy
+    assert hash(policy) == hash(HybridPolicy(dict(policy)))
+    assert str(policy["a"]) == "W3A8"
+    assert str(policy["b.c"]) == "W1"
+
+
+@pytest.mark.parametrize("weight", [0, 9, -1, 2.5, True, None])
+def test_impossible_weight_widths(weight: object) -> None:
+    with pytest.raises(PolicyError, match="1 to 8"):
+        LayerBits(weight)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("activation", [0, 1, 9, 32])
+def test_impossible_activation_widths(activation: int) -> None:
+    with pytest.raises(PolicyError, match="2 to 8"):
+        LayerBits(4, activation)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "3", '{"a": 3}', '{"a": [3, 4, 5]}', '{"a": [2.5, 8]}', '{"a": ["3", 8]}']
+)
+def test_damaged_json(text: str) -> None:
+    with pytest.raises(PolicyError):
+        HybridPolicy.from_json(text)

@@ -1,0 +1,109 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hq_plugin.quantization import (
+    activation_range,
+    dequantize_weight,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    optimal_activation_qparams,
+    optimal_weight_step,
+    quantize_weight,
+    stored_step,
+    weight_range,
+)
+
+
+@given(bits=st.integers(1, 8), seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6))
+@settings(max_examples=60, deadline=None)
+def test_fake_quantization_is_what_is_stored(bits: int, seed: int, scale: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(5, 7, generator=generator) * scale
+    step = stored_step(torch.rand(5, generator=generator) * scale + 1e-9)
+    integers = quantize_weight(weight, step, bits)
+    low, high = weight_range(bits)
+    assert int(integers.min()) >= low
+    assert int(integers.max()) <= high
+    assert torch.equal(fake_quantize_weight(weight, step, bits), dequantize_weight(integers, step, bits))
+
+
+def test_half_way_values_agree() -> None:
+    step = torch.tensor([0.5])
+    weight = torch.arange(-9, 10).reshape(1, -1) * 0.25
+    for bits in range(1, 9):
+        stored = dequantize_weight(quantize_weight(weight, step, bits), step, bits)
+        assert torch.equal(fake_quantize_weight(weight, step, bits), stored)
+
+
+def test_binary_and_two_bit_levels_are_symmetric() -> None:
+    step = torch.tensor([2.0])
+    weight = torch.linspace(-9, 9, 101).reshape(1, -1)
+    assert fake_quantize_weight(weight, step, 1).unique().tolist() == [-1.0, 1.0]
+    assert fake_quantize_weight(weight, step, 2).unique().tolist() == [-3.0, -1.0, 1.0, 3.0]
+
+
+def test_wider_is_closer() -> None:
+    weight = torch.randn(16, 200, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for bits in range(1, 9):
+        step = optimal_weight_step(weight, bits)
+        errors.append(float((fake_quantize_weight(weight, step, bits) - weight).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    # Max (1960) gives 0.1188 for the best uniform 4-level quantizer of a Gaussian.
+    assert errors[1] == pytest.approx(0.1188, abs=0.01)
+
+
+def test_weight_gradients_are_those_of_lsq() -> None:
+    weight = torch.tensor([[0.2, 0.9, 5.0, -5.0]], requires_grad=True)
+    step = torch.tensor([1.0], requires_grad=True)
+    fake_quantize_weight(weight, step, 3).sum().backward()
+    # Inside the range the weight's gradient passes, outside it is 0 (arXiv:1902.08153, eq. 5).
+    assert weight.grad is not None
+    assert weight.grad.tolist() == [[1.0, 1.0, 0.0, 0.0]]
+    # round(v) - v inside, the limit outside (eq. 3): -0.2 + 0.1 + 3 - 4.
+    assert step.grad is not None
+    assert float(step.grad) == pytest.approx(-1.1, abs=1e-5)
+
+
+def test_activation_gradients_match_autograd_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 50, generator=generator)
+    grad = torch.randn(3, 50, generator=generator)
+    for bits in (2, 4, 8):
+        results = []
+        for function in (fake_quantize_activation, _reference):
+            parts = [x.clone(), torch.tensor(0.11), torch.tensor(1.0)]
+            parts = [part.requires_grad_() for part in parts]
+            function(*parts, bits).backward(grad)
+            results.append([part.grad for part in parts])
+        for ours, reference in zip(*results, strict=True):
+            torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
+
+
+def _reference(x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    def ste(v: torch.Tensor) -> torch.Tensor:
+        return v + (v.round() - v).detach()
+
+    low, high = activation_range(bits)
+    # LSQ clips before it rounds: no gradient passes beyond the last level.
+    return (ste(torch.clamp(x / step + ste(zero), low, high)) - ste(zero)) * step
+
+
+@given(st.integers(2, 8), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_activation_levels(bits: int, seed: int) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(seed)) * 3
+    step, zero = optimal_activation_qparams(x, float(x.min()), float(x.max()), bits)
+    assert step > 0
+    assert zero == int(zero)
+    assert 0 <= zero <= 2**bits - 1
+    levels = fake_quantize_activation(x, torch.tensor(step), torch.tensor(zero), bits).unique()
+    assert len(levels) <= 2**bits
+    assert 0.0 in levels
+
+
+def test_degenerate_inputs_have_steps() -> None:
+    assert (optimal_weight_step(torch.zeros(3, 4), 4) > 0).all()
+    assert optimal_activation_qparams(torch.zeros(5), 0.0, 0.0, 8)[0] > 0
