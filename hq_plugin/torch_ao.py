@@ -405,7 +405,8 @@ class _SwapToPacked:
     """What torch.ao's mapping asks `from_float` of: makes the packed layer of a QAT layer."""
 
     def __init__(self) -> None:
-        self._first: dict[int, PackedModule] = {}
+        # The weight is kept beside its packed layer, so that its id stays its own.
+        self._first: dict[int, tuple[Tensor, PackedModule]] = {}
 
     def from_float(self, module: Any) -> nn.Module:
         if isinstance(module, QATMixin):
@@ -432,7 +433,7 @@ class _SwapToPacked:
             float_type=float_type,
             drop=("weight_fake_quant", "activation_fake_quant", "activation_post_process"),
         )
-        first = self._first.setdefault(id(weight), packed)
+        _, first = self._first.setdefault(id(weight), (weight, packed))
         if first is not packed:
             share_packed_weight(first, packed)
         return packed  # type: ignore[return-value]

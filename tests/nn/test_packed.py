@@ -1,0 +1,137 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from hq_plugin.nn import (
+    PackedConv2d,
+    PackedLinear,
+    PackedModule,
+    cache_weights,
+    packed_modules,
+    packed_type,
+    share_packed_weight,
+)
+from hq_plugin.policy import LayerBits
+from hq_plugin.quantization import (
+    fake_quantize_activation,
+    fake_quantize_weight,
+    optimal_weight_step,
+    quantize_weight,
+)
+
+
+def pack(module: nn.Module, bits: LayerBits) -> PackedModule:
+    weight = module.weight.detach()
+    step = optimal_weight_step(weight, bits.weight)
+    qparams = (torch.tensor(0.05), torch.tensor(3)) if bits.activation != 16 else (None, None)
+    return PackedModule.from_integers(module, quantize_weight(weight, step, bits.weight), step, bits, *qparams)
+
+
+def expected(module: nn.Module, bits: LayerBits, x: torch.Tensor) -> torch.Tensor:
+    """The float layer with its weight and input fake-quantized by the reference."""
+    module = copy.deepcopy(module)
+    weight = module.weight.detach()
+    module.weight = nn.Parameter(
+        fake_quantize_weight(weight, optimal_weight_step(weight, bits.weight), bits.weight), requires_grad=False
+    )
+    if bits.activation != 16:
+        x = fake_quantize_activation(x, torch.tensor(0.05), torch.tensor(3.0), bits.activation)
+    return module(x)
+
+
+LAYERS = [
+    (nn.Linear(7, 5), torch.randn(3, 7)),
+    (nn.Conv1d(3, 5, 3), torch.randn(2, 3, 9)),
+    (nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), torch.randn(2, 4, 9, 9)),
+    (timm.layers.Conv2dSame(3, 5, 3, stride=2), torch.randn(2, 3, 9, 9)),
+    (timm.layers.ScaledStdConv2d(3, 5, 3), torch.randn(2, 3, 9, 9)),
+]
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("activation", [4, 8, 16])
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer[0]).__name__)
+def test_equals_fake_quantization_bit_for_bit(layer, bits: int, activation: int) -> None:  # type: ignore[no-untyped-def]
+    module, x = layer
+    width = LayerBits(bits, activation)
+    packed = pack(module, width)
+    with torch.no_grad():
+        assert torch.equal(packed(x), expected(module, width, x))
+    assert isinstance(packed, type(module))
+    assert "weight" in dict(module.named_parameters()), "the float layer must stay as it is"
+
+
+def test_embedding() -> None:
+    module = nn.Embedding(11, 6, padding_idx=0)
+    ids = torch.randint(11, (2, 5))
+    assert torch.equal(pack(module, LayerBits(3))(ids), expected(module, LayerBits(3), ids))
+
+
+def test_memory_is_packed() -> None:
+    packed = pack(nn.Linear(64, 32), LayerBits(3))
+    assert packed.weight_packed.numel() == 64 * 32 * 3 // 8
+    assert packed.weight_step.dtype == torch.bfloat16
+    assert set(packed.state_dict()) == {"bias", "weight_packed", "weight_step"}
+
+
+def test_weight_answers_like_a_float_weight() -> None:
+    packed = pack(nn.Linear(6, 4), LayerBits(4))
+    assert (packed.weight.shape, packed.weight.dtype) == (torch.Size([4, 6]), torch.float32)
+    half = copy.deepcopy(packed).to(torch.bfloat16)
+    assert half.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_dtype_moves_do_not_touch_steps(dtype: torch.dtype) -> None:
+    packed = pack(nn.Linear(6, 4), LayerBits(4, 8))
+    weight = packed.weight.clone()
+    moved = copy.deepcopy(packed).to(dtype)
+    assert moved.weight_step.dtype == torch.bfloat16
+    assert moved.activation_step.dtype == torch.float32
+    assert moved.bias.dtype == dtype
+    assert moved(torch.randn(2, 6, dtype=dtype)).dtype == dtype
+    assert torch.equal(moved.to(torch.float32).weight, weight)
+
+
+def test_the_cache_can_be_switched_off() -> None:
+    model = nn.Sequential(pack(nn.Linear(6, 4), LayerBits(4)))
+    x = torch.randn(2, 6)
+    cached = model(x)
+    assert model[0]._cached is not None
+    cache_weights(model, False)
+    assert torch.equal(model(x), cached)
+    assert model[0]._cached is None
+    assert copy.deepcopy(cache_weights(model, True))[0]._cached is None
+
+
+def test_loading_a_state_dict_drops_the_cache() -> None:
+    one, other = pack(nn.Linear(6, 4), LayerBits(4)), pack(nn.Linear(6, 4), LayerBits(4))
+    x = torch.randn(2, 6)
+    other(x)
+    other.load_state_dict(one.state_dict())
+    assert torch.equal(one(x), other(x))
+
+
+def test_sharing() -> None:
+    linear = nn.Linear(6, 4)
+    one, other = pack(linear, LayerBits(4)), pack(linear, LayerBits(4))
+    share_packed_weight(one, other)
+    assert one.weight_packed is other.weight_packed
+
+
+def test_types_and_names() -> None:
+    assert packed_type(nn.Linear) is PackedLinear
+    assert packed_type(PackedConv2d) is PackedConv2d
+    packed = pack(nn.Conv2d(1, 2, 3), LayerBits(2, 4))
+    assert type(packed).__name__ == "PackedConv2d"
+    assert "bits=W2A4" in repr(packed)
+    assert list(packed_modules(nn.Sequential(packed))) == ["0"]
+
+
+def test_missing_activation_step() -> None:
+    linear = nn.Linear(6, 4)
+    with pytest.raises(ValueError, match="activation_step"):
+        PackedModule.from_integers(linear, torch.zeros(4, 6, dtype=torch.int8), torch.ones(4), LayerBits(4, 8))

@@ -1,0 +1,192 @@
+import copy
+import random
+
+import pytest
+import timm
+import torch
+import torch.ao.quantization as tq
+from torch import Tensor, nn
+from torch.ao.quantization.fake_quantize import FakeQuantizeBase
+from torch.ao.quantization.observer import ObserverBase
+from torch.ao.quantization.quantize_fx import prepare_qat_fx
+
+from hq_plugin import HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin.nn import packed_modules
+from hq_plugin.packing import unpack_bits
+from hq_plugin.quantization import weight_range
+from hq_plugin.sites import find_sites
+from tests.conftest import SITES
+
+
+def random_policy(model: nn.Module, x: Tensor, seed: int = 0) -> HybridPolicy:
+    rng = random.Random(seed)
+    table = find_sites(model, lambda m: m(x), len(x))
+    return HybridPolicy(
+        {
+            s.name: LayerBits(rng.randint(1, 8), rng.choice([2, 4, 8, 16]) if s.quantizes_input else 16)
+            for s in table
+        }
+    )
+
+
+def train_a_little(prepared: nn.Module, x: Tensor, steps: int = 3) -> nn.Module:
+    prepared.train()
+    prepared(x)
+    optimizer = torch.optim.Adam(prepared.parameters(), lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        prepared(x).square().mean().backward()
+        optimizer.step()
+    return prepared.eval()
+
+
+def check_converted(prepared: nn.Module, x: Tensor) -> nn.Module:
+    converted = torch_ao.convert(prepared)
+    with torch.no_grad():
+        expected, found = prepared(x), converted(x)
+    assert torch.isfinite(expected).all()
+    assert float((expected - found).abs().max()) <= 1e-5 * float(expected.max() - expected.min())
+    for module in packed_modules(converted).values():
+        integers = unpack_bits(module.weight_packed, module.bits.weight, module.weight_shape)
+        low, high = weight_range(module.bits.weight)
+        assert low <= int(integers.min())
+        assert int(integers.max()) <= high
+    return converted
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_converted_equals_prepared(tiny: nn.Module, seed: int) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(16, 1, 8, 8)
+    policy = random_policy(tiny, x, seed)
+    prepared = train_a_little(torch_ao.prepare(tiny, policy), x)
+    converted = check_converted(prepared, x)
+    assert {name: module.bits for name, module in packed_modules(converted).items()} == dict(policy)
+    assert not any(isinstance(module, FakeQuantizeBase) for module in converted.modules())
+    assert not converted.training
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["resnet10t", "mobilenetv3_small_050", "tf_efficientnet_lite0", "nf_regnet_b0", "mobilevit_xxs", "levit_128s"],
+)
+def test_timm_architectures(name: str) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model(name)
+    x = torch.randn(4, 3, 64, 64) if name != "levit_128s" else torch.randn(2, 3, 224, 224)
+    policy = HybridPolicy(
+        {
+            n: LayerBits(b.weight + 1 if b.weight < 3 else b.weight, 8 if b.activation < 8 else b.activation)
+            for n, b in random_policy(model.eval(), x).items()
+        }
+    )
+    prepared = torch_ao.prepare(model, policy)
+    prepared.train()
+    for _ in range(12):  # enough for the running statistics of a random network to be sensible
+        prepared(x)
+    check_converted(prepared.eval(), x)
+
+
+def test_the_float_model_is_not_changed(tiny: nn.Module) -> None:
+    before = copy.deepcopy(tiny.state_dict())
+    x = torch.randn(4, 1, 8, 8)
+    train_a_little(torch_ao.prepare(tiny, random_policy(tiny, x)), x)
+    assert all(torch.equal(before[name], value) for name, value in tiny.state_dict().items())
+    assert type(tiny.stem) is nn.Conv2d
+
+
+def test_they_are_torch_ao_subclasses(tiny: nn.Module) -> None:
+    prepared = torch_ao.prepare(tiny, random_policy(tiny, torch.randn(2, 1, 8, 8)))
+    layer = prepared.stem
+    assert isinstance(layer.weight_fake_quant, FakeQuantizeBase)
+    assert isinstance(layer.activation_fake_quant, FakeQuantizeBase)
+    assert isinstance(layer.activation_fake_quant.activation_post_process, ObserverBase)
+    assert issubclass(torch_ao.WeightObserver, ObserverBase)
+
+
+def test_torch_ao_switches_work(tiny: nn.Module) -> None:
+    x = torch.randn(4, 1, 8, 8)
+    prepared = torch_ao.prepare(tiny, HybridPolicy(dict.fromkeys(SITES, LayerBits(2, 2)))).eval()
+    quantized = prepared(x)
+    prepared.apply(tq.disable_fake_quant)
+    torch.testing.assert_close(prepared(x), tiny(x))
+    prepared.apply(tq.enable_fake_quant)
+    assert torch.equal(prepared(x), quantized)
+    assert not torch.allclose(quantized, tiny(x))
+
+
+def test_deepcopy_and_state_dict_of_a_prepared_model(tiny: nn.Module) -> None:
+    x = torch.randn(4, 1, 8, 8)
+    policy = random_policy(tiny, x)
+    prepared = train_a_little(torch_ao.prepare(tiny, policy), x)
+    again = torch_ao.prepare(tiny, policy).eval()
+    again.load_state_dict(prepared.state_dict())
+    for other in (copy.deepcopy(prepared), again):
+        assert torch.equal(other.eval()(x), prepared(x))
+
+
+def test_a_zero_gamma_is_no_problem(tiny: nn.Module) -> None:
+    nn.init.zeros_(tiny.bn2.weight)
+    x = torch.randn(4, 1, 8, 8)
+    check_converted(train_a_little(torch_ao.prepare(tiny, random_policy(tiny, x)), x, steps=1), x)
+
+
+def test_duplicate_references_and_tied_weights() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.middle = nn.Linear(8, 8)
+            self.also = self.middle
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.also(self.middle(self.embed(ids))))
+
+    ids = torch.randint(20, (4, 6))
+    policy = HybridPolicy({"embed": LayerBits(3), "head": LayerBits(3, 8), "middle": LayerBits(2, 8)})
+    prepared = train_a_little(torch_ao.prepare(Tied(), policy), ids)
+    assert prepared.also is prepared.middle
+    assert prepared.head._parameters["weight"] is prepared.embed._parameters["weight"]
+    converted = check_converted(prepared, ids)
+    assert converted.also is converted.middle
+    assert converted.head.weight_packed is converted.embed.weight_packed
+
+
+def test_the_model_itself_may_be_the_layer() -> None:
+    x = torch.randn(4, 6)
+    prepared = torch_ao.prepare(nn.Linear(6, 3), HybridPolicy({"": LayerBits(3, 8)}))
+    check_converted(train_a_little(prepared, x), x)
+
+
+def test_mode_is_kept(tiny: nn.Module) -> None:
+    policy = random_policy(tiny, torch.randn(2, 1, 8, 8))
+    assert not torch_ao.prepare(tiny, policy).training
+    assert torch_ao.prepare(tiny.train(), policy).stem.training
+
+
+def test_a_policy_for_another_model(tiny: nn.Module) -> None:
+    with pytest.raises(PolicyError, match="another model"):
+        torch_ao.prepare(tiny, HybridPolicy({"layer1.conv": LayerBits(3)}))
+    with pytest.raises(PolicyError, match="BatchNorm2d"):
+        torch_ao.prepare(tiny, HybridPolicy({"bn1": LayerBits(3)}))
+
+
+def test_convert_wants_a_prepared_model(tiny: nn.Module) -> None:
+    with pytest.raises(ModelError, match="prepare"):
+        torch_ao.convert(tiny)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graph_mode(tiny: nn.Module) -> None:
+    """A user's own FX loop: our QConfigMapping, torch.ao's prepare, our convert."""
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 8, 8)
+    policy = HybridPolicy({name: LayerBits(bits, 8) for name, bits in zip(SITES, (4, 3, 2, 5), strict=True)})
+    mapping = torch_ao.get_qconfig_mapping(policy)
+    prepared = prepare_qat_fx(tiny.train(), mapping, (x,))
+    quantizers = [m for m in prepared.modules() if isinstance(m, torch_ao.HybridWeightFakeQuantize)]
+    assert [quantizer.bits for quantizer in quantizers] == [4, 3, 2, 5]
+    train_a_little(prepared, x)
+    converted = check_converted(prepared, x)
+    assert sorted(m.bits.weight for m in packed_modules(converted).values()) == [2, 3, 4, 5]
