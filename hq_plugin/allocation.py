@@ -21,6 +21,9 @@ from hq_plugin.space import Genome, SearchSpace
 BINS = 1 << 16
 #: Share of the budget below which a repaired policy is filled up by exchanging widths between groups.
 FULL = 0.97
+#: Standard deviation of the logarithm of the noise in repair: without it every policy would be repaired
+#: towards the dynamic program's, and the search could not learn where additive losses are wrong.
+NOISE = 1.0
 
 
 def dynamic_programming(loss: Table, resources: Sequence[Resource]) -> Genome:
@@ -123,7 +126,7 @@ class Repair:
 
     def __call__(self, genome: Genome) -> Genome:
         """Returns a repaired copy: never over a limit, and full (97 %) wherever the space allows it."""
-        noise = np.exp(self.rng.normal(0, 0.3, size=genome.shape))
+        noise = np.exp(self.rng.normal(0, NOISE, size=genome.shape))
         genome = self._fit(np.clip(genome, 0, self.top), noise)
         for _ in range(2 * len(genome)):
             if self._usage(genome) >= FULL:

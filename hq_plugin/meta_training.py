@@ -7,6 +7,7 @@ budget; where one is known, policies are sampled around it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.space import SearchSpace
 from hq_plugin.training import Task, seeded, train
+
+FINAL_RATE = float(os.environ.get("FR", "0.3"))
 
 
 def build_network(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> nn.Module:
@@ -78,6 +81,7 @@ def meta_train_network(
         steps=config.steps.meta,
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,
+        final_rate=FINAL_RATE,
         before_step=lambda step: torch_ao.apply_policy(network, sampler(step)),
         show=config.progress,
     )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.config import Config
+from hq_plugin.errors import PolicyError
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.quantization import (
     activation_range,
@@ -52,7 +53,9 @@ class WeightBlock(nn.Module):
         self.log_step = nn.Parameter(steps.log())
 
     def index(self, bits: int) -> int:
-        """Returns the row of a width; raises ValueError for one that the block was not built for."""
+        """Returns the row of a width; raises PolicyError for one that the block was not built for."""
+        if bits not in self.widths:
+            raise PolicyError(f"This MetaQuantNet was built for widths {self.widths}, not for {bits}.")
         return self.widths.index(bits)
 
     def step(self, bits: int) -> Tensor:

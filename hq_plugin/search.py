@@ -16,6 +16,7 @@ from typing import Any
 
 import nevergrad as ng
 import numpy as np
+from nevergrad.common.errors import LossTooLargeWarning
 
 from hq_plugin.allocation import Repair, dynamic_programming, monotone
 from hq_plugin.config import Config
@@ -186,7 +187,8 @@ def genetic_search(
     for genome in reversed(starts):
         optimizer.suggest(genome.astype(float))
 
-    with progress(config.progress) as bars:
+    with progress(config.progress) as bars, warnings.catch_warnings():
+        warnings.simplefilter("ignore", LossTooLargeWarning)  # the worst score is meant to be large
         bar = bars.task("search", total=budget)
         asked = 0
         while len(known) < budget and asked < 20 * budget:

@@ -42,6 +42,7 @@ class Task:
         steps: Optimizer steps.
         learning_rate: Peak rate of weights.
         step_learning_rate: Peak rate of quantization steps and zero points.
+        final_rate: Learning rate at the end as a share of the peak.
         before_step: Called with each step's number before its forward.
         show: Whether to show a progress bar; None on a terminal only.
         history: One `{"step", "loss"}` is added for each step.
@@ -55,6 +56,7 @@ class Task:
     steps: int
     learning_rate: float
     step_learning_rate: float
+    final_rate: float = 0.0
     before_step: Callable[[int], None] = lambda step: None
     show: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -81,7 +83,7 @@ def train(task: Task) -> None:
     network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
     network.train()
     optimizer = torch.optim.Adam(_parameter_groups(task))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     batches = task.data.forever()
@@ -122,11 +124,11 @@ def _parameter_groups(task: Task) -> list[dict[str, Any]]:
     return [group for group in groups if group["params"]]
 
 
-def _cosine(step: int, steps: int) -> float:
+def _cosine(step: int, steps: int, final: float) -> float:
     warmup = max(1, round(WARMUP * steps))
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def _stop_at(

@@ -1,0 +1,63 @@
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hq_plugin import ModelError
+from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, relative_error
+
+
+def test_kl_by_hand() -> None:
+    teacher, student = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 1.0]]).log_softmax(-1)
+    p = torch.tensor([0.5, 0.5])
+    assert float(kl_divergence(student, teacher)) == pytest.approx(float((p * (p.log() - student[0])).sum()))
+    assert float(kl_divergence(teacher, teacher)) == 0.0
+
+
+def test_relative_error_is_free_of_scale() -> None:
+    t, s = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
+    assert float(relative_error(s, t)) == pytest.approx(float(relative_error(s * 100, t * 100)), rel=1e-4)
+
+
+def test_what_auto_takes() -> None:
+    logits = torch.randn(4, 10)
+    assert loss_function("auto", logits) is loss_function("kl", logits)
+    assert loss_function("auto", {"logits": torch.randn(2, 3, 10)}) is loss_function("kl", logits)
+    assert loss_function("auto", SimpleNamespace(logits=logits)) is loss_function("kl", logits)
+    for other in (
+        torch.randn(4, 3, 8, 8),
+        torch.randn(4, 1),
+        (torch.randn(4, 3), torch.randn(4)),
+        {"x": torch.randn(3, 4)},
+    ):
+        assert loss_function("auto", other) is relative_error
+    own = lambda s, t: (s - t).abs().mean()  # noqa: E731
+    assert loss_function(own, logits) is own
+
+
+def test_mistakes() -> None:
+    with pytest.raises(ModelError, match="class scores"):
+        loss_function("kl", torch.randn(4, 3, 8, 8))
+    with pytest.raises(ModelError, match="no floating-point tensor"):
+        relative_error(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+
+
+def test_fidelity_counts_over_batches() -> None:
+    teacher = torch.eye(4) * 9
+    student = teacher.clone()
+    student[0] = student[0].roll(1)
+    fidelity = Fidelity(loss_function("kl", teacher))
+    fidelity.update(student[:3], teacher[:3], torch.tensor([0, 1, 2]), 3)
+    fidelity.update(student[3:], teacher[3:], torch.tensor([0]), 1)
+    assert fidelity.agreement == 0.75
+    assert fidelity.accuracy == 0.5
+    assert fidelity.distance == pytest.approx(float(kl_divergence(student, teacher)))
+
+
+def test_not_finite_is_the_worst() -> None:
+    teacher = torch.randn(2, 3)
+    fidelity = Fidelity(loss_function("kl", teacher))
+    fidelity.update(torch.full((2, 3), float("nan")), teacher, None, 2)
+    assert fidelity.distance == float("inf")
+    assert fidelity.accuracy is None
+    assert class_scores(torch.zeros(3)) is None

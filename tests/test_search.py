@@ -1,0 +1,106 @@
+"""The search against exhaustive search, on a score that is not additive."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from hq_plugin import Budget, Config, HybridPolicy
+from hq_plugin.allocation import best_uniform
+from hq_plugin.cost import CostTable
+from hq_plugin.search import additive_sensitivities, genetic_search
+from hq_plugin.sites import find_sites
+from hq_plugin.space import SearchSpace
+from tests.conftest import TinyNet
+
+
+def build(**options: object) -> tuple[SearchSpace, CostTable]:
+    x = torch.randn(2, 1, 8, 8)
+    space = SearchSpace.build(find_sites(TinyNet().eval(), lambda m: m(x), 2), Config(**options))  # type: ignore[arg-type]
+    return space, CostTable(space)
+
+
+def interacting(policy: HybridPolicy) -> float:
+    """Errors that add up, plus one that appears only when neighbours are both narrow."""
+    widths = [bits.weight for bits in policy.values()]
+    weights = (3.0, 1.0, 2.0, 4.0)
+    alone = sum(w * 4.0**-b for w, b in zip(weights, widths, strict=True))
+    together = sum(6.0 * 2.0 ** -(a + b) for a, b in itertools.pairwise(widths))
+    return alone + together
+
+
+@pytest.mark.parametrize("bits", [3.2, 4.0, 5.5])
+def test_finds_the_best_of_all_policies(bits: float) -> None:
+    space, costs = build(weight_bits=(2, 3, 4, 5, 6, 8))
+    resources = costs.resources(Budget(weight_bits=bits))
+    everything = itertools.product(*(range(top + 1) for top in space.top[:, 0]))
+    genomes = [np.stack([np.array(g), np.zeros(4, dtype=int)], 1) for g in everything]
+    best = min(interacting(space.policy(g)) for g in genomes if resources[0].used(g) <= 1)
+    config = Config(search_evaluations=120, seed=1)
+    sensitivities = additive_sensitivities(space, interacting)
+    found = genetic_search(
+        space, resources, sensitivities, interacting, config, best_uniform(space, costs, resources)
+    )
+    assert found.leaders[0].score == pytest.approx(best, rel=1e-9)
+
+
+def test_no_candidate_ever_exceeds_the_budget_and_none_is_scored_twice() -> None:
+    space, costs = build(activation_bits=(2, 4, 8))
+    resources = costs.resources(Budget(weight_bits=5, bitops=2.4e6))
+    seen: list[HybridPolicy] = []
+
+    def score(policy: HybridPolicy) -> float:
+        seen.append(policy)
+        return interacting(policy)
+
+    sensitivities = additive_sensitivities(space, interacting)
+    found = genetic_search(space, resources, sensitivities, score, Config(search_evaluations=80), [])
+    assert 10 < len(seen) == len(set(seen)) == len(found.evaluations) <= 80
+    assert all(r.used(space.genome(policy)) <= 1 for policy in seen for r in resources)
+    scores = [scored.score for scored in found.leaders]
+    assert scores == sorted(scores)
+
+
+def test_the_same_seed_searches_the_same_way() -> None:
+    space, costs = build()
+    resources = costs.resources(Budget(weight_bits=4))
+    sensitivities = additive_sensitivities(space, interacting)
+
+    def log(seed: int) -> list[bytes]:
+        config = Config(search_evaluations=60, seed=seed)
+        found = genetic_search(space, resources, sensitivities, interacting, config, [])
+        return [scored.genome.tobytes() for scored in found.evaluations]
+
+    assert log(0) == log(0)
+    assert log(0) != log(1)
+
+
+def test_not_finite_is_the_worst() -> None:
+    space, costs = build()
+    resources = costs.resources(Budget(weight_bits=4))
+    sensitivities = additive_sensitivities(space, interacting)
+
+    def sometimes(policy: HybridPolicy) -> float:
+        return float("nan") if policy["stem"].weight < 4 else interacting(policy)
+
+    found = genetic_search(space, resources, sensitivities, sometimes, Config(search_evaluations=60), [])
+    assert np.isfinite(found.leaders[0].score)
+    assert any(np.isinf(scored.score) for scored in found.evaluations)
+
+
+def test_a_space_with_one_policy() -> None:
+    space, costs = build(weight_bits=(4,))
+    resources = costs.resources(Budget(weight_bits=5))
+    sensitivities = additive_sensitivities(space, interacting)
+    found = genetic_search(space, resources, sensitivities, interacting, Config(search_evaluations=20), [])
+    assert len(found.evaluations) == 1
+
+
+def test_sensitivities_by_hand() -> None:
+    space, _ = build(weight_bits=(2, 8), activation_bits=(4, 8))
+    table = additive_sensitivities(
+        space, lambda policy: sum(10.0 / b.weight + (b.activation == 4) for b in policy.values())
+    )
+    assert table.shape == (4, 2, 2)
+    np.testing.assert_allclose(table[0], [[10 / 2 - 10 / 8 + 1, 10 / 2 - 10 / 8], [1, 0]])

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hq_plugin import Config, ConfigError, HybridPolicy, LayerBits, PolicyError
+from hq_plugin.sites import find_sites
+from hq_plugin.space import SearchSpace
+from tests.conftest import SITES, TinyNet
+
+
+def build(**options: object) -> SearchSpace:
+    x = torch.randn(2, 1, 8, 8)
+    return SearchSpace.build(find_sites(TinyNet().eval(), lambda m: m(x), 2), Config(**options))  # type: ignore[arg-type]
+
+
+def test_genomes_and_policies_convert() -> None:
+    space = build(weight_bits=(2, 4), activation_bits=(4, 8))
+    rng = np.random.RandomState(0)
+    for _ in range(10):
+        genome = rng.randint(0, space.top + 1)
+        policy = space.policy(genome)
+        assert list(policy) == SITES
+        assert np.array_equal(space.genome(policy), genome)
+
+
+def test_pinned_and_groups() -> None:
+    space = build(pinned={"head": (8, 16), "st*": 8}, groups=(("*wise",),))
+    assert [group.name for group in space.groups] == ["stem", "depthwise", "head"]
+    policy = space.policy(np.zeros(space.shape, dtype=np.int64))
+    assert policy["head"] == LayerBits(8, 16)
+    assert policy["stem"] == LayerBits(8, 8)
+    assert policy["depthwise"] == policy["pointwise"] == LayerBits(2, 8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pinned": {"nothing": 8}},
+        {"pinned": {"head": 9}},
+        {"pinned": {"head": (8, 1)}},
+        {"groups": (("nothing*",),)},
+        {"groups": (("stem", "head"), ("head", "depthwise"))},
+    ],
+)
+def test_mistakes(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError):
+        build(**options)
+
+
+def test_policies_that_do_not_fit() -> None:
+    space = build(weight_bits=(2, 4), groups=(("*wise",),))
+    good = dict.fromkeys(SITES, LayerBits(4, 8))
+    space.genome(HybridPolicy(good))
+    for change, says in [
+        ({"head": LayerBits(3, 8)}, "weight width of 3"),
+        ({"head": LayerBits(4, 4)}, "activation width of 4"),
+        ({"depthwise": LayerBits(2, 8)}, "share one width"),
+        ({"other": LayerBits(4, 8)}, "another model"),
+    ]:
+        with pytest.raises(PolicyError, match=says):
+            space.genome(HybridPolicy({**good, **change}))
+    with pytest.raises(PolicyError, match="lacks head"):
+        space.genome(HybridPolicy({name: good[name] for name in SITES[:-1]}))
+
+
+def test_tied_sites_with_and_without_input() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 8), nn.Linear(8, 50, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.head(self.embed(ids))
+
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    space = SearchSpace.build(find_sites(Tied(), lambda m: m(ids), 2), Config())
+    policy = space.policy(space.top)
+    assert (policy["embed"], policy["head"]) == (LayerBits(8, 16), LayerBits(8, 8))
+    assert np.array_equal(space.genome(policy), space.top)

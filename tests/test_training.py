@@ -1,0 +1,89 @@
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from hq_plugin import Config, HQWarning, TrainingError
+from hq_plugin.data import prepare_data
+from hq_plugin.distillation import loss_function
+from hq_plugin.training import Task, _cosine, seeded, train
+from tests.conftest import TinyNet
+
+
+def task(model: nn.Module, batches, steps: int = 25, **options) -> Task:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, model, Config(effort="smoke"))
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    loss = options.pop("loss", loss_function("kl", torch.randn(2, 10)))
+    return Task("test", student, model, data, loss, steps, 3e-3, 3e-3, **options)
+
+
+def test_the_student_comes_closer(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    job = task(trained, batches)
+    train(job)
+    losses = [record["loss"] for record in job.history]
+    assert len(losses) == 25
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert not job.network.training
+
+
+def test_the_same_seed_gives_the_same_network(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        job = task(trained, batches, steps=4)
+        with seeded(3):
+            train(job)
+        results.append(job.network.state_dict())
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_seeding_leaves_the_caller_s_randomness_alone() -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(1):
+        torch.rand(100)
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    kl = loss_function("kl", torch.randn(2, 10))
+    calls = []
+
+    def breaking(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return kl(student, teacher) * (math.nan if len(calls) > 30 else 1.0)
+
+    job = task(trained, batches, steps=40, loss=breaking)
+    with pytest.warns(HQWarning, match=r"became nan at step 30 of 40.*state of step 30"):
+        train(job)
+    assert len(job.history) == 30
+    assert all(torch.isfinite(value).all() for value in job.network.state_dict().values())
+
+
+def test_a_loss_that_starts_as_nan_raises(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    job = task(trained, batches, loss=lambda s, t: (s - t).sum() * math.inf)
+    with pytest.raises(TrainingError, match="at step 0"):
+        train(job)
+
+
+def test_no_steps_change_nothing() -> None:
+    model = TinyNet()
+    job = Task("test", model, model, None, None, 0, 1e-3, 1e-3)  # type: ignore[arg-type]
+    before = copy.deepcopy(model.state_dict())
+    train(job)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_rate_rises_and_falls() -> None:
+    rates = [_cosine(step, 100, 0.1) for step in range(100)]
+    assert rates[0] < rates[4] == max(rates)
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=0.01)
