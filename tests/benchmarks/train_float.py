@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from tests.benchmarks.cache import cache_directory
 from tests.benchmarks.networks import NETWORKS
 
@@ -98,9 +98,7 @@ def train(name: str, epochs: int = EPOCHS) -> float:
             flush=True,
         )
         partial = checkpoint.with_suffix(".partial")
-        torch.save(
-            {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, partial
-        )
+        torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch + 1}, partial)
         partial.replace(checkpoint)
     weights = {key: value.contiguous() for key, value in model.state_dict().items()}
     save_file(weights, folder / f"{name}.safetensors")
@@ -134,8 +132,7 @@ def test_accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Returns the share of the images that a model classifies right."""
     model.eval()
     hits = sum(
-        int((model(x).argmax(1) == y).sum())
-        for x, y in zip(images.split(500), labels.split(500), strict=True)
+        int((model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True)
     )
     return hits / len(labels)
 
