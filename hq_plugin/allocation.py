@@ -123,20 +123,21 @@ class Repair:
     def __init__(self, loss: Table, resources: Sequence[Resource], top: Genome, rng: np.random.RandomState) -> None:
         self.loss, self.resources, self.top, self.rng = loss, list(resources), top, rng
         self._rows = np.arange(len(top))
+        self._columns = [column for column in (0, 1) if top[:, column].any()]
 
     def __call__(self, genome: Genome) -> Genome:
         """Returns a repaired copy: never over a limit, and full (97 %) wherever the space allows it."""
         noise = np.exp(self.rng.normal(0, NOISE, size=genome.shape))
         genome = self._fit(np.clip(genome, 0, self.top), noise)
+        if self._usage(genome) >= FULL or self._usage(self.fullest) < FULL:
+            return genome
         for _ in range(2 * len(genome)):
-            if self._usage(genome) >= FULL:
-                return genome
             exchanged = self._exchange(genome, noise)
             if self._usage(exchanged) > self._usage(genome):
                 genome = exchanged
-        if self._usage(genome) < min(FULL, self._usage(self.fullest)):
-            return self.fullest.copy()
-        return genome
+            if self._usage(genome) >= FULL:
+                return genome
+        return self.fullest.copy()
 
     @cached_property
     def fullest(self) -> Genome:
@@ -172,7 +173,7 @@ class Repair:
     def _step_down(self, genome: Genome, noise: NDArray) -> Genome:
         broken = np.array([resource.used(genome) > 1 for resource in self.resources])
         best, place = np.inf, None
-        for column in (0, 1):
+        for column in self._columns:
             possible, loss, cost = self._changes(genome, column, -1)
             saved = -cost[broken].sum(axis=0)
             score = np.where(
@@ -192,7 +193,7 @@ class Repair:
         while True:
             room = np.array([(r.capacity - r.spent(genome)) / max(r.capacity, 1e-12) for r in self.resources])
             best, place = -np.inf, None
-            for column in (0, 1):
+            for column in self._columns:
                 possible, loss, cost = self._changes(genome, column, 1)
                 fits = possible & np.all(cost <= room[:, None], axis=0)
                 gain = np.maximum(-loss, 1e-12) * noise[:, column] / np.maximum(cost.max(axis=0), 1e-15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -178,7 +179,8 @@ class Config:
         data = asdict(replace(self, prepare_batch=None, loss="auto" if callable(self.loss) else self.loss))
         data["prepare_batch"] = _name_of(self.prepare_batch)
         data["loss"] = _name_of(self.loss)
-        return data
+        plain: dict[str, Any] = json.loads(json.dumps(data))
+        return plain
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Config:

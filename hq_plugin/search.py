@@ -28,7 +28,9 @@ from hq_plugin.space import Genome, SearchSpace
 Score = Callable[[HybridPolicy], float]
 
 #: How often a candidate that was scored before is mutated again before it is given up.
-_RETRIES = 8
+_RETRIES = 4
+#: The search ends when so many generations brought no new policy: a small space is exhausted.
+_STALE = 3
 
 
 @dataclass(frozen=True)
@@ -190,12 +192,13 @@ def genetic_search(
     with progress(config.progress) as bars, warnings.catch_warnings():
         warnings.simplefilter("ignore", LossTooLargeWarning)  # the worst score is meant to be large
         bar = bars.task("search", total=budget)
-        asked = 0
-        while len(known) < budget and asked < 20 * budget:
+        stale = 0
+        while len(known) < budget and stale < _STALE * population:
             candidate: Any = optimizer.ask()
-            asked += 1
+            stale += 1
             key = _key(candidate.genome)
             if key not in known:
+                stale = 0
                 began_scoring = time.perf_counter()
                 value = score(space.policy(candidate.genome))
                 scoring += time.perf_counter() - began_scoring

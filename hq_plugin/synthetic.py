@@ -76,14 +76,14 @@ def _example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _guesses(model: nn.Module) -> list[Tensor]:
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            return [torch.randn(2, module.in_channels, size, size) for size in _IMAGE_SIZES]
+            return [torch.randn(3, module.in_channels, size, size) for size in _IMAGE_SIZES]
         if isinstance(module, nn.Conv1d):
-            return [torch.randn(2, module.in_channels, length) for length in (128, 1024, 16_000)]
+            return [torch.randn(3, module.in_channels, length) for length in (128, 1024, 16_000)]
         if isinstance(module, nn.Embedding):
-            return [torch.randint(module.num_embeddings, (2, length)) for length in (_SEQUENCE, 16, 1)]
+            return [torch.randint(module.num_embeddings, (3, length)) for length in (_SEQUENCE, 16, 1)]
         if isinstance(module, nn.Linear):
             width = module.in_features
-            return [torch.randn(2, width), torch.randn(2, _SEQUENCE, width)]
+            return [torch.randn(3, width), torch.randn(3, _SEQUENCE, width)]
     return []
 
 

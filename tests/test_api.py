@@ -1,0 +1,195 @@
+"""`hq_plugin.quantize` on models and data of many kinds, with a handful of steps."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hq_plugin as hq
+from hq_plugin import BudgetError, Config, ConfigError, DataError, HQWarning, LayerBits, ModelError, TrainingError
+from hq_plugin.nn import packed_modules
+from tests.conftest import SITES, TinyNet
+
+SMOKE = Config(effort="smoke", meta_steps=3, finetune_steps=2, search_evaluations=6, holdout=32)
+
+
+def test_the_model_is_not_changed_and_the_result_fits_in_its_place(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    before = copy.deepcopy(trained.state_dict())
+    small = hq.quantize(trained, "3bit", batches, config=SMOKE)
+    assert all(torch.equal(before[name], value) for name, value in trained.state_dict().items())
+    assert all(p.requires_grad for p in trained.parameters())
+    assert not hasattr(trained, "hq")
+    assert type(small) is type(trained)
+    assert list(packed_modules(small)) == SITES
+    assert small(batches[0][0]).shape == (64, 10)
+    assert not any(p.requires_grad for p in small.parameters())
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda x, y: DataLoader(TensorDataset(x, y), batch_size=32),
+        lambda x, y: TensorDataset(x),
+        lambda x, y: [x[:64], x[64:128], x[128:]],
+        lambda x, y: [(x[:64], y[:64]), (x[64:], y[64:])],
+        lambda x, y: [{"x": x[:64], "labels": y[:64]}, {"x": x[64:], "labels": y[64:]}],
+    ],
+)
+def test_data_of_every_kind(trained: nn.Module, batches, data) -> None:  # type: ignore[no-untyped-def]
+    x, y = (torch.cat(part)[:192] for part in zip(*batches, strict=True))
+    assert hq.quantize(trained, "3bit", data(x, y), config=SMOKE).hq.effective_bits <= 3
+
+
+def test_the_same_seed_gives_the_same_bytes(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    one, same, other = (hq.quantize(trained, "3bit", batches, config=SMOKE, seed=s).state_dict() for s in (1, 1, 2))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(one[n].shape != other[n].shape or not torch.equal(one[n], other[n]) for n in one)
+
+
+def test_without_data_it_works_and_says_that_real_data_does_better(trained: nn.Module) -> None:
+    with pytest.warns(HQWarning, match="Real data"):
+        small = hq.quantize(trained, "3bit", config=SMOKE)
+    assert small.hq.effective_bits <= 3
+
+
+@pytest.mark.parametrize("block", ["dense", "low_rank", "table", "auto"])
+def test_every_block(trained: nn.Module, batches, block: str) -> None:  # type: ignore[no-untyped-def]
+    assert hq.quantize(trained, "3bit", batches, config=SMOKE, block=block).hq.used["weight_bits"] >= 0.97
+
+
+def test_binary_weights_when_asked_for(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    small = hq.quantize(trained, "1.8bit", batches, config=SMOKE, weight_bits=(1, 2, 4))
+    assert 1 in {bits.weight for bits in small.hq.policy.values()}
+    assert small.hq.effective_bits <= 1.8
+
+
+def test_float_activations(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    small = hq.quantize(trained, "3bit", batches, config=SMOKE, activation_bits=16)
+    assert {bits.activation for bits in small.hq.policy.values()} == {16}
+
+
+def test_a_bitops_budget_searches_activations(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    small = hq.quantize(trained, "0.4MBitOps", batches, config=SMOKE)
+    assert small.hq.bitops <= 0.4e6
+    assert min(bits.activation for bits in small.hq.policy.values()) < 8
+
+
+def test_retraining_from_the_float_weights(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    assert hq.quantize(trained, "3bit", batches, config=SMOKE, finetune_from="float").hq.effective_bits <= 3
+
+
+def test_pinned_grouped_and_excluded(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    small = hq.quantize(
+        trained, "4.5bit", batches, config=SMOKE, pinned={"head": (3, 16)}, groups=(("*wise",),), exclude=("stem",)
+    )
+    policy = small.hq.policy
+    assert policy["head"] == LayerBits(3, 16)
+    assert policy["depthwise"] == policy["pointwise"]
+    assert type(small.stem) is nn.Conv2d
+    assert any("excluded" in layer["reason"] for layer in small.hq.float_layers)
+
+
+def test_other_outputs_than_class_scores(batches) -> None:  # type: ignore[no-untyped-def]
+    model = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 2, 3, padding=1))
+    small = hq.quantize(model, "4bit", [x for x, _ in batches], config=SMOKE)
+    assert small.hq.accuracy is None
+    assert small.hq.agreement is None
+    assert 0 <= small.hq.kl < 1
+
+
+def test_a_model_that_is_one_layer() -> None:
+    x = torch.randn(60, 6)
+    small = hq.quantize(nn.Linear(6, 4), "8bit", list(x.split(10)), config=SMOKE, weight_bits=(2, 3, 4, 5))
+    torch.testing.assert_close(small(x).shape, (60, 4))
+
+
+def test_duplicates_and_tied_weights_end_to_end() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.middle = nn.Linear(8, 8)
+            self.also = self.middle
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(torch.relu(self.also(self.middle(self.embed(ids)))).mean(1))
+
+    ids = torch.randint(20, (120, 6))
+    small = hq.quantize(Tied(), "5bit", list(ids.split(20)), config=SMOKE)
+    assert small.also is small.middle
+    assert small.head.weight_packed is small.embed.weight_packed
+    assert small.hq.policy["embed"].weight == small.hq.policy["head"].weight
+
+
+class Bypass(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.read = nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.used(x), self.read.weight, self.read.bias)
+
+
+def test_a_bypassed_layer_stays_float_and_is_reported() -> None:
+    small = hq.quantize(Bypass(), "5bit", list(torch.randn(60, 8).split(10)), config=SMOKE)
+    assert list(packed_modules(small)) == ["used"]
+    assert [layer["name"] for layer in small.hq.float_layers] == ["read"]
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [("much", "cannot be read"), ("1bit", "cannot be met"), ("-1bit", "positive"), ("90B", "stay float")],
+)
+def test_bad_budgets_before_any_training(trained: nn.Module, batches, budget: str, says: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(BudgetError, match=says):
+        hq.quantize(trained, budget, batches, effort="best")
+
+
+def test_other_bad_input(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ModelError, match=r"torch\.nn\.Module"):
+        hq.quantize("resnet18", "3bit", batches)  # type: ignore[arg-type]
+    with pytest.raises(ModelError, match="nothing to quantize"):
+        hq.quantize(nn.Sequential(nn.LayerNorm(8)), "3bit", [torch.randn(4, 8)], config=SMOKE)
+    with pytest.raises(DataError, match=r"cannot run on the first batch.*\(4, 3\)"):
+        hq.quantize(trained, "3bit", [torch.randn(4, 3)], config=SMOKE)
+    with pytest.raises(DataError, match="empty"):
+        hq.quantize(trained, "3bit", [], config=SMOKE)
+    with pytest.raises(ConfigError, match="no option"):
+        hq.quantize(trained, "3bit", batches, epochs=3)
+    with pytest.raises(TrainingError, match="step 0"):
+        hq.quantize(trained, "3bit", batches, config=SMOKE, loss=lambda s, t: s.sum() * float("nan"))
+
+
+def test_no_data_and_no_way_to_guess() -> None:
+    class Strange(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+            left, right = pair
+            return self.layer(left + right)
+
+    with (
+        pytest.warns(HQWarning),
+        pytest.raises(DataError, match="cannot be found out"),
+    ):
+        hq.quantize(Strange(), "5bit", config=SMOKE)
+
+
+def test_importing_is_light() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, hq_plugin; print([m for m in ('timm', 'transformers', 'typer', 'torchvision', 'matplotlib') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_tiny_net_has_the_sites() -> None:
+    assert set(SITES) <= {name for name, _ in TinyNet().named_modules()}

@@ -1,0 +1,147 @@
+"""The pipeline on a real, small problem: digits, and a network that was trained on them."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hq_plugin as hq
+from hq_plugin import ArtifactError, Budget, HybridPolicy, LayerBits, ModelError, PolicyError, Result
+from hq_plugin.session import Session
+from hq_plugin.storage import JSON_FILE, TENSOR_FILE
+
+OPTIONS = {"meta_steps": 60, "finetune_steps": 60, "search_evaluations": 40, "holdout": 128, "effort": "smoke"}
+
+
+@pytest.fixture(scope="module")
+def session(trained: nn.Module, batches) -> Session:  # type: ignore[no-untyped-def]
+    return hq.meta_train(trained, batches, activation_bits=(4, 8), **OPTIONS)
+
+
+def test_meta_training_lowers_the_loss(session: Session) -> None:
+    losses = [record["loss"] for record in session.history]
+    assert len(losses) == 60
+    assert np.mean(losses[-15:]) < np.mean(losses[:15])
+
+
+def test_the_metaquantnet_is_trained_and_not_the_teacher(session: Session, trained: nn.Module) -> None:
+    blocks = [p for name, p in session.network.named_parameters() if "block.outer" in name]
+    assert blocks
+    assert all(float(p.detach().abs().max()) > 0 for p in blocks)
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), session.teacher.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("budget", ["2.8bit", "3bit", "5bit", "20%", "900B", "2MBitOps + 3.2bit"])
+def test_every_budget_is_kept_and_used(session: Session, budget: str) -> None:
+    found = session.search(budget)
+    assert all(share <= 1 for share in found.used.values())
+    assert max(found.used.values()) >= 0.97
+    limit = Budget.parse(budget)
+    if limit.weight_bits:
+        assert found.costs.weight_bits <= limit.weight_bits
+    if limit.size:
+        assert found.costs.size <= limit.size
+    if limit.bitops:
+        assert found.costs.bitops <= limit.bitops
+
+
+def test_the_result_is_never_worse_than_a_baseline(session: Session) -> None:
+    found = session.search("3bit")
+    assert set(found.baselines) == {"searched", "dynamic_programming", "uniform"}
+    assert found.baselines[found.chosen].kl == min(b.kl for b in found.baselines.values())
+    assert found.policy == found.baselines[found.chosen].policy
+    assert all(b.costs.weight_bits <= 3 for b in found.baselines.values())
+    assert len(found.history) <= 40
+
+
+def test_searching_trains_and_changes_nothing(session: Session) -> None:
+    before = copy.deepcopy(session.network.state_dict())
+    first, second = session.search("3bit"), session.search("3bit")
+    assert first.policy == second.policy
+    assert all(torch.equal(before[name], value) for name, value in session.network.state_dict().items())
+
+
+def test_more_bits_are_closer(session: Session) -> None:
+    found = session.pareto(["2.8bit", "4bit", "7bit"])
+    distances = [f.baselines[f.chosen].kl for f in found]
+    assert distances[0] > distances[1] > distances[2]
+
+
+def test_quantize_gives_a_packed_model_with_a_report(session: Session, batches) -> None:  # type: ignore[no-untyped-def]
+    model = session.quantize(
+        "3bit", eval_fn=lambda m: float(m(batches[0][0]).argmax(1).eq(batches[0][1]).float().mean())
+    )
+    result = model.hq
+    assert isinstance(result, Result)
+    assert result.effective_bits <= 3
+    assert result.budget == "3bit"
+    assert result.kl < result.baselines[result.chosen].kl, "fine-tuning helps"
+    assert result.accuracy is not None
+    assert result.accuracy > 0.8
+    assert result.metric is not None
+    assert set(result.history) == {"meta_training", "search", "finetune"}
+    assert sum(layer.bitops for layer in result.layers) == result.bitops
+    assert {layer["name"] for layer in result.float_layers} == {"bn1", "bn2"}
+    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+    measured = session.scorer.measure(model)
+    assert measured.distance == pytest.approx(result.kl)
+
+
+def test_a_given_policy(session: Session) -> None:
+    names = [site.name for site in session.space.table]
+    policy = HybridPolicy(dict.fromkeys(names, LayerBits(4, 8)))
+    for start in ("generated", "float"):
+        model = session.finetune(policy, start=start, steps=5)  # type: ignore[arg-type]
+        assert model.hq.policy == policy
+        assert len(model.hq.history["finetune"]) == 5
+    with pytest.raises(PolicyError, match="another model"):
+        session.finetune(HybridPolicy({"x": LayerBits(4)}))
+
+
+def test_baselines_keep_the_budget(session: Session) -> None:
+    policies = session.baselines("3bit")
+    for policy in policies.values():
+        assert session.costs.costs(session.space.genome(policy)).weight_bits <= 3
+    assert len({bits.weight for bits in policies["uniform"].values()}) == 1
+
+
+def test_saving_and_loading(session: Session, trained: nn.Module, batches, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    before = session.search("3bit")
+    session.save(tmp_path / "session")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = hq.load_session(tmp_path / "session", trained, batches)
+    after = loaded.search("3bit")
+    assert after.policy == before.policy
+    assert after.baselines == before.baselines
+    assert loaded.history == session.history
+    assert hq.load_session(tmp_path / "session", trained, batches, finetune_steps=3).config.steps.finetune == 3
+
+
+def test_a_session_of_another_model(session: Session, trained: nn.Module, batches, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    target = session.save(tmp_path / "session")
+    other = copy.deepcopy(trained)
+    with torch.no_grad():
+        other.head.bias.add_(1)
+    with pytest.raises(ModelError, match="another float model"):
+        hq.load_session(target, other, batches)
+    with pytest.raises(ArtifactError, match="not a saved"):
+        hq.load(target, trained)
+
+
+def test_damaged_sessions(session: Session, trained: nn.Module, batches, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    target = session.save(tmp_path / "session")
+    content = json.loads((target / JSON_FILE).read_text())
+    for key in ("config", "history", "tied", "sensitivities"):
+        (target / JSON_FILE).write_text(json.dumps({k: v for k, v in content.items() if k != key}))
+        with pytest.raises(ArtifactError, match="damaged"):
+            hq.load_session(target, trained, batches)
+    (target / JSON_FILE).write_text(json.dumps(content))
+    (target / TENSOR_FILE).write_bytes(b"")
+    with pytest.raises(ArtifactError, match="damaged"):
+        hq.load_session(target, trained, batches)
