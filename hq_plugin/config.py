@@ -98,8 +98,8 @@ class Config:
     meta_steps: int | None = None
     search_evaluations: int | None = None
     finetune_steps: int | None = None
-    learning_rate: float = 1e-3
-    step_learning_rate: float = 3e-3
+    learning_rate: float = 5e-4
+    step_learning_rate: float = 2e-3
     finetune_from: Literal["generated", "float"] = "generated"
     population: int = 24
     crossover: float = 0.6

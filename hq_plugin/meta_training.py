@@ -7,7 +7,6 @@ budget; where one is known, policies are sampled around it.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +23,9 @@ from hq_plugin.scoring import calibrate_activations
 from hq_plugin.space import SearchSpace
 from hq_plugin.training import Task, seeded, train
 
-FINAL_RATE = float(os.environ.get("FR", "0.3"))
+#: The learning rate ends at this share of its peak: fine-tuning goes on from here, and a rate that
+#: falls to 0 and rises again wastes the steps in between.
+FINAL_RATE = 0.3
 
 
 def build_network(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> nn.Module:

@@ -184,9 +184,8 @@ def test_importing_is_light() -> None:
     import subprocess
     import sys
 
-    code = (
-        "import sys, hq_plugin; print([m for m in ('timm', 'transformers', 'typer', 'torchvision', 'matplotlib') if m in sys.modules])"
-    )
+    heavy = ("timm", "transformers", "typer", "torchvision", "matplotlib")
+    code = f"import sys, hq_plugin; print([m for m in {heavy} if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from hq_plugin.integrations.timm.demo_data import fashion_mnist
 
 BATCH = 128
 

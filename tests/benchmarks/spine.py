@@ -1,226 +1,156 @@
-"""The main benchmark: meta learning against its rivals at the same number of training steps.
+"""Hybrid against uniform and against dynamic programming, at the same number of training steps.
 
-For each network and seed, and each of three budgets:
+    python -m tests.benchmarks.spine [--models resnet20 mobilenetv3] [--seeds 0 1 2]
 
-- `searched`: meta-training (once for all budgets), search, fine-tuning; blocks chosen automatically,
-  and the ablations `dense`, `low_rank` and `table`, where every block is of one kind;
-- `uniform`: the best uniform policy inside the budget, all steps spent on quantization-aware training
-  with learned steps from the float weights (LSQ, arXiv:1902.08153);
-- `dynamic_programming`: the exact solution for additive sensitivities of the float model, then the
-  same training.
+Resumable: a finished row is one line of docs/benchmarks/spine.jsonl and is not measured again.
+`python -m tests.benchmarks.table` writes the tables of docs/benchmarks/spine.md from it.
 
-All distil the same float model with the same optimizer and learning rates. Every figure is of the
-packed model, on 10,000 test images that no method sees. Run as `python -m tests.benchmarks.spine`; rows
-that `docs/benchmarks/spine.jsonl` holds are not measured again.
+Equal steps: three budgets, `STEPS` steps each, for every method. Uniform and dynamic programming spend
+all of them on quantization-aware training of their policy, from the float weights. Ours meta-trains
+once for the three budgets (`META`) and fine-tunes each for what is left (`FINETUNE`). All share the
+training loop, the distillation loss, the quantizers and the learning rates.
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
-import hq_plugin as hq
-from hq_plugin.session import Found
-from tests.benchmarks.cache import cache_directory
-from tests.benchmarks.data import BATCH, test_set, training_loader
-from tests.benchmarks.metrics import logits, quality
-from tests.benchmarks.networks import NETWORKS
-from tests.benchmarks.records import Records, Row
-from tests.benchmarks.train_float import float_model
+import hq_plugin
+from hq_plugin import Budget, Config, HybridPolicy, Result
+from hq_plugin.distillation import Fidelity, loss_function
+from hq_plugin.integrations.timm.demo_data import fashion_mnist
+from hq_plugin.session import Session
+from tests.benchmarks.float_models import float_model
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "spine.jsonl"
-KEY = ("network", "seed", "budget", "method", "meta_steps", "finetune_steps")
-SEEDS = (0, 1, 2)
-KINDS = {"searched": "auto", "dense": "dense", "low_rank": "low_rank", "table": "table"}
-BASELINES = ("uniform", "dynamic_programming")
-#: Activations have this width everywhere.
-ACTIVATION_BITS = 4
-#: Effective bits a weight of each budget, and the limit on BitOps as the mean weight width it allows
-#: where each weight counts as often as it is used (None: no limit).
-BUDGETS: dict[str, tuple[float, float | None]] = {
-    "2.2bit": (2.2, None),
-    "2.5bit": (2.5, None),
-    "3bit+BitOps": (3.0, 2.6),
-}
+ROWS = Path("docs/benchmarks/spine.jsonl")
+STEPS, META, FINETUNE = 300, 225, 225
+assert META + 3 * FINETUNE == 3 * STEPS
+BITS = (2.2, 2.5, 3.0)
+ABLATION_BITS = 2.5
+#: BitOps of the third budget, as a multiple of the multiply-accumulates: 3-bit weights and 4-bit
+#: activations are 12.
+BITOPS_PER_MAC = 12.5
+ACTIVATION_BITS = (4, 6, 8)
+BLOCKS = ("dense", "low_rank", "table")
 
 
-@dataclass(frozen=True)
-class Effort:
-    """Steps of meta-training and fine-tuning, whose sum each baseline trains; policies the search scores."""
-
-    meta: int
-    finetune: int
-    evaluations: int
+def budgets(session: Session) -> list[Budget]:
+    """Returns the three budgets of a model."""
+    macs = sum(site.macs for site in session.space.table)
+    return [Budget(weight_bits=bits, bitops=BITOPS_PER_MAC * macs if bits == BITS[-1] else None) for bits in BITS]
 
 
-@dataclass
-class Bench:
-    """One network at one seed: its sessions and measurements.
+class Measurer:
+    """Measures a model on the 10,000 test images, against its float teacher."""
 
-    Attributes:
-        network: Its name.
-        seed: Seeds everything but the float model.
-        effort: How much is trained and searched.
-        records: Where rows are found and put.
-    """
+    def __init__(self, teacher: nn.Module, x: Tensor, y: Tensor) -> None:
+        self.batches = list(zip(x.split(1000), y.split(1000), strict=True))
+        with torch.no_grad():
+            self.targets = [teacher(part) for part, _ in self.batches]
+        self.loss = loss_function("kl", self.targets[0])
 
-    network: str
-    seed: int
-    effort: Effort
-    records: Records
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float | None]:
+        fidelity = Fidelity(self.loss)
+        for (x, y), target in zip(self.batches, self.targets, strict=True):
+            fidelity.update(model(x), target, y, len(x))
+        return {
+            "kl": fidelity.distance,
+            "agreement": fidelity.agreement,
+            "accuracy": fidelity.accuracy,
+        }
 
-    @cached_property
-    def model(self) -> nn.Module:
-        return float_model(self.network)
 
-    @cached_property
-    def float_scores(self) -> Tensor:
-        return logits(self.model, test_set()[0])
+def rows(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
+    """Measures what is not done yet for one model and seed."""
+    model = float_model(name)
+    train_x, train_y, test_x, test_y = fashion_mnist()
+    data = TensorDataset(train_x, train_y)
+    measure = Measurer(model, test_x, test_y)
+    base = Config(
+        effort="fast",
+        seed=seed,
+        batch_size=128,
+        activation_bits=ACTIVATION_BITS,
+        meta_steps=META,
+        finetune_steps=FINETUNE,
+        search_evaluations=100,
+    )
 
-    def missing(self, methods: list[str]) -> Iterator[tuple[str, str]]:
-        """Yields the pairs of method and budget without a row."""
-        for method in methods:
-            for budget in BUDGETS:
-                if self.records.find(self._key(method, budget)) is None:
-                    yield method, budget
-
-    def run(self, methods: list[str]) -> None:
-        """Measures what is missing."""
-        for method in methods:
-            budgets = [budget for _, budget in self.missing([method])]
-            if budgets and method in BASELINES:
-                self._baseline(method, budgets)
-            elif budgets:
-                self._searched(method, budgets)
-
-    def _searched(self, method: str, budgets: list[str]) -> None:
-        folder = cache_directory() / "sessions" / f"{self.network}-{method}-{self.seed}-{self.effort.meta}"
-        options = self._options(finetune_steps=self.effort.finetune)
-        if folder.exists():
-            session = hq.load_session(folder, self.model, training_loader())
-        else:
-            session = hq.meta_train(
-                self.model, training_loader(), block=KINDS[method], meta_steps=self.effort.meta, **options
-            )
-            session.save(folder)
-        for name in budgets:
-            budget = self._budget(session, name)
-            found = session.search(budget)
-            self._add(method, name, budget, session.finetune(found, budget=budget), found=found)
-        shutil.rmtree(folder)
-
-    def _baseline(self, method: str, budgets: list[str]) -> None:
-        steps = self.effort.meta + self.effort.finetune
-        options = self._options(finetune_steps=steps)
-        session = hq.meta_train(self.model, training_loader(), block="table", meta_steps=0, **options)
-        for name in budgets:
-            budget = self._budget(session, name)
-            began = time.perf_counter()
-            policy = session.baselines(budget)[method]
-            choosing = time.perf_counter() - began
-            twin = self._same_policy(method, policy)
-            if twin is not None:
-                limits = {"budget": name, "limits": asdict(budget), "same_policy_as": twin["budget"]}
-                self.records.add({**twin, **limits})
-                continue
-            packed = session.finetune(policy, budget=budget, start="float")
-            self._add(method, name, budget, packed, seconds={"choosing": choosing})
-
-    def _same_policy(self, method: str, policy: hq.HybridPolicy) -> Row | None:
-        """Returns the row of another budget for which this method trained the same policy."""
-        rows = (self.records.find(self._key(method, budget)) for budget in BUDGETS)
-        return next((row for row in rows if row is not None and row["policy"] == policy.to_json()), None)
-
-    def _add(
-        self,
-        method: str,
-        name: str,
-        budget: hq.Budget,
-        packed: nn.Module,
-        *,
-        found: Found | None = None,
-        seconds: dict[str, float] | None = None,
-    ) -> None:
-        images, labels = test_set()
-        result: hq.Result = packed.hq  # type: ignore[assignment]
-        measured = quality(logits(packed, images), self.float_scores, labels)
-        stages = {**result.seconds, **(seconds or {})}
-        row = {
-            **self._key(method, name),
-            "limits": asdict(budget),
-            **asdict(measured),
-            "float_accuracy": float((self.float_scores.argmax(1) == labels).double().mean()),
+    def row(method: str, budget: Budget, packed: nn.Module, seconds: dict[str, float]) -> dict[str, Any]:
+        result = cast(Result, packed.hq)
+        return {
+            "model": name,
+            "seed": seed,
+            "method": method,
+            "budget": str(budget),
+            **measure(packed),
+            "float_accuracy": float_accuracy,
             "effective_bits": result.effective_bits,
             "bytes": result.size,
-            "float_bytes": result.float_size,
             "bitops": result.bitops,
-            "seconds": {stage: round(value, 2) for stage, value in stages.items()},
-            "evaluations": self.effort.evaluations if found else 0,
-            "chosen": result.chosen,
+            "seconds": {key: round(value, 1) for key, value in seconds.items()},
             "policy": result.policy.to_json(),
-            "versions": result.versions,
-            "threads": torch.get_num_threads(),
-        }
-        self.records.add(row)
-        print(
-            f"{self.network} seed {self.seed} {name} {method}: KL {measured.kl:.4f}, agreement "
-            f"{measured.agreement:.4f}, accuracy {measured.accuracy:.4f}, {result.effective_bits:.3f} bits, "
-            f"{sum(stages.values()):.0f} s",
-            flush=True,
-        )
-
-    def _key(self, method: str, budget: str) -> Row:
-        steps = {"meta_steps": self.effort.meta, "finetune_steps": self.effort.finetune}
-        return {"network": self.network, "seed": self.seed, "budget": budget, "method": method, **steps}
-
-    def _options(self, finetune_steps: int) -> dict[str, Any]:
-        return {
-            "seed": self.seed,
-            "batch_size": BATCH,
-            "activation_bits": ACTIVATION_BITS,
-            "finetune_steps": finetune_steps,
-            "search_evaluations": self.effort.evaluations,
-            "progress": False,
         }
 
-    @staticmethod
-    def _budget(session: hq.Session, name: str) -> hq.Budget:
-        weight_bits, mean_width = BUDGETS[name]
-        macs = sum(site.macs for site in session.space.table)
-        bitops = None if mean_width is None else mean_width * ACTIVATION_BITS * macs
-        return hq.Budget(weight_bits=weight_bits, bitops=bitops)
+    float_accuracy = measure(model)["accuracy"]
+    # Without meta-training, the network is the float model rounded: its sensitivities are the rivals'.
+    untrained = hq_plugin.meta_train(model, data, config=base, meta_steps=0, block="table")
+    wanted = budgets(untrained)
+
+    for block in BLOCKS:
+        mine = wanted if block == BLOCKS[0] else [b for b in wanted if b.weight_bits == ABLATION_BITS]
+        missing = [b for b in mine if (name, seed, block, str(b)) not in done]
+        if missing:
+            session = hq_plugin.meta_train(model, data, config=base, block=block)
+            for budget in missing:
+                packed = session.quantize(budget)
+                yield row(block, budget, packed, cast(Result, packed.hq).seconds)
+
+    trained: dict[HybridPolicy, nn.Module] = {}
+    for method in ("uniform", "dynamic_programming"):
+        for budget in wanted:
+            if (name, seed, method, str(budget)) in done:
+                continue
+            policy = untrained.baselines(budget)[method]
+            began = time.perf_counter()
+            if policy not in trained:  # one uniform policy may be the best for several budgets
+                trained[policy] = untrained.finetune(policy, start="float", steps=STEPS)
+            yield row(method, budget, trained[policy], {"finetune": time.perf_counter() - began})
+
+
+def finished() -> list[dict[str, Any]]:
+    """Returns the rows measured so far."""
+    if not ROWS.exists():
+        return []
+    return [json.loads(line) for line in ROWS.read_text().splitlines()]
 
 
 def main() -> None:
-    """Measures every row that is missing, seed by seed, and writes the table."""
-    from tests.benchmarks.table import write_table
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument(
-        "--methods", nargs="+", default=[*BASELINES, *KINDS], choices=[*BASELINES, *KINDS], metavar="METHOD"
-    )
-    parser.add_argument("--meta-steps", type=int, default=1500)
-    parser.add_argument("--finetune-steps", type=int, default=1000)
-    parser.add_argument("--evaluations", type=int, default=400)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    """Measures every row that is missing."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["resnet20", "mobilenetv3"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     options = parser.parse_args()
-    records = Records(options.results, KEY)
-    effort = Effort(options.meta_steps, options.finetune_steps, options.evaluations)
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:
-        for network in options.networks:
-            Bench(network, seed, effort, records).run(options.methods)
-            write_table(records)
+        for name in options.models:
+            done = {(r["model"], r["seed"], r["method"], r["budget"]) for r in finished()}
+            for row in rows(name, seed, done):
+                with ROWS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(
+                    {key: row[key] for key in ("model", "seed", "method", "budget", "kl", "accuracy")}, flush=True
+                )
 
 
 if __name__ == "__main__":

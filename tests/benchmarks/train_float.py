@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from tests.benchmarks.cache import cache_directory
 from tests.benchmarks.networks import NETWORKS
 

@@ -1,0 +1,26 @@
+import sys
+
+import pytest
+import timm
+from torch import nn
+
+from hq_plugin import ArtifactError, adapters
+
+
+def test_a_timm_model_is_found_and_others_are_not() -> None:
+    assert adapters.find(timm.create_model("resnet10t")) is not None
+    assert adapters.find(nn.Linear(2, 2)) is None
+    assert adapters.describe(nn.Linear(2, 2)) is None
+
+
+def test_a_library_that_was_not_imported_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = timm.create_model("resnet10t")
+    monkeypatch.delitem(sys.modules, "timm")
+    assert adapters.find(model) is None
+
+
+def test_only_known_integrations_are_imported() -> None:
+    with pytest.raises(ArtifactError, match="knows timm"):
+        adapters.rebuild({"integration": "../evil"})
+    with pytest.raises(ArtifactError, match="no model"):
+        adapters.rebuild({"integration": "timm", "name": "not_a_model", "arguments": {}})

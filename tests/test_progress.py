@@ -1,0 +1,32 @@
+import pytest
+
+from hq_plugin.progress import progress
+
+
+def test_bars_go_to_stderr_with_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(True) as bars:
+        task = bars.task("searching", total=2)
+        task.advance(loss=0.5)
+        with progress(True) as inner:
+            assert inner is bars
+            inner.task("inside", total=1).advance()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "searching" in captured.err
+    assert "inside" in captured.err
+
+
+@pytest.mark.parametrize("enabled", [False, None])
+def test_off(enabled: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(enabled) as bars:
+        bars.task("searching", total=2).advance()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_only_the_first_process_shows_any(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    with progress(True) as bars:
+        bars.task("searching", total=2).advance()
+    assert capsys.readouterr() == ("", "")
