@@ -53,7 +53,8 @@ class Found:
         used: Share of each limit that it uses.
         baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
         history: One `{"evaluation", "policy", "score"}` for every policy scored.
-        seconds: Wall time of the search and the part spent in scoring.
+        seconds: Wall time of the sensitivities, of the search with its re-ranking, and of the genetic
+            search alone: in scoring, and outside it (`search_overhead`).
     """
 
     policy: HybridPolicy
@@ -166,6 +167,7 @@ class Session:
                 "sensitivities": measured - began,
                 "search": time.perf_counter() - measured,
                 "search_scoring": found.scoring_seconds,
+                "search_overhead": found.seconds - found.scoring_seconds,
             },
         )
 

@@ -11,14 +11,14 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from hq_plugin.integrations.timm.adapter import create_model, load
-from hq_plugin.integrations.timm.demo_data import Arrays, digits, fashion_mnist
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import hq_plugin
 from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError
+from hq_plugin.integrations.timm.adapter import create_model, load
+from hq_plugin.integrations.timm.demo_data import Arrays, digits, fashion_mnist
 from hq_plugin.progress import progress
 from hq_plugin.result import Result
 from hq_plugin.training import seeded

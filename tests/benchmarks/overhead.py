@@ -1,227 +1,143 @@
-"""What the method costs beside plain training and inference of the float model.
+"""What the method costs beside float training and a float forward, as ratios.
 
-Ratios, measured interleaved in one process so that a busy machine slows both sides, medians; the peak
-memories in fresh processes. Run as `python -m tests.benchmarks.overhead [resnet20 mobilenetv3 ...]`.
+    python -m tests.benchmarks.overhead [--model resnet20]
+
+Times are taken in turn in one process, and medians of the ratios are printed; memory is the peak of
+two fresh processes above what they hold before the work starts.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import resource
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from collections.abc import Callable
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
-import hq_plugin as hq
-from hq_plugin.data import Batch, Data
-from hq_plugin.meta_training import meta_train_network
+import hq_plugin
+from hq_plugin import Config, torch_ao
+from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import evaluating
-from tests.benchmarks.data import BATCH, training_loader
-from tests.benchmarks.networks import NETWORKS
-from tests.benchmarks.train_float import float_model
+from hq_plugin.training import Task, train
+from tests.benchmarks.float_models import float_model
+from tests.benchmarks.networks import new
 
-#: Steps of the memory measurements: enough to have every buffer of every kind.
-MEMORY_STEPS = 30
-BUDGET = "2.5bit"
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """One line of the table: a time or memory of ours, that of the float model, and what is aimed at."""
-
-    name: str
-    ours: float
-    reference: float
-    unit: str
-    target: float
-
-    def __str__(self) -> str:
-        ratio = self.ours / self.reference
-        verdict = "yes" if ratio <= self.target else "no"
-        return (
-            f"| {self.name} | {self.ours:.1f} {self.unit} | {self.reference:.1f} {self.unit} | {ratio:.2f} | "
-            f"{self.target:g} | {verdict} |"
-        )
+STEPS, ROUNDS, BATCH = 10, 7, 128
+CONFIG = Config(effort="fast", batch_size=BATCH, meta_steps=0, search_evaluations=100)
 
 
-class FloatTraining:
-    """Plain training of a float model with Adam, a step at a time."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = copy.deepcopy(model).requires_grad_(True).train()
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-
-    def step(self, batch: Batch) -> None:
-        loss = F.cross_entropy(batch.run(self.model), batch.labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-
-
-class Interleaved:
-    """Training batches that run a step of float training, timed, before each one is handed out.
-
-    The time from handing one out to being asked for the next is the step of whoever trains on them.
-    """
-
-    def __init__(self, batches: Iterable[Batch], other: FloatTraining) -> None:
-        self.batches, self.other = batches, other
-        self.theirs: list[float] = []
-        self.others: list[float] = []
-
-    def __iter__(self) -> Iterator[Batch]:
-        for batch in self.batches:
-            self.others.append(seconds(lambda batch=batch: self.other.step(batch)))
-            began = time.perf_counter()
-            yield batch
-            self.theirs.append(time.perf_counter() - began)
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Returns the wall time of a call."""
+def seconds(function: Callable[[], object]) -> float:
+    """Times one call."""
     began = time.perf_counter()
-    run()
+    function()
     return time.perf_counter() - began
 
 
-def options(**more: Any) -> dict[str, Any]:
-    """Returns the options of every session here."""
-    return {"batch_size": BATCH, "activation_bits": 4, "progress": False, **more}
+def float_training(model: nn.Module, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Trains a float model on the batches, as anybody would."""
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for x, y in batches:
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
 
 
-def time_training(session: hq.Session, steps: int) -> Ratio:
-    """Compares a step of meta-training with one of float training on the same batch."""
-    batches = Interleaved(session.data.train, FloatTraining(session.teacher))
-    data = Data(batches, session.data.holdout)
-    meta_train_network(
-        session.network, session.teacher, session.space, session.costs, data, session.loss, session.config
-    )
-    warm = steps // 5
-    ours, reference = (1000 * statistics.median(times[warm:]) for times in (batches.theirs, batches.others))
-    return Ratio("step of meta-training / step of float training", ours, reference, "ms", 2.5)
+def ratios(name: str) -> dict[str, tuple[float, float]]:
+    """Returns each ratio's median, and its target."""
+    x, y, _, _ = fashion_mnist()
+    session = hq_plugin.meta_train(float_model(name), TensorDataset(x, y), config=CONFIG)
+    batches = list(zip(x[: STEPS * BATCH].split(BATCH), y[: STEPS * BATCH].split(BATCH), strict=True))
+    plain = new(name)
+    sampler = PolicySampler(session.space, session.costs, 0)
 
+    def meta_training() -> None:
+        task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, 1e-6, 1e-6)
+        task.before_step = lambda step: torch_ao.apply_policy(session.network, sampler(step))
+        train(task)
 
-def time_scoring(session: hq.Session, rounds: int) -> Ratio:
-    """Compares scoring a new policy with the float model's forward over the held-out samples scored."""
+    pairs = [(seconds(meta_training), seconds(lambda: float_training(plain, batches))) for _ in range(ROUNDS)]
+    step = statistics.median(a / b for a, b in pairs[1:])
+
     scorer = session.scorer
-    sampler = PolicySampler(session.space, session.costs, seed=1)
-    ours, reference = [], []
-    with evaluating(session.network), torch.no_grad():
-        # As in a search, where sensitivities come first, each width of each layer has been seen before.
-        for index in range(int(session.space.top.max()) + 1):
-            genome = np.minimum(session.space.top, index)
-            scorer.score(session.network, session.space.policy(genome), samples=BATCH)
-        for step in range(rounds):
-            policy = sampler(step)
-            began = time.perf_counter()
-            scorer.score(session.network, policy, samples=scorer.samples)
-            middle = time.perf_counter()
-            scorer.measure(session.teacher, samples=scorer.samples)
-            ours.append(1000 * (middle - began))
-            reference.append(1000 * (time.perf_counter() - middle))
-    name = f"scoring a policy / float forward over the same {scorer.samples} samples"
-    return Ratio(name, statistics.median(ours), statistics.median(reference), "ms", 1.5)
+    held = list(scorer.batches)[: scorer.samples // BATCH]
+
+    def float_forward() -> None:
+        with torch.no_grad():
+            for batch in held:
+                batch.run(session.teacher)
+
+    with evaluating(session.network):
+        # Every width has been generated once before, as in a search after its first candidates.
+        for bits in session.space.weight_bits:
+            session.scorer.score(
+                session.network, session.space.policy(session.space.nearest_uniform(bits, 8)), samples=1
+            )
+        pairs = [
+            (
+                seconds(lambda n=n: scorer.score(session.network, sampler(n), samples=scorer.samples)),
+                seconds(float_forward),
+            )
+            for n in range(4 * ROUNDS)
+        ]
+    score = statistics.median(a / b for a, b in pairs[4:])
+    found = session.search("2.5bit").seconds
+    overhead = found["search_overhead"] / (found["search_overhead"] + found["search_scoring"])
+    memory = peak(name, "quantize") / peak(name, "float")
+    return {
+        "meta-training step / float training step": (step, 2.5),
+        "scoring a candidate / float forward": (score, 1.5),
+        "search's own share of the search": (overhead, 0.05),
+        "peak memory of quantize / of float training": (memory, 4.0),
+    }
 
 
-def time_search(session: hq.Session) -> Ratio:
-    """Returns the share of a search, sensitivities and re-ranking included, that is not scoring."""
-    scorer: Any = session.scorer
-    plain, scoring = scorer.score, 0.0
-
-    def timed(*args: Any, **kwargs: Any) -> Any:
-        nonlocal scoring
-        began = time.perf_counter()
-        try:
-            return plain(*args, **kwargs)
-        finally:
-            scoring += time.perf_counter() - began
-
-    scorer.score = timed
-    whole = seconds(lambda: session.search(BUDGET))
-    del scorer.score
-    return Ratio("search without scoring / whole search", whole - scoring, whole, "s", 0.05)
-
-
-def compare_memory(network: str) -> Ratio:
-    """Compares the growth of resident memory during a whole `quantize` with that of float training."""
-    ours, reference = (
-        float(
-            subprocess.run(
-                [sys.executable, "-m", "tests.benchmarks.overhead", network, "--memory-of", what],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-        )
-        for what in ("quantize", "training")
+def peak(name: str, work: str) -> float:
+    """Returns the peak memory of a fresh process above its start, in bytes."""
+    out = subprocess.run(
+        [sys.executable, "-m", "tests.benchmarks.overhead", "--model", name, "--work", work],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    return Ratio("peak memory of quantize / of float training", ours, reference, "MB", 4)
+    return float(out.stdout.split()[-1])
 
 
-def memory_of(network: str, what: str) -> float:
-    """Returns by how many MB the peak of this process's memory grows, once model and data are there."""
-    model, loader = float_model(network), training_loader()
-    images, labels = next(iter(loader))
-    with torch.no_grad():
-        model(images[:2])  # loads what torch loads lazily
-    before = _peak()
-    if what == "training":
-        training = FloatTraining(model)
-        for images, labels in islice(loader, MEMORY_STEPS):
-            training.step(Batch((images,), {}, labels, len(images)))
+def work(name: str, what: str) -> None:
+    """Does the work whose memory is measured, and prints its peak above the start."""
+    x, y, _, _ = fashion_mnist()
+    x, y = x[:4096], y[:4096]
+    model = float_model(name)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if what == "float":
+        float_training(model, list(zip(x.split(BATCH), y.split(BATCH), strict=True)))
     else:
-        steps = {"meta_steps": MEMORY_STEPS, "finetune_steps": MEMORY_STEPS, "search_evaluations": 30}
-        hq.quantize(model, BUDGET, loader, **options(**steps))
-    return _peak() - before
-
-
-def _peak() -> float:
-    """Returns the peak resident memory of this process in MB (Linux counts it in KiB)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
-
-
-def measure(network: str, steps: int, rounds: int, evaluations: int) -> list[Ratio]:
-    """Returns the four ratios of one network."""
-    model = float_model(network)
-    loader = training_loader()
-    session = hq.meta_train(model, loader, **options(meta_steps=0, search_evaluations=evaluations))
-    session.config = session.config.with_options({"meta_steps": steps})
-    return [
-        time_training(session, steps),
-        time_scoring(session, rounds),
-        time_search(session),
-        compare_memory(network),
-    ]
+        config = Config(effort="fast", batch_size=BATCH, meta_steps=16, finetune_steps=16, search_evaluations=20)
+        hq_plugin.quantize(model, "2.5bit", TensorDataset(x, y), config=config)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) * 1024)
 
 
 def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("networks", nargs="*", default=list(NETWORKS))
-    parser.add_argument("--steps", type=int, default=60, help="steps of training timed")
-    parser.add_argument("--rounds", type=int, default=30, help="policies scored")
-    parser.add_argument("--evaluations", type=int, default=200, help="policies of the search")
-    parser.add_argument("--memory-of", choices=("quantize", "training"), help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.memory_of:
-        print(memory_of(chosen.networks[0], chosen.memory_of))
+    """Prints the ratios as a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet20")
+    parser.add_argument("--work", choices=["float", "quantize"])
+    options = parser.parse_args()
+    if options.work:
+        work(options.model, options.work)
         return
-    for network in chosen.networks:
-        print(f"\n## {network}\n\n| what | ours | reference | ratio | target | met |\n|---|---|---|---|---|---|")
-        for ratio in measure(network, chosen.steps, chosen.rounds, chosen.evaluations):
-            print(ratio, flush=True)
+    print(f"| {options.model} | measured | target |\n|---|---|---|")
+    for name, (value, target) in ratios(options.model).items():
+        print(f"| {name} | {value:.3f} | ≤ {target:g} |", flush=True)
 
 
 if __name__ == "__main__":

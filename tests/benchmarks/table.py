@@ -1,103 +1,66 @@
-"""Writes the rows of the main benchmark as a Markdown table. Run as `python -m tests.benchmarks.table`."""
+"""Writes docs/benchmarks/spine.md from the rows that `spine.py` measured.
+
+python -m tests.benchmarks.table
+"""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from tests.benchmarks.records import Records, Row
+from tests.benchmarks.spine import FINETUNE, META, STEPS, finished
 
-METHODS = {
-    "searched": "**meta-trained, searched, fine-tuned**",
-    "dynamic_programming": "dynamic programming, then QAT",
-    "uniform": "best uniform, then QAT (LSQ)",
-    "dense": "ablation: all blocks dense",
-    "low_rank": "ablation: all blocks low-rank",
-    "table": "ablation: no network (table)",
-}
-COLUMNS: dict[str, Callable[[list[Row]], str]] = {
-    "KL to float, nats": lambda rows: spread([row["kl"] for row in rows], 4),
-    "agreement, %": lambda rows: spread([100 * row["agreement"] for row in rows], 2),
-    "accuracy, %": lambda rows: spread([100 * row["accuracy"] for row in rows], 2),
-    "effective bits": lambda rows: f"{largest(rows, 'effective_bits'):.3f}",
-    "kB": lambda rows: f"{largest(rows, 'bytes') / 1000:.1f}",
-    "MBitOps": lambda rows: f"{largest(rows, 'bitops') / 1e6:.1f}",
-    "seconds": lambda rows: f"{statistics.mean(seconds(row) for row in rows):.0f}",
-    "seeds": lambda rows: str(len(rows)),
+OUT = Path("docs/benchmarks/spine.md")
+NAMES = {
+    "uniform": "best uniform policy, QAT",
+    "dynamic_programming": "dynamic programming on additive sensitivities, QAT",
+    "dense": "**hq_plugin** (`dense`)",
+    "low_rank": "hq_plugin, `low_rank`",
+    "table": "hq_plugin, `table` (no network)",
 }
 
 
-def largest(rows: list[Row], field: str) -> float:
-    """Returns the largest value of a field; costs are limits, so the worst seed counts."""
-    return max(row[field] for row in rows)
+def _spread(rows: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [row[key] for row in rows]
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{spread}"
 
 
-def seconds(row: Row) -> float:
-    """Returns the seconds of all stages; scoring is a part of the search."""
-    return sum(value for stage, value in row["seconds"].items() if stage != "search_scoring")
-
-
-def spread(values: list[float], digits: int) -> str:
-    """Writes the mean, and the standard deviation where there are several values."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def table(rows: list[Row]) -> str:
-    """Returns the Markdown page for rows of any networks, budgets and efforts."""
-    parts = [INTRODUCTION]
-    efforts = sorted({(row["meta_steps"], row["finetune_steps"]) for row in rows})
-    for meta, finetune in efforts:
-        same = [row for row in rows if (row["meta_steps"], row["finetune_steps"]) == (meta, finetune)]
-        for network in dict.fromkeys(row["network"] for row in same):
-            some = [row for row in same if row["network"] == network]
-            parts.append(
-                f"## {network}, {meta + finetune} training steps\n\n"
-                f"Float model: {100 * some[0]['float_accuracy']:.2f} % accuracy, "
-                f"{some[0]['float_bytes'] / 1000:.1f} kB. Meta-training takes {meta} of the steps, once for all "
-                f"budgets, fine-tuning {finetune}; the rivals train {meta + finetune} steps for each budget."
-            )
-            parts += [_section(some, budget) for budget in dict.fromkeys(row["budget"] for row in some)]
-    return "\n\n".join(parts) + "\n"
-
-
-def _section(rows: list[Row], budget: str) -> str:
-    lines = [
-        f"### {budget}",
+def lines() -> list[str]:
+    """Returns the page, line by line."""
+    rows = finished()
+    text = [
+        "# Hybrid against uniform and dynamic programming, at equal training steps",
         "",
-        f"| method | {' | '.join(COLUMNS)} |",
-        f"|---|{'---|' * len(COLUMNS)}",
+        "Fashion-MNIST, 10,000 test images. KL to the float model in nats; mean ± standard deviation over",
+        f"seeds. Every method trains {3 * STEPS} steps of 128 images for the three budgets together: the rivals",
+        f"{STEPS} for each, hq_plugin {META} of meta-training for all and {FINETUNE} of fine-tuning for each.",
+        "Same loop, loss, quantizers and learning rates. Activations: 4, 6 or 8 bits, 8 unless BitOps are limited.",
+        "",
+        "Reproduce: `python -m tests.benchmarks.spine && python -m tests.benchmarks.table` (hours on 2 cores;",
+        "resumable, the rows are in spine.jsonl).",
+        "",
     ]
-    for method, label in METHODS.items():
-        some = [row for row in rows if row["method"] == method and row["budget"] == budget]
-        if some:
-            lines.append(f"| {label} | {' | '.join(column(some) for column in COLUMNS.values())} |")
-    return "\n".join(lines)
-
-
-INTRODUCTION = """# Accuracy at a budget
-
-Fashion-MNIST, 10,000 test images, packed models, activations of 4 bits. Written by
-`python -m tests.benchmarks.spine`, which measures every row that `spine.jsonl` lacks; what the methods
-are is in its docstring. Means over seeds, ± their standard deviation; costs are those of the costliest
-seed. KL is KL(float || quantized), the mean over images. Seconds are of all stages for one budget,
-meta-training included."""
-
-
-def write_table(records: Records) -> Path:
-    """Writes the page beside the rows, and returns its path."""
-    path = records.path.with_suffix(".md")
-    path.write_text(table(records.rows))
-    return path
-
-
-def main() -> None:
-    """Writes the page of the rows that there are."""
-    from tests.benchmarks.spine import KEY, RESULTS
-
-    print(write_table(Records(RESULTS, KEY)))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        mine = [row for row in rows if row["model"] == model]
+        text += [f"## {model}, float accuracy {mine[0]['float_accuracy']:.4f}", ""]
+        text += ["| budget | method | KL | agreement | accuracy | effective bits | bytes | seeds |"]
+        text += ["|---|---|---|---|---|---|---|---|"]
+        for budget in dict.fromkeys(row["budget"] for row in mine):
+            for method, label in NAMES.items():
+                same = [r for r in mine if (r["budget"], r["method"]) == (budget, method)]
+                if same:
+                    text.append(
+                        f"| {budget} | {label} | {_spread(same, 'kl', 4)} | {_spread(same, 'agreement', 4)} | "
+                        f"{_spread(same, 'accuracy', 4)} | {_spread(same, 'effective_bits', 3)} | "
+                        f"{statistics.mean(r['bytes'] for r in same):,.0f} | {len(same)} |"
+                    )
+        text.append("")
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text("\n".join(lines()))
+    print("\n".join(lines()))
