@@ -25,6 +25,8 @@ from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
 
 FORMAT, VERSION = "hq_plugin model", 1
+#: Records that are kept of each history; those of the search lose their policies.
+HISTORY = 50
 
 _CONSTANT_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -65,7 +67,7 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
 
     Args:
         model: What `quantize` or `torch_ao.convert` returned.
-        directory: A new or empty directory.
+        directory: A new or empty directory. The histories in the model's report are thinned.
         overwrite: Whether a model saved there before is replaced.
 
     Returns:
@@ -105,9 +107,18 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         "tied": tied,
         "constants": constants,
         "architecture": adapters.describe(model),
-        "report": result.to_json() if isinstance(result, Result) else None,
+        "report": _report(result) if isinstance(result, Result) else None,
     }
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
+
+
+def _report(result: Result) -> dict[str, Any]:
+    """Returns a result for storing: its histories thinned, since a small model must stay small on disk."""
+    data = result.to_json()
+    for name, records in result.history.items():
+        thin = records[:: max(1, len(records) // HISTORY)]
+        data["history"][name] = [{k: v for k, v in record.items() if k != "policy"} for record in thin]
+    return data
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:

@@ -126,7 +126,7 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
-        grad = grads[0].contiguous().to(x.dtype)
+        grad = grads[0].to(x.dtype)
         grad_x = torch.ops.aten.hardtanh_backward(grad, x, ctx.low, ctx.high)
         # d out/d step = (out - x)/step inside the range, out/step outside (arXiv:1902.08153, eq. 3);
         # d out/d zero_point = -step outside (arXiv:2004.09576, eq. 6).

@@ -125,6 +125,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         """Returns the result as JSON values, which `from_json` reads back."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        data["history"] = dict(self.history)
         data["policy"] = self.policy.to_json()
         data["costs"] = asdict(self.costs)
         data["layers"] = [asdict(layer) for layer in self.layers]

@@ -72,7 +72,9 @@ def test_more_bits_are_closer(session: Session) -> None:
     assert distances[0] > distances[1] > distances[2]
 
 
-def test_quantize_gives_a_packed_model_with_a_report(session: Session, batches) -> None:  # type: ignore[no-untyped-def]
+def test_quantize_gives_a_packed_model_with_a_report(
+    session: Session, trained: nn.Module, batches, tmp_path: Path
+) -> None:  # type: ignore[no-untyped-def]
     model = session.quantize(
         "3bit", eval_fn=lambda m: float(m(batches[0][0]).argmax(1).eq(batches[0][1]).float().mean())
     )
@@ -90,6 +92,12 @@ def test_quantize_gives_a_packed_model_with_a_report(session: Session, batches) 
     assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
     measured = session.scorer.measure(model)
     assert measured.distance == pytest.approx(result.kl)
+    target = hq.save(model, tmp_path / "model")
+    on_disk = sum(path.stat().st_size for path in target.iterdir())
+    assert on_disk <= result.size * 1.01 + 64 * 1024, "the report is not what makes a model large"
+    loaded = hq.load(target, trained)
+    assert loaded.hq.baselines == result.baselines
+    assert 0 < len(loaded.hq.history["search"]) <= 100
 
 
 def test_a_given_policy(session: Session) -> None:

@@ -19,7 +19,7 @@ from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from tests.benchmarks.networks import new
 
 CACHE = Path(os.environ.get("HQ_BENCH_CACHE", ".cache/benchmarks"))
-EPOCHS = {"resnet20": 8, "mobilenetv3": 5}
+EPOCHS = {"resnet20": 8, "mobilenetv3": 4}
 BATCH = 128
 
 
@@ -31,13 +31,15 @@ def float_model(name: str) -> nn.Module:
         _train(name, model)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file(model.state_dict(), partial)
+        save_file({key: value.contiguous() for key, value in model.state_dict().items()}, partial)
         partial.rename(path)
     model.load_state_dict(load_file(path))
-    return model.eval()
+    # Several times as fast as contiguous tensors for small convolutions on a CPU.
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def _train(name: str, model: nn.Module) -> None:
+    model.to(memory_format=torch.channels_last)
     train_x, train_y, test_x, test_y = fashion_mnist()
     steps = len(train_x) // BATCH
     if name == "resnet20":

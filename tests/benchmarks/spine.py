@@ -5,15 +5,17 @@
 Resumable: a finished row is one line of docs/benchmarks/spine.jsonl and is not measured again.
 `python -m tests.benchmarks.table` writes the tables of docs/benchmarks/spine.md from it.
 
-Equal steps: three budgets, `STEPS` steps each, for every method. Uniform and dynamic programming spend
-all of them on quantization-aware training of their policy, from the float weights. Ours meta-trains
-once for the three budgets (`META`) and fine-tunes each for what is left (`FINETUNE`). All share the
-training loop, the distillation loss, the quantizers and the learning rates.
+Equal steps, in two senses. `dense`: three budgets, `3 * STEPS` steps together; ours meta-trains once for
+the three (`META`) and fine-tunes each (`FINETUNE`). `one_call`: `hq_plugin.quantize` for one budget, whose
+meta-training and fine-tuning take `STEPS` steps together. Uniform and dynamic programming spend `STEPS`
+steps on quantization-aware training of their policy, from the float weights. All share the training loop,
+the distillation loss, the quantizers and the learning rates.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Iterator
@@ -34,13 +36,14 @@ from tests.benchmarks.float_models import float_model
 ROWS = Path("docs/benchmarks/spine.jsonl")
 STEPS, META, FINETUNE = 300, 225, 225
 assert META + 3 * FINETUNE == 3 * STEPS
+ONE_CALL_META, ONE_CALL_FINETUNE = 75, 225
+assert ONE_CALL_META + ONE_CALL_FINETUNE == STEPS
 BITS = (2.2, 2.5, 3.0)
 ABLATION_BITS = 2.5
 #: BitOps of the third budget, as a multiple of the multiply-accumulates: 3-bit weights and 4-bit
 #: activations are 12.
 BITOPS_PER_MAC = 12.5
 ACTIVATION_BITS = (4, 6, 8)
-BLOCKS = ("dense", "low_rank", "table")
 
 
 def budgets(session: Session) -> list[Budget]:
@@ -107,14 +110,15 @@ def rows(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str,
     untrained = hq_plugin.meta_train(model, data, config=base, meta_steps=0, block="table")
     wanted = budgets(untrained)
 
-    for block in BLOCKS:
-        mine = wanted if block == BLOCKS[0] else [b for b in wanted if b.weight_bits == ABLATION_BITS]
-        missing = [b for b in mine if (name, seed, block, str(b)) not in done]
+    def ours(block: str, wanted: list[Budget]) -> Iterator[dict[str, Any]]:
+        missing = [budget for budget in wanted if (name, seed, block, str(budget)) not in done]
         if missing:
             session = hq_plugin.meta_train(model, data, config=base, block=block)
             for budget in missing:
                 packed = session.quantize(budget)
                 yield row(block, budget, packed, cast(Result, packed.hq).seconds)
+
+    yield from ours("dense", wanted)
 
     trained: dict[HybridPolicy, nn.Module] = {}
     for method in ("uniform", "dynamic_programming"):
@@ -127,12 +131,25 @@ def rows(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str,
                 trained[policy] = untrained.finetune(policy, start="float", steps=STEPS)
             yield row(method, budget, trained[policy], {"finetune": time.perf_counter() - began})
 
+    for budget in wanted:
+        if (name, seed, "one_call", str(budget)) not in done:
+            steps = {"meta_steps": ONE_CALL_META, "finetune_steps": ONE_CALL_FINETUNE}
+            packed = hq_plugin.quantize(model, budget, data, config=base, block="dense", **steps)
+            yield row("one_call", budget, packed, cast(Result, packed.hq).seconds)
+
+    for block in ("low_rank", "table"):
+        yield from ours(block, [budget for budget in wanted if budget.weight_bits == ABLATION_BITS])
+
 
 def finished() -> list[dict[str, Any]]:
     """Returns the rows measured so far."""
     if not ROWS.exists():
         return []
-    return [json.loads(line) for line in ROWS.read_text().splitlines()]
+    rows = []
+    for line in ROWS.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a line that a stop cut short is measured again
+            rows.append(json.loads(line))
+    return rows
 
 
 def main() -> None:
