@@ -112,12 +112,14 @@ class Scorer:
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Inside, generated weights are cached; afterwards the BatchNorm statistics are as before."""
-    kept = {name: b.clone() for name, b in network.named_buffers() if "running_" in name}
-    with torch_ao.cached_weights(network):
-        yield
-    for name, buffer in network.named_buffers():
-        if name in kept:
-            buffer.copy_(kept[name])
+    layers = [module for module in network.modules() if foldable(module)]
+    kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
+    try:
+        with torch_ao.cached_weights(network):
+            yield
+    finally:
+        for buffer, before in kept:
+            buffer.copy_(before)
 
 
 def calibrate_activations(network: nn.Module, data: Data, batches: int, device: torch.device) -> None:

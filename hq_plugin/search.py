@@ -30,7 +30,7 @@ Score = Callable[[HybridPolicy], float]
 #: How often a candidate that was scored before is mutated again before it is given up.
 _RETRIES = 4
 #: The search ends when so many generations brought no new policy: a small space is exhausted.
-_STALE = 3
+_STALE = 5
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def test_activation_steps() -> None:
     assert steps.widths == (4, 8)
     steps.initialise({4: (0.5, 3.0), 8: (0.03, 40.0)})
     step, zero = steps.qparams(8)
-    assert (float(step), float(zero)) == pytest.approx((0.03, 40.0))
+    assert (step.item(), zero.item()) == pytest.approx((0.03, 40.0))
     assert bool(steps.calibrated)
     x = torch.tensor([-10.0, 0.0, 0.6, 100.0])
     assert steps(x, 4).tolist() == [-1.5, 0.0, 0.5, 6.0]
