@@ -72,6 +72,15 @@ class WeightBlock(nn.Module):
         return fake_quantize_weight(generated.float(), self.step(bits), bits).to(weight.dtype)
 
 
+def _rounding(bits: int) -> float:
+    """Returns the size of rounding errors, relative to that at 2 bits: they halve with each bit.
+
+    What is generated for a width is scaled by it. Without, widths that are seldom sampled drift with what
+    the others learn, and 8 bits can end up further from the float model than 3.
+    """
+    return 2.0 ** -max(bits - 2, 0)
+
+
 class _NetworkBlock(WeightBlock):
     """A block with a hidden layer over the one-hot width; what it generates is scaled to the weight."""
 
@@ -80,6 +89,10 @@ class _NetworkBlock(WeightBlock):
         self.inner = nn.Linear(len(widths), hidden)
         self.register_buffer("scale", weight.detach().float().std(correction=0).clamp_min(1e-8))
         self.scale: Tensor
+
+    def _reach(self, bits: int) -> Tensor:
+        """Returns the scale of what may be added to the weight: that of a width's rounding errors."""
+        return self.scale * _rounding(bits)
 
     def _hidden(self, bits: int) -> Tensor:
         one_hot = torch.zeros(len(self.widths), device=self.log_step.device)
@@ -101,7 +114,7 @@ class DenseBlock(_NetworkBlock):
 
     def weight(self, weight: Tensor, bits: int) -> Tensor:
         """Returns the pretrained weight plus the network's output for this width."""
-        return weight + self.scale * self.outer(self._hidden(bits)).view_as(weight)
+        return weight + self._reach(bits) * self.outer(self._hidden(bits)).view_as(weight)
 
 
 class LowRankBlock(_NetworkBlock):
@@ -120,9 +133,9 @@ class LowRankBlock(_NetworkBlock):
     def weight(self, weight: Tensor, bits: int) -> Tensor:
         """Returns the adapted weight for this width."""
         hidden = self._hidden(bits)
-        gain = 1 + self.gain(hidden).view(-1, *(1,) * (weight.dim() - 1))
+        gain = 1 + _rounding(bits) * self.gain(hidden).view(-1, *(1,) * (weight.dim() - 1))
         terms = (self.left * self.mix(hidden)) @ self.right
-        return weight * gain + self.scale * terms.view_as(weight)
+        return weight * gain + self._reach(bits) * terms.view_as(weight)
 
 
 def build_block(kind: Kind, weight: Tensor, widths: tuple[int, ...], config: Config) -> WeightBlock:
