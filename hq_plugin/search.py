@@ -185,7 +185,8 @@ def genetic_search(
         # nevergrad calls budgets below 60 inefficient; "smoke" knows.
         warnings.simplefilter("ignore")
         optimizer = family(parameter, budget=10 * budget)
-    starts = [planned, *(repair(genome) for genome in uniform), *uniform]
+    # Uniform policies enter filled up; as they are, they are baselines, which the caller measures.
+    starts = [planned, *(repair(genome) for genome in uniform)]
     for genome in reversed(starts):
         optimizer.suggest(genome.astype(float))
 

@@ -40,7 +40,11 @@ def test_the_metaquantnet_is_trained_and_not_the_teacher(session: Session, train
 def test_every_budget_is_kept_and_used(session: Session, budget: str) -> None:
     found = session.search(budget)
     assert all(share <= 1 for share in found.used.values())
-    assert max(found.used.values()) >= 0.97
+    # A uniform policy seldom fills a budget; it is given only where it is better than what the search found.
+    assert max(found.used.values()) >= 0.97 or found.chosen == "uniform"
+    searched = session.space.genome(found.baselines["searched"].policy)
+    shares = [resource.used(searched) for resource in session.costs.resources(Budget.parse(budget))]
+    assert 0.97 <= max(shares) <= 1
     limit = Budget.parse(budget)
     if limit.weight_bits:
         assert found.costs.weight_bits <= limit.weight_bits
