@@ -75,6 +75,7 @@ class Session:
         space: The search space.
         costs: What its policies cost.
         config: The options.
+        device: Where the float model was, and where packed models are returned.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
     """
@@ -84,6 +85,7 @@ class Session:
     ) -> None:
         self.teacher, self.network, self.space = teacher, network, space
         self.data, self.config = data, config
+        self.device = _device(teacher)
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
@@ -279,26 +281,30 @@ class Session:
             network = generated_network(self.network, found.policy)
         calibration = self.scorer.calibration(self.scorer.samples)
         recalibrate_batchnorm(network, calibration)
-        before = copy.deepcopy(network.state_dict()) if config.steps.finetune else None
-        untrained = self.scorer.measure(network).distance
+        before = copy.deepcopy(network.state_dict())
+        untrained = self.scorer.measure(network)
         history = finetune_network(network, self.teacher, self.data, self.loss, config)
-        if before is not None and not self.scorer.measure(network).distance <= untrained:
+        fidelity = self.scorer.measure(network)
+        if not fidelity.distance <= untrained.distance:
             # A handful of steps can be worse than none; then none are taken.
             network.load_state_dict(before)
+            fidelity = untrained
         tuned = time.perf_counter()
-        packed = torch_ao.convert(network)
+        # accelerate may have trained on another device than the one that the model came from.
+        packed = torch_ao.convert(network).to(self.device)
         seconds = {
             **self.seconds,
             **found.seconds,
             "finetune": tuned - began,
             "convert": time.perf_counter() - tuned,
         }
-        packed.hq = self._result(packed, found, budget, eval_fn, history, seconds, config)  # type: ignore[assignment]
+        packed.hq = self._result(packed, fidelity, found, budget, eval_fn, history, seconds, config)  # type: ignore[assignment]
         return packed
 
     def _result(
         self,
         packed: nn.Module,
+        fidelity: Fidelity,
         found: Found,
         budget: Budget | None,
         eval_fn: EvalFunction | None,
@@ -306,7 +312,7 @@ class Session:
         seconds: dict[str, float],
         config: Config,
     ) -> Result:
-        fidelity, teacher = self.scorer.measure(packed), self.scorer.measure(self.teacher)
+        teacher = self.scorer.measure(self.teacher)
         genome = self.space.genome(found.policy)
         return Result(
             policy=found.policy,
@@ -349,11 +355,15 @@ class Session:
             for site in self.space.table
         ]
 
-    def save(self, directory: str | Path) -> Path:
-        """Saves the session; `hq_plugin.load_session(directory, model)` reads it back."""
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
+        """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
+
+        Raises:
+            ArtifactPathError: The directory holds something else, or cannot be written.
+        """
         from hq_plugin.session_store import save_session
 
-        return save_session(self, directory)
+        return save_session(self, directory, overwrite=overwrite)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
