@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from hq_plugin.budget import Budget, format_bytes, format_count
 from hq_plugin.errors import BudgetError
 from hq_plugin.packing import packed_bytes
-from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
 from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES
-from hq_plugin.result import Costs
+from hq_plugin.result import Costs, LayerReport
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
 
@@ -98,6 +98,21 @@ class CostTable:
             size=round(size),
             bitops=float(self.bitops[at].sum()),
         )
+
+    def layers(self, policy: HybridPolicy) -> list[LayerReport]:
+        """Lists what each site costs under a policy."""
+        return [
+            LayerReport(
+                name=site.name,
+                kind=site.kind,
+                shape=site.weight_shape,
+                weight_bits=policy[site.name].weight,
+                activation_bits=policy[site.name].activation,
+                size=self.site_bytes(site, policy[site.name]),
+                bitops=site.macs * policy[site.name].weight * policy[site.name].activation,
+            )
+            for site in self.space.table
+        ]
 
     def resources(self, budget: Budget) -> list[Resource]:
         """Turns a budget into capacities over this space.

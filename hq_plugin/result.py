@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from typing import Any
 
 from hq_plugin.errors import ArtifactError
@@ -156,3 +158,12 @@ class Result:
             return cls(**values)
         except (KeyError, TypeError, AttributeError) as error:
             raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions that a result depends on."""
+    return {
+        "hq_plugin": metadata.version("hq-plugin"),
+        "torch": metadata.version("torch"),
+        "python": platform.python_version(),
+    }

@@ -7,7 +7,6 @@ policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quant
 from __future__ import annotations
 
 import copy
-import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from hq_plugin.errors import DataError, ModelError
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.policy import HybridPolicy
-from hq_plugin.result import Baseline, Costs, LayerReport, Result
+from hq_plugin.result import Baseline, Costs, Result, versions
 from hq_plugin.scoring import Scorer, evaluating, recalibrate_batchnorm
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites
@@ -298,23 +297,8 @@ class Session:
             "finetune": tuned - began,
             "convert": time.perf_counter() - tuned,
         }
-        packed.hq = self._result(packed, fidelity, found, budget, eval_fn, history, seconds, config)  # type: ignore[assignment]
-        return packed
-
-    def _result(
-        self,
-        packed: nn.Module,
-        fidelity: Fidelity,
-        found: Found,
-        budget: Budget | None,
-        eval_fn: EvalFunction | None,
-        finetune_history: list[dict[str, Any]],
-        seconds: dict[str, float],
-        config: Config,
-    ) -> Result:
         teacher = self.scorer.measure(self.teacher)
-        genome = self.space.genome(found.policy)
-        return Result(
+        packed.hq = Result(  # type: ignore[assignment]
             policy=found.policy,
             budget=str(budget) if budget is not None else "given policy",
             chosen=found.chosen,
@@ -328,32 +312,14 @@ class Session:
             metric=None if eval_fn is None else float(eval_fn(packed)),
             float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
             baselines=found.baselines,
-            layers=self._layers(genome),
+            layers=self.costs.layers(found.policy),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],
-            history={
-                "meta_training": self.history,
-                "search": found.history,
-                "finetune": finetune_history,
-            },
+            history={"meta_training": self.history, "search": found.history, "finetune": history},
             seconds=seconds,
             config=config.to_json(),
             versions=versions(),
         )
-
-    def _layers(self, genome: Genome) -> list[LayerReport]:
-        policy = self.space.policy(genome)
-        return [
-            LayerReport(
-                name=site.name,
-                kind=site.kind,
-                shape=site.weight_shape,
-                weight_bits=policy[site.name].weight,
-                activation_bits=policy[site.name].activation,
-                size=self.costs.site_bytes(site, policy[site.name]),
-                bitops=site.macs * policy[site.name].weight * policy[site.name].activation,
-            )
-            for site in self.space.table
-        ]
+        return packed
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
@@ -390,10 +356,3 @@ def _probe(model: nn.Module, batch: Batch) -> Any:
             f"The model cannot run on the first batch, whose inputs have the shapes {shapes}: {error}. Pass "
             "batches that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
         ) from error
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions that a result depends on."""
-    from hq_plugin import __version__
-
-    return {"hq_plugin": __version__, "torch": torch.__version__, "python": platform.python_version()}

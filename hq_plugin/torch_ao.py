@@ -30,7 +30,7 @@ from hq_plugin.errors import ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
-from hq_plugin.quantization import optimal_activation_qparams, optimal_weight_step, quantize_weight
+from hq_plugin.quantization import optimal_activation_qparams, quantize_weight
 from hq_plugin.sites import KINDS, foldable
 
 __all__ = [
@@ -38,7 +38,6 @@ __all__ = [
     "HybridActivationFakeQuantize",
     "HybridFakeQuantize",
     "HybridWeightFakeQuantize",
-    "WeightObserver",
     "apply_policy",
     "cached_weights",
     "calibrate",
@@ -46,25 +45,6 @@ __all__ = [
     "get_qconfig_mapping",
     "prepare",
 ]
-
-
-class WeightObserver(ObserverBase):
-    """Finds, for each channel of a weight, the step of least squared error at one width."""
-
-    def __init__(self, bits: int, **_: Any) -> None:
-        super().__init__(dtype=torch.qint8)
-        self.bits = bits
-        self.register_buffer("step", torch.ones(0))
-        self.step: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Observes a weight, `[channels, ...]`, and returns it."""
-        self.step = optimal_weight_step(x, self.bits)
-        return x
-
-    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Returns step and zero point (0) of every channel."""
-        return self.step, torch.zeros_like(self.step, dtype=torch.int32)
 
 
 class ActivationObserver(ObserverBase):
@@ -321,7 +301,7 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
 
 
 def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps | None) -> tq.QConfig:
-    # Not `with_args`: torch.ao deep-copies a QConfig's partials nowhere, and blocks must stay shared.
+    # Functions and not `with_args`: a deep copy of the model leaves them alone, and blocks stay shared.
     return tq.QConfig(
         activation=lambda **_: HybridActivationFakeQuantize(bits.activation, steps),
         weight=lambda **_: HybridWeightFakeQuantize(bits.weight, block),
