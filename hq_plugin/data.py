@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hq_plugin.config import Config
-from hq_plugin.errors import DataError
+from hq_plugin.errors import DataError, HQError
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 #: Leaders of the search are re-ranked on this many times the samples that score a candidate.
@@ -42,8 +42,22 @@ class Batch:
     size: int
 
     def run(self, model: nn.Module) -> Any:
-        """Runs a model on this batch."""
-        return model(*self.args, **self.kwargs)
+        """Runs a model on this batch.
+
+        Raises:
+            DataError: The model cannot take these inputs; the message gives their shapes.
+        """
+        try:
+            return model(*self.args, **self.kwargs)
+        except (HQError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            named = [*enumerate(self.args), *self.kwargs.items()]
+            shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
+            raise DataError(
+                f"The model cannot run on a batch whose inputs have the shapes {shapes}: {error}. Pass batches "
+                "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
+            ) from error
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""

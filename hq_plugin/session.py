@@ -21,9 +21,8 @@ from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
-from hq_plugin.data import Batch, Data
+from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function
-from hq_plugin.errors import DataError, ModelError
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.policy import HybridPolicy
@@ -90,7 +89,7 @@ class Session:
         self.seconds: dict[str, float] = {}
         self.sensitivities: Table | None = None
         with torch.no_grad():
-            example = _probe(teacher, data.holdout[0].to(_device(teacher)))
+            example = data.holdout[0].to(_device(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
         self._scorer: Scorer | None = None
 
@@ -335,24 +334,9 @@ class Session:
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
     """Finds a model's sites with one held-out batch, and builds the search space of `config`."""
     batch = data.holdout[0].to(_device(model))
-    table = find_sites(model, lambda m: _probe(m, batch), batch.size, exclude=config.exclude)
+    table = find_sites(model, batch.run, batch.size, exclude=config.exclude)
     return SearchSpace.build(table, config)
 
 
 def _device(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def _probe(model: nn.Module, batch: Batch) -> Any:
-    """Runs the first batch, and says in terms of the data what is wrong if that fails."""
-    try:
-        return batch.run(model)
-    except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        if isinstance(error, (DataError, ModelError)):
-            raise
-        shapes: list[Any] = [tuple(part.shape) for part in batch.args if isinstance(part, torch.Tensor)]
-        shapes += [(key, tuple(v.shape)) for key, v in batch.kwargs.items() if isinstance(v, torch.Tensor)]
-        raise DataError(
-            f"The model cannot run on the first batch, whose inputs have the shapes {shapes}: {error}. Pass "
-            "batches that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
-        ) from error

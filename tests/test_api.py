@@ -153,8 +153,10 @@ def test_other_bad_input(trained: nn.Module, batches) -> None:  # type: ignore[n
         hq.quantize("resnet18", "3bit", batches)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match="nothing to quantize"):
         hq.quantize(nn.Sequential(nn.LayerNorm(8)), "3bit", [torch.randn(4, 8)], config=SMOKE)
-    with pytest.raises(DataError, match=r"cannot run on the first batch.*\(4, 3\)"):
+    with pytest.raises(DataError, match=r"cannot run on a batch.*\(4, 3\)"):
         hq.quantize(trained, "3bit", [torch.randn(4, 3)], config=SMOKE)
+    with pytest.raises(DataError, match=r"cannot run on a batch.*\(64, 7\)"):
+        hq.quantize(trained, "3bit", [batches[0][0], torch.randn(64, 7)], config=SMOKE)
     with pytest.raises(DataError, match="empty"):
         hq.quantize(trained, "3bit", [], config=SMOKE)
     with pytest.raises(ConfigError, match="no option"):
