@@ -23,6 +23,9 @@ from hq_plugin.scoring import calibrate_activations
 from hq_plugin.space import SearchSpace
 from hq_plugin.training import Task, seeded, train
 
+#: The network's own weights learn at this share of the rate of what generates them: they are shared by
+#: all widths, and fine-tuning starts better where they stayed near the float model.
+BASE_RATE = 0.3
 #: The learning rate ends at this share of its peak: fine-tuning goes on from here, and a rate that
 #: falls to 0 and rises again wastes the steps in between.
 FINAL_RATE = 0.3
@@ -83,6 +86,8 @@ def meta_train_network(
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,
         final_rate=FINAL_RATE,
+        # A table generates nothing: the weights are all that it can train.
+        base_rate=1.0 if config.block == "table" else BASE_RATE,
         before_step=lambda step: torch_ao.apply_policy(network, sampler(step)),
         show=config.progress,
     )

@@ -27,6 +27,7 @@ WARMUP, SNAPSHOTS = 0.05, 20
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
 _STEP_PARAMETERS = ("log_step", "zero_point")
+_GENERATOR = "weight_fake_quant.block."
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Task:
         steps: Optimizer steps.
         learning_rate: Peak rate of weights.
         step_learning_rate: Peak rate of quantization steps and zero points.
+        base_rate: Learning rate of the network's own weights, as a share of that of what generates them.
         final_rate: Learning rate at the end as a share of the peak.
         before_step: Called with each step's number before its forward.
         show: Whether to show a progress bar; None on a terminal only.
@@ -57,6 +59,7 @@ class Task:
     learning_rate: float
     step_learning_rate: float
     final_rate: float = 0.0
+    base_rate: float = 1.0
     before_step: Callable[[int], None] = lambda step: None
     show: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -116,9 +119,13 @@ def train(task: Task) -> None:
 def _parameter_groups(task: Task) -> list[dict[str, Any]]:
     named = [(name, p) for name, p in task.network.named_parameters() if p.requires_grad]
     steps = [p for name, p in named if name.endswith(_STEP_PARAMETERS)]
-    weights = [p for name, p in named if not name.endswith(_STEP_PARAMETERS)]
+    rest = [(name, p) for name, p in named if not name.endswith(_STEP_PARAMETERS)]
     groups = [
-        {"params": weights, "lr": task.learning_rate},
+        {"params": [p for name, p in rest if _GENERATOR in name], "lr": task.learning_rate},
+        {
+            "params": [p for name, p in rest if _GENERATOR not in name],
+            "lr": task.learning_rate * task.base_rate,
+        },
         {"params": steps, "lr": task.step_learning_rate},
     ]
     return [group for group in groups if group["params"]]

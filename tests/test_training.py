@@ -8,7 +8,10 @@ from torch import nn
 from hq_plugin import Config, HQWarning, TrainingError
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
-from hq_plugin.training import Task, _cosine, seeded, train
+from hq_plugin.meta_training import build_network
+from hq_plugin.sites import find_sites
+from hq_plugin.space import SearchSpace
+from hq_plugin.training import Task, _cosine, _parameter_groups, seeded, train
 from tests.conftest import TinyNet
 
 
@@ -87,3 +90,17 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[0] < rates[4] == max(rates)
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    x = torch.randn(2, 1, 8, 8)
+    data = prepare_data(batches, trained, Config(effort="smoke"))
+    space = SearchSpace.build(find_sites(trained, lambda m: m(x), 2), Config())
+    network = build_network(trained, space, data, Config(block="dense"))
+    job = Task("test", network, trained, data, torch.nn.functional.mse_loss, 1, 1e-3, 5e-3, base_rate=0.1)
+    names = {id(p): name for name, p in network.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
+    assert rates["stem.weight"] == rates["bn1.bias"] == pytest.approx(1e-4)
+    assert rates["stem.weight_fake_quant.block.outer.weight"] == 1e-3
+    assert rates["stem.weight_fake_quant.block.log_step"] == 5e-3
+    assert len(rates) == len(names)
