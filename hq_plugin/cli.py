@@ -171,7 +171,13 @@ def demo(
     _print_table(
         ("model", "test accuracy", "effective bits", "bytes", "seconds"),
         [
-            (row.name, f"{row.accuracy:.4f}", f"{row.bits:.3f}", f"{row.size:,}", f"{row.seconds:.1f}")
+            (
+                row.name,
+                f"{row.accuracy:.4f}",
+                f"{row.bits:.3f}",
+                f"{row.size:,}",
+                f"{row.seconds:.1f}" if row.seconds else "",
+            )
             for row in rows
         ],
     )

@@ -119,7 +119,7 @@ def run(data: str = "digits", directory: str | Path | None = None, show: bool | 
             "hybrid", _accuracy(loaded, test_x, test_y), results[0].effective_bits, results[0].size, hybrid_seconds
         ),
         Row(
-            "hybrid, on disk with its report",
+            "hybrid, as files, with its report",
             _accuracy(loaded, test_x, test_y),
             results[0].effective_bits,
             files,
