@@ -21,6 +21,9 @@ KNOWN = {"timm": "timm"}
 class Adapter(Protocol):
     """What an integration's `ADAPTER` offers."""
 
+    #: Name of the integration, a key of `KNOWN`.
+    name: str
+
     def matches(self, model: nn.Module) -> bool:
         """Returns whether the model comes from this library."""
 
@@ -46,11 +49,9 @@ def find(model: nn.Module) -> Adapter | None:
 
 def describe(model: nn.Module) -> dict[str, Any] | None:
     """Returns how to rebuild a model's architecture, as JSON values, or None where nobody knows."""
-    for name, library in KNOWN.items():
-        if library in sys.modules and (adapter := _adapter(name)).matches(model):
-            description = adapter.describe(model)
-            return None if description is None else {"integration": name, **description}
-    return None
+    adapter = find(model)
+    description = None if adapter is None else adapter.describe(model)
+    return None if adapter is None or description is None else {"integration": adapter.name, **description}
 
 
 def rebuild(description: dict[str, Any]) -> nn.Module:

@@ -1,7 +1,7 @@
 """`hq-plugin`: quantize, inspect, evaluate and demo from the command line.
 
-Results go to stdout, progress and errors to stderr. An error is one line with what to do, and exit code
-2; `--debug` shows the traceback.
+Results go to stdout; progress, warnings and errors to stderr. What a user can put right is one line with
+what to do, and exit code 2; anything else has exit code 1. `--debug` shows the traceback of both.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import dataclasses
 import importlib
 import json
 import sys
+import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -19,17 +21,21 @@ from typing import Annotated, Any, cast
 import typer
 
 from hq_plugin.budget import format_bytes, format_count
-from hq_plugin.errors import ConfigError, DataError, HQError, ModelError
+from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, DataError, HQError, ModelError
 
 app = typer.Typer(
     help="Low-bit hybrid quantization of PyTorch models, searched and trained in one call.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_MODEL = "A timm model (resnet18) or module:function that returns a float model."
-_DATA = "module:function that returns batches or a Dataset, an .npz file with x (and y), digits, or fashion-mnist."
+_MODEL = "A timm model (resnet18 or timm:resnet18), or module:function that returns a float model."
+_DATA = (
+    "module:function that returns batches or a Dataset, an .npz file with x (and y), a folder of images (timm "
+    "models), digits, or fashion-mnist."
+)
 
 
 class Effort(StrEnum):
@@ -50,14 +56,21 @@ class DemoData(StrEnum):
 
 @contextmanager
 def _errors(debug: bool) -> Iterator[None]:
-    """Turns expected errors into one line on stderr and exit code 2."""
-    try:
-        yield
-    except (HQError, OSError, ImportError) as error:
-        if debug:
+    """Turns errors into one line on stderr and an exit code, and warnings into one line each."""
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = lambda message, *_: typer.secho(f"warning: {message}", fg="yellow", err=True)
+        try:
+            yield
+        except typer.Exit:
             raise
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(2) from error
+        except Exception as error:
+            if debug:
+                raise
+            expected = isinstance(error, (HQError, OSError))
+            text = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows the traceback)"
+            typer.secho(f"error: {' '.join(text.split())}", fg="red", err=True)
+            raise typer.Exit(2 if expected else 1) from error
 
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -71,6 +84,9 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Directory for the quantized model.")],
     data: Annotated[str | None, typer.Option(help=_DATA)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Float weights, a .safetensors file.")] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="An argument for the model, such as num_classes=10; repeatable.")
+    ] = None,
     pretrained: Annotated[bool, typer.Option(help="Let timm download pretrained weights.")] = False,
     effort: Annotated[Effort, typer.Option(help="How long it may take.")] = Effort.balanced,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -87,12 +103,14 @@ def quantize(
     import hq_plugin
 
     with _errors(debug):
+        _check_out(out, overwrite)
         options: dict[str, Any] = {"effort": effort.value, "seed": seed}
         for name, text in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
             if text is not None:
                 options[name] = _widths(name, text)
-        float_model = _load_model(model, checkpoint, pretrained)
-        packed = hq_plugin.quantize(float_model, budget, None if data is None else _load_data(data), **options)
+        float_model = _load_model(model, model_arg or [], checkpoint, pretrained)
+        batches = None if data is None else _load_data(data, float_model, test=False)
+        packed = hq_plugin.quantize(float_model, budget, batches, **options)
         hq_plugin.save(packed, out, overwrite=overwrite)
         result = cast(hq_plugin.Result, packed.hq)
         if as_json:
@@ -134,18 +152,24 @@ def evaluate(
     directory: Annotated[Path, typer.Argument(help="A saved model.")],
     data: Annotated[str, typer.Option(help=_DATA)],
     model: Annotated[str | None, typer.Option(help=f"{_MODEL} Not needed for timm models.")] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="An argument for the model, such as num_classes=10; repeatable.")
+    ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure the accuracy of a saved model on labelled data."""
+    """Measure the accuracy of a saved model on labelled data.
+
+    Of digits and fashion-mnist the test part is taken, which quantize does not use.
+    """
     import hq_plugin
     from hq_plugin.config import Config
     from hq_plugin.evaluation import accuracy
 
     with _errors(debug):
-        skeleton = None if model is None else _load_model(model, None, False)
+        skeleton = None if model is None else _load_model(model, model_arg or [], None, False)
         loaded = hq_plugin.load(directory, skeleton)
-        share, samples = accuracy(loaded, _load_data(data), Config())
+        share, samples = accuracy(loaded, _load_data(data, loaded, test=True), Config())
     print(
         json.dumps({"accuracy": share, "samples": samples})
         if as_json
@@ -190,30 +214,64 @@ def _widths(name: str, text: str) -> tuple[int, ...]:
         raise ConfigError(f"{name} {text!r} is no list of widths. Write 2,3,4,8.") from None
 
 
-def _call(reference: str, what: str) -> Any:
+def _check_out(out: Path, overwrite: bool) -> None:
+    """Finds out before the work, not after it, that the result would have no place."""
+    from hq_plugin.artifact import read_info
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        read_info(out)
+    except ArtifactError as error:
+        raise ArtifactPathError(f"{out} holds something else. Choose a new directory.") from error
+    if not overwrite:
+        raise ArtifactPathError(f"{out} holds a saved model. Give --overwrite or another directory.")
+
+
+def _call(reference: str, what: str, arguments: dict[str, Any]) -> Any:
     """Calls `module:function`; the current directory is importable, as for `python -m`."""
     module_name, _, function_name = reference.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{what} {reference!r} cannot be imported: {error}. Write module:function.") from error
-    return function()
+    if not callable(function):
+        raise ConfigError(f"{what} {reference!r} is a {type(function).__name__}, not a function.")
+    return function(**arguments)
 
 
-def _load_model(reference: str, checkpoint: Path | None, pretrained: bool) -> Any:
-    if ":" in reference:
-        model = _call(reference, "model")
-    else:
+def _timm(reason: str) -> Any:
+    """Imports the timm integration, which only some references need."""
+    try:
+        return importlib.import_module("hq_plugin.integrations.timm")
+    except ImportError as error:
+        raise ConfigError(f"{reason}, and timm is missing ({error}): pip install 'hq-plugin[demo]'") from error
+
+
+def _model_arguments(texts: Sequence[str]) -> dict[str, Any]:
+    arguments = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ConfigError(f"--model-arg {text!r} is not name=value.")
         try:
-            timm = importlib.import_module("timm")
-        except ImportError as error:
-            raise ConfigError(f"{reference!r} is a timm name, and timm is missing: pip install timm") from error
-        if not timm.is_model(reference):
-            close = ", ".join(timm.list_models(f"*{reference}*")[:5]) or "timm.list_models() shows all"
-            raise ModelError(f"timm has no model {reference!r}. Close to it: {close}.")
-        model = timm.create_model(reference, pretrained=pretrained)
+            arguments[name] = json.loads(value)
+        except ValueError:
+            arguments[name] = value
+    return arguments
+
+
+def _load_model(reference: str, texts: Sequence[str], checkpoint: Path | None, pretrained: bool) -> Any:
+    arguments = _model_arguments(texts)
+    name = reference.removeprefix("timm:")
+    if ":" in name:
+        if pretrained:
+            raise ConfigError(f"--pretrained is for timm models; {reference!r} loads its weights itself.")
+        model = _call(name, "model", arguments)
+    else:
+        model = _timm(f"{reference!r} is a timm name").create_model(name, pretrained=pretrained, **arguments)
     if checkpoint is not None:
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -225,26 +283,33 @@ def _load_model(reference: str, checkpoint: Path | None, pretrained: bool) -> An
     return model
 
 
-def _load_data(reference: str) -> Any:
+def _load_data(reference: str, model: Any, *, test: bool) -> Any:
     import torch
     from torch.utils.data import TensorDataset
 
-    if ":" in reference:
-        return _call(reference, "data")
     if reference in ("digits", "fashion-mnist"):
-        demo_data = importlib.import_module("hq_plugin.integrations.timm.demo_data")
-        train_x, train_y, _, _ = demo_data.digits() if reference == "digits" else demo_data.fashion_mnist()
-        return TensorDataset(train_x, train_y)
+        _timm(f"data {reference!r} belongs to the demo")
+        arrays = importlib.import_module("hq_plugin.integrations.timm.demo_data").built_in(reference)
+        return TensorDataset(*(arrays[2:] if test else arrays[:2]))
     path = Path(reference)
+    if path.is_dir():
+        return _timm(f"{reference} is a folder of images, for timm models").ImageFolder(path, model)
+    if path.suffix != ".npz" and ":" in reference:
+        return _call(reference, "data", {})
     if path.suffix != ".npz" or not path.exists():
         raise DataError(f"data {reference!r} is not there. Possible: {_DATA}")
     import numpy as np
 
-    with np.load(path, allow_pickle=False) as arrays:
-        if "x" not in arrays:
-            raise DataError(f"{path} has no array x; it has {', '.join(arrays.files)}.")
-        tensors = [torch.from_numpy(arrays[name]) for name in ("x", "y") if name in arrays]
-    return TensorDataset(tensors[0].float(), *(labels.long() for labels in tensors[1:]))
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: torch.from_numpy(arrays[name]) for name in ("x", "y") if name in arrays}
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no .npz file of numbers: {error}") from error
+    if "x" not in found:
+        raise DataError(f"{path} has no array x: the inputs, one a row.")
+    if "y" in found and len(found["y"]) != len(found["x"]):
+        raise DataError(f"{path} has {len(found['x'])} inputs in x, but {len(found['y'])} labels in y.")
+    return TensorDataset(found["x"].float(), *(labels.long() for name, labels in found.items() if name == "y"))
 
 
 def _print_result(result: Any) -> None:

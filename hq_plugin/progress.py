@@ -15,10 +15,13 @@ class Task:
     def __init__(self, bars: Any = None, task_id: Any = None) -> None:
         self._bars, self._id = bars, task_id
 
-    def advance(self, n: int = 1, **figures: float) -> None:
+    def advance(self, n: int = 1, **figures: float | str) -> None:
         """Moves on by `n`, and shows each figure as `name value`."""
         if self._bars is not None:
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            shown = "  ".join(
+                f"{name} {value}" if isinstance(value, str) else f"{name} {value:.4g}"
+                for name, value in figures.items()
+            )
             self._bars.update(self._id, advance=n, figures=shown)
 
 
@@ -40,7 +43,7 @@ _active: Bars | None = None
 
 @contextmanager
 def progress(enabled: bool | None = None) -> Iterator[Bars]:
-    """Shows bars while inside; used inside another, it adds to that one's.
+    """Shows bars while inside; used inside another, it adds to that one's, or is silent as that one is.
 
     Args:
         enabled: Whether to show them; None shows them if stderr is a terminal. Of several processes
@@ -52,7 +55,11 @@ def progress(enabled: bool | None = None) -> Iterator[Bars]:
         return
     show = sys.stderr.isatty() if enabled is None else enabled
     if not show or os.environ.get("RANK", "0") != "0":
-        yield Bars()
+        _active = Bars()
+        try:
+            yield _active
+        finally:
+            _active = None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

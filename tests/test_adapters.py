@@ -1,3 +1,4 @@
+import json
 import sys
 
 import pytest
@@ -24,3 +25,18 @@ def test_only_known_integrations_are_imported() -> None:
         adapters.rebuild({"integration": "../evil"})
     with pytest.raises(ArtifactError, match="no model"):
         adapters.rebuild({"integration": "timm", "name": "not_a_model", "arguments": {}})
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [n for n in sys.modules if n == "timm" or n.startswith("hq_plugin.integrations.timm")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ArtifactError, match=r"pip install 'hq-plugin\[timm\]'"):
+        adapters.rebuild({"integration": "timm", "name": "resnet10t", "arguments": {}})
+
+
+def test_a_description_goes_through_json_and_back() -> None:
+    model = timm.create_model("resnet10t", num_classes=3)
+    description = json.loads(json.dumps(adapters.describe(model)))
+    assert description["integration"] == "timm"
+    assert adapters.describe(adapters.rebuild(description)) == description

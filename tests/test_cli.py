@@ -69,6 +69,12 @@ def test_arrays(tmp_path: Path, saved: Path) -> None:
         (("quantize", "nowhere:f", "3bit", "--data", DATA), "module:function"),
         (("quantize", MODEL, "3bit", "--data", "missing.npz"), "is not there"),
         (("quantize", MODEL, "3bit", "--data", DATA, "--weight-bits", "two"), "no list of widths"),
+        (("quantize", "tests.conftest:SITES", "3bit", "--data", DATA), "not a function"),
+        (("quantize", MODEL, "3bit", "--data", DATA, "--pretrained"), "for timm models"),
+        (("quantize", "timm:resnet10t", "3bit", "--model-arg", "in_chans"), "name=value"),
+        (("quantize", "timm:resnet10t", "3bit", "--model-arg", "no_such=1"), "no_such"),
+        (("quantize", MODEL, "3bit", "--data", "tests"), "not a timm model"),
+        (("quantize", MODEL, "3bit", "--data", DATA, "--checkpoint", "missing.safetensors"), "missing.safetensors"),
     ],
 )
 def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
@@ -94,3 +100,77 @@ def test_progress_stays_off_without_a_terminal(saved: Path, capfd: pytest.Captur
     call("inspect", saved)
     assert capfd.readouterr().err == ""
     assert torch.is_grad_enabled()
+
+
+def test_a_directory_that_is_taken_is_found_out_before_the_work(saved: Path, tmp_path: Path) -> None:
+    def refused(out: Path, *more: str) -> str:
+        # The data does not exist: had the work begun, that would be the error.
+        result = call("quantize", MODEL, "3bit", "--data", "missing.npz", "--out", out, *more)
+        assert result.exit_code == 2
+        return result.stderr
+
+    assert "--overwrite" in refused(saved)
+    assert "is not there" in refused(saved, "--overwrite")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "something else" in refused(tmp_path, "--overwrite")
+
+
+def test_a_timm_model_of_built_in_data(tmp_path: Path) -> None:
+    arguments = ["--model-arg", "in_chans=1", "--model-arg", "num_classes=10", "--effort", "smoke", "--json"]
+    out = tmp_path / "small"
+    result = call("quantize", "timm:test_resnet", "4bit", "--data", "digits", "--out", out, *arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["costs"]["weight_bits"] <= 4
+    evaluated = call("evaluate", out, "--data", "digits", "--json")
+    assert json.loads(evaluated.stdout)["samples"] == 360, "the part that was not trained on"
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for n in range(12):
+        Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / f"{n}.png")
+    out = tmp_path / "small"
+    result = call("quantize", "test_resnet", "4bit", "--data", tmp_path, "--out", out, "--effort", "smoke")
+    assert result.exit_code == 0, result.output
+    assert "budget 4bit" in result.stdout
+
+
+def test_warnings_are_one_line_on_stderr(tmp_path: Path) -> None:
+    result = call("quantize", MODEL, "4bit", "--out", tmp_path / "small", "--effort", "smoke", "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("warning: No data was given")
+    assert json.loads(result.stdout)["costs"]["weight_bits"] <= 4
+
+
+def test_bad_arrays(tmp_path: Path, saved: Path) -> None:
+    def refused(**arrays: np.ndarray) -> str:
+        np.savez(tmp_path / "data.npz", **arrays)
+        result = call("evaluate", saved, "--model", MODEL, "--data", tmp_path / "data.npz")
+        assert result.exit_code == 2
+        return result.stderr
+
+    assert "no array x" in refused(y=np.zeros(3))
+    assert "2 labels" in refused(x=np.zeros((3, 1, 8, 8)), y=np.zeros(2))
+    assert "of numbers" in refused(x=np.array([{}], dtype=object)), "nothing is unpickled"
+    (tmp_path / "data.npz").write_bytes(b"nothing")
+    assert call("evaluate", saved, "--model", MODEL, "--data", tmp_path / "data.npz").exit_code == 2
+
+
+def broken() -> nn.Module:
+    raise KeyError("mine")
+
+
+def test_an_error_in_the_code_of_a_user_has_another_exit_code(tmp_path: Path) -> None:
+    arguments = ("quantize", "tests.test_cli:broken", "3bit", "--out", tmp_path / "out")
+    result = call(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines() == ["error: KeyError: 'mine' (--debug shows the traceback)"]
+    assert isinstance(call(*arguments, "--debug").exception, KeyError)
+
+
+def test_wrong_usage_is_exit_code_2_and_plain_text() -> None:
+    result = call("quantize", MODEL)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert "Missing argument" in result.stderr

@@ -6,7 +6,7 @@ from hq_plugin.progress import progress
 def test_bars_go_to_stderr_with_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     with progress(True) as bars:
         task = bars.task("searching", total=2)
-        task.advance(loss=0.5)
+        task.advance(loss=0.5, stage="first")
         with progress(True) as inner:
             assert inner is bars
             inner.task("inside", total=1).advance()
@@ -14,6 +14,8 @@ def test_bars_go_to_stderr_with_time_left(capsys: pytest.CaptureFixture[str]) ->
     assert captured.out == ""
     assert "searching" in captured.err
     assert "inside" in captured.err
+    assert "loss 0.5" in captured.err
+    assert "stage first" in captured.err
 
 
 @pytest.mark.parametrize("enabled", [False, None])
@@ -30,3 +32,19 @@ def test_only_the_first_process_shows_any(
     with progress(True) as bars:
         bars.task("searching", total=2).advance()
     assert capsys.readouterr() == ("", "")
+
+
+def test_inside_a_silent_one_all_is_silent_and_after_an_error_all_is_as_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        with progress(False), progress(True) as inner:
+            inner.task("searching", total=2).advance()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert capsys.readouterr() == ("", "")
+    with progress(True) as bars:
+        bars.task("searching", total=0)
+    assert "searching" in capsys.readouterr().err

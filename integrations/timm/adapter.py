@@ -1,14 +1,12 @@
 """What hq_plugin asks of timm: input shapes, and rebuilding an architecture by its name.
 
-timm does not keep the arguments that a model was created with. Those that can be read off a model
-(classes, input channels, image size) are recovered and checked against its tensors; `create_model` here
-keeps any other on the model.
+Public helpers for users (`create_model`, `load`, `data_config`, `transform`) live here as well. How the
+arguments that timm forgets are found again is in `architecture.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +16,34 @@ from torch import nn
 
 import hq_plugin
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule
+from hq_plugin.integrations.timm.architecture import (
+    ARGUMENTS,
+    PREPROCESSING,
+    find_arguments,
+    image_size,
+    input_channels,
+    pretrained_cfg,
+)
 
-#: Attribute in which `create_model` keeps the arguments that timm forgets.
-_ARGUMENTS = "hq_timm_arguments"
+#: Arguments of `timm.create_model` that fetch or load something: neither remembered nor obeyed.
+_REFUSED = (
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+)
 
 
 class TimmAdapter:
     """The adapter of `hq_plugin.adapters`."""
 
+    name = "timm"
+
     def matches(self, model: nn.Module) -> bool:
         """Returns whether the model is timm's: it carries a pretrained configuration."""
-        return isinstance(_pretrained_cfg(model), dict)
+        return isinstance(pretrained_cfg(model), dict)
 
     def example_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns a batch of two normally distributed images of the model's input size."""
@@ -38,20 +52,19 @@ class TimmAdapter:
         return (torch.randn(shape, dtype=parameter.dtype, device=parameter.device),), {}
 
     def describe(self, model: nn.Module) -> dict[str, Any] | None:
-        """Returns name and arguments that rebuild the architecture, or None if none found do."""
-        name = _pretrained_cfg(model).get("architecture")
-        if not isinstance(name, str) or not timm.is_model(name):
+        """Returns name, arguments and preprocessing that rebuild the model, or None if none found do.
+
+        What is returned was tried: the rebuilt model has the same layers with the same settings, and
+        tensors of the same shapes.
+        """
+        found = find_arguments(model)
+        if found is None:
             return None
-        wanted = _shapes(model)
-        for arguments in _arguments(model):
-            try:
-                with torch.device("meta"):
-                    rebuilt = timm.create_model(name, pretrained=False, **arguments)
-            except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError):
-                continue
-            if _shapes(rebuilt) == wanted:
-                return {"name": name, "arguments": arguments}
-        return None
+        name, arguments = found
+        config = pretrained_cfg(model)
+        preprocessing = {key: config[key] for key in PREPROCESSING if config.get(key) is not None}
+        description = {"name": name, "arguments": arguments, "preprocessing": preprocessing}
+        return json.loads(json.dumps(description)) if _is_json(description) else None
 
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
         """Builds the architecture without pretrained weights.
@@ -65,12 +78,15 @@ class TimmAdapter:
                 f"timm {timm.__version__} has no model {name!r}. Upgrade timm, or pass a float model: "
                 "hq_plugin.load(directory, model)."
             )
-        if set(arguments) & {"pretrained", "checkpoint_path", "pretrained_cfg"}:
-            raise ArtifactError("The saved architecture asks for pretrained weights, which no saved model does.")
+        refused = sorted(set(arguments) & set(_REFUSED))
+        if refused:
+            raise ArtifactError(f"The saved architecture asks for {', '.join(refused)}, which no saved model does.")
         try:
-            return create_model(name, **arguments)
-        except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-            raise ArtifactError(f"timm cannot build {name!r} with {arguments}: {error}") from error
+            model = create_model(name, **arguments)
+        except ModelError as error:
+            raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
+        _set_preprocessing(model, description.get("preprocessing", {}))
+        return model
 
 
 ADAPTER = TimmAdapter()
@@ -84,10 +100,19 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
     Args:
         name: A timm model.
         **arguments: Arguments of `timm.create_model`; those that are no JSON values are not remembered.
+
+    Raises:
+        ModelError: timm has no such model, or not with these arguments.
     """
-    model = timm.create_model(name, **arguments)
-    kept = {key: value for key, value in arguments.items() if key != "pretrained" and _is_json(value)}
-    setattr(model, _ARGUMENTS, json.loads(json.dumps(kept)))
+    if not timm.is_model(name):
+        close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
+        raise ModelError(f"timm {timm.__version__} has no model {name!r}. Close to it: {close}.")
+    try:
+        model = timm.create_model(name, **arguments)
+    except Exception as error:  # timm's models raise anything for arguments that they do not take.
+        raise ModelError(f"timm cannot build {name!r} with {arguments}: {error}") from error
+    kept = {key: value for key, value in arguments.items() if key not in _REFUSED and _is_json(value)}
+    setattr(model, ARGUMENTS, json.loads(json.dumps(kept)))
     return model
 
 
@@ -103,13 +128,11 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     if not ADAPTER.matches(model):
         raise ModelError(f"{type(model).__name__} is not a timm model: it has no pretrained_cfg.")
     config = timm.data.resolve_model_data_config(model)
-    channels = _input_channels(model)
-    size = _image_size(model)
-    if channels is not None and channels != config["input_size"][0]:
+    channels = input_channels(model) or config["input_size"][0]
+    if channels != len(config["mean"]):
         config["mean"] = (sum(config["mean"]) / len(config["mean"]),) * channels
         config["std"] = (sum(config["std"]) / len(config["std"]),) * channels
-    height_width = config["input_size"][1:] if size is None else size
-    config["input_size"] = (channels or config["input_size"][0], *height_width)
+    config["input_size"] = (channels, *(image_size(model) or config["input_size"][1:]))
     return config
 
 
@@ -127,54 +150,14 @@ def load(directory: str | Path) -> nn.Module:
     return hq_plugin.load(directory)
 
 
-def _pretrained_cfg(model: nn.Module) -> Any:
-    config: Any = getattr(model, "pretrained_cfg", None)
-    return config.to_dict() if hasattr(config, "to_dict") else config
-
-
-def _arguments(model: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yields arguments to try, the most certain first."""
-    remembered = getattr(model, _ARGUMENTS, None)
-    if isinstance(remembered, dict):
-        yield dict(remembered)
-    arguments: dict[str, Any] = {}
-    if isinstance(getattr(model, "num_classes", None), int):
-        arguments["num_classes"] = model.num_classes
-    channels = _input_channels(model)
-    if channels is not None:
-        arguments["in_chans"] = channels
-    yield dict(arguments)
-    if isinstance(remembered, dict):
-        yield {**remembered, **arguments}
-    size = _image_size(model)
-    if size is not None:
-        yield {**arguments, "img_size": list(size)}
-
-
-def _input_channels(model: nn.Module) -> int | None:
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            return module.in_channels
-    return None
-
-
-def _image_size(model: nn.Module) -> tuple[int, int] | None:
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if isinstance(size, (tuple, list)) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    return None
-
-
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor of the float model, also for one that is packed."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    for name, module in model.named_modules():
-        if isinstance(module, PackedModule):
-            prefix = f"{name}." if name else ""
-            for buffer in ("weight_packed", "weight_step", "activation_step", "activation_zero_point"):
-                shapes.pop(prefix + buffer, None)
-            shapes[prefix + "weight"] = module.weight_shape
-    return shapes
+def _set_preprocessing(model: nn.Module, preprocessing: Any) -> None:
+    """Gives a rebuilt model the preprocessing of the saved one, which may differ from timm's default."""
+    if not isinstance(preprocessing, dict) or not set(preprocessing) <= set(PREPROCESSING):
+        raise ArtifactError(f"The saved model is damaged: its preprocessing is {preprocessing!r}.")
+    restored = {key: tuple(v) if isinstance(v, list) else v for key, v in preprocessing.items()}
+    config: Any = {**pretrained_cfg(model), **restored}
+    # timm reads the first; the second is its older name for the same dict.
+    model.pretrained_cfg = model.default_cfg = config
 
 
 def _is_json(value: Any) -> bool:

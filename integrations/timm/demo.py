@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,7 +17,7 @@ import hq_plugin
 from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError
 from hq_plugin.integrations.timm.adapter import create_model, load
-from hq_plugin.integrations.timm.demo_data import Arrays, digits, fashion_mnist
+from hq_plugin.integrations.timm.demo_data import built_in
 from hq_plugin.progress import progress
 from hq_plugin.result import Result
 from hq_plugin.training import seeded
@@ -28,18 +27,16 @@ BUDGET, ACTIVATION_BITS = "2.5bit", 4
 
 @dataclass(frozen=True)
 class Setting:
-    """How the demo treats one data set: how it is read, enlarged, and how long everything trains."""
+    """How long the demo trains on one data set."""
 
-    read: Callable[[], Arrays]
-    enlarge: Callable[[Tensor], Tensor]
     float_epochs: int
     meta_steps: int
     finetune_steps: int
 
 
 SETTINGS = {
-    "digits": Setting(digits, lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear"), 16, 300, 300),
-    "fashion-mnist": Setting(fashion_mnist, lambda x: F.pad(x, (2, 2, 2, 2), value=float(x.min())), 2, 250, 200),
+    "digits": Setting(float_epochs=16, meta_steps=300, finetune_steps=300),
+    "fashion-mnist": Setting(float_epochs=2, meta_steps=250, finetune_steps=200),
 }
 
 
@@ -72,8 +69,7 @@ def run(data: str = "digits", directory: str | Path | None = None, show: bool | 
     if data not in SETTINGS:
         raise ConfigError(f"There is no demo data {data!r}. Choose one of {', '.join(SETTINGS)}.")
     setting = SETTINGS[data]
-    train_x, train_y, test_x, test_y = setting.read()
-    train_x, test_x = setting.enlarge(train_x), setting.enlarge(test_x)
+    train_x, train_y, test_x, test_y = built_in(data)
     began = time.perf_counter()
     model = _train_float(train_x, train_y, setting.float_epochs, show)
     float_seconds = time.perf_counter() - began

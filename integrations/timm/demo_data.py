@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hq_plugin.errors import DataError
+from hq_plugin.errors import ConfigError, DataError
 
 #: Where Debian's package `dataset-fashion-mnist` puts its files; the environment may name another.
 FASHION_MNIST = Path(os.environ.get("HQ_FASHION_MNIST", "/usr/share/datasets/fashion-mnist"))
@@ -48,6 +49,37 @@ def fashion_mnist() -> Arrays:
         images, labels = _idx(f"{name}-images-idx3-ubyte.gz"), _idx(f"{name}-labels-idx1-ubyte.gz")
         parts += [(images.float().unsqueeze(1) / 255 - 0.2860) / 0.3530, labels.long()]
     return parts[0], parts[1], parts[2], parts[3]
+
+
+#: The data sets that have a name, for the demo and the command line.
+NAMES = ("digits", "fashion-mnist")
+
+
+def built_in(name: str) -> Arrays:
+    """Returns a data set as the demo's network takes it.
+
+    Digits are enlarged to 16×16, Fashion-MNIST is padded to 32×32: residual networks halve sizes often.
+
+    Args:
+        name: `"digits"` or `"fashion-mnist"`.
+
+    Returns:
+        Training images float32 `[samples, 1, size, size]` and labels int64; test images and labels.
+
+    Raises:
+        ConfigError: There is no such data set.
+        DataError: It is not installed.
+    """
+    if name not in NAMES:
+        raise ConfigError(f"There is no built-in data {name!r}. Choose one of {', '.join(NAMES)}.")
+    train_x, train_y, test_x, test_y = digits() if name == "digits" else fashion_mnist()
+
+    def enlarge(x: Tensor) -> Tensor:
+        if name == "digits":
+            return F.interpolate(x, scale_factor=2.0, mode="bilinear")
+        return F.pad(x, (2, 2, 2, 2), value=float(train_x.min()))
+
+    return enlarge(train_x), train_y, enlarge(test_x), test_y
 
 
 def _idx(name: str) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import hq_plugin as hq
-from hq_plugin import HQWarning, ModelError
+from hq_plugin import ArtifactError, HQWarning, HybridPolicy, LayerBits, ModelError, torch_ao
 from hq_plugin.integrations.timm import ADAPTER, create_model, data_config, load, transform
 
 SMOKE = hq.Config(effort="smoke", meta_steps=2, finetune_steps=1, search_evaluations=3, holdout=4, batch_size=4)
@@ -28,6 +28,68 @@ def test_recovers_what_timm_forgets(name: str, arguments: dict[str, int]) -> Non
     assert description is not None
     rebuilt = ADAPTER.rebuild(description)
     rebuilt.load_state_dict(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "recovered"),
+    [
+        ("resnet10t", {"global_pool": "max"}, {"global_pool": "max"}),
+        (
+            "vit_tiny_patch16_224",
+            {"global_pool": "avg", "img_size": 64},
+            {"global_pool": "avg", "img_size": [64, 64]},
+        ),
+        ("vit_tiny_patch16_224", {"dynamic_img_size": True}, {"dynamic_img_size": True}),
+        ("maxvit_tiny_rw_224", {"img_size": 256}, {"img_size": [256, 256]}),
+    ],
+)
+def test_recovers_settings_that_change_outputs_but_no_tensor(
+    name: str, arguments: dict[str, object], recovered: dict[str, object]
+) -> None:
+    with torch.device("meta"):
+        description = ADAPTER.describe(timm.create_model(name, **arguments))
+    assert description is not None
+    assert recovered.items() <= description["arguments"].items()
+
+
+def test_what_cannot_be_recovered_is_not_described() -> None:
+    model = timm.create_model("resnet10t")
+    model.act1 = nn.GELU()
+    assert ADAPTER.describe(model) is None
+    assert ADAPTER.describe(timm.create_model("resnet10t", output_stride=8)) is None
+    assert ADAPTER.describe(create_model("resnet10t", output_stride=8)) is not None
+
+
+def test_dropout_does_not_matter() -> None:
+    description = ADAPTER.describe(timm.create_model("resnet10t", drop_rate=0.3, drop_path_rate=0.1))
+    assert description is not None
+    assert description["arguments"] == {"num_classes": 1000, "in_chans": 3}
+
+
+def test_a_packed_model_is_described_as_its_float_model() -> None:
+    model = timm.create_model("test_resnet", num_classes=5).eval()
+    policy = HybridPolicy({name: LayerBits(4, 16) for name, m in model.named_modules() if type(m) is nn.Conv2d})
+    assert (
+        ADAPTER.describe(torch_ao.convert(torch_ao.prepare(model, policy))) == ADAPTER.describe(model) is not None
+    )
+
+
+def test_the_preprocessing_is_that_of_the_saved_model() -> None:
+    model = timm.create_model("resnet10t")
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}
+    description = ADAPTER.describe(model)
+    assert description is not None
+    assert data_config(ADAPTER.rebuild(description)) == data_config(model)
+    with pytest.raises(ArtifactError, match="preprocessing"):
+        ADAPTER.rebuild({**description, "preprocessing": {"url": "http://localhost"}})
+
+
+def test_nothing_is_fetched_for_a_saved_architecture() -> None:
+    for argument in ("pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        with pytest.raises(ArtifactError, match=argument):
+            ADAPTER.rebuild({"name": "resnet10t", "arguments": {argument: "x"}})
+    with pytest.raises(ArtifactError, match="cannot be rebuilt"):
+        ADAPTER.rebuild({"name": "resnet10t", "arguments": {"no_such": 1}})
 
 
 def test_own_arguments_are_remembered() -> None:
