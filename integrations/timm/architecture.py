@@ -39,6 +39,8 @@ _INDIFFERENT = frozenset(
         "inplace",
         "p",
         "drop_prob",
+        "drop_path",
+        "drop_block",
         "scale_by_keep",
         "drop_rate",
         "momentum",
@@ -48,6 +50,8 @@ _INDIFFERENT = frozenset(
         "fix_init",
     }
 )
+#: Layers that do nothing in eval mode, so that it does not matter whether a model has them.
+_IDLE = frozenset({"Identity", "Dropout", "DropPath", "DropBlock2d"})
 _PACKED_BUFFERS = ("weight_packed", "weight_step", "activation_step", "activation_zero_point")
 
 Structure = dict[str, tuple[str, dict[str, Any]]]
@@ -160,6 +164,8 @@ def _structure(model: nn.Module) -> Structure:
     structure = {}
     for name, module in model.named_modules():
         kind = module._float_type if isinstance(module, PackedModule) else type(module)
+        if kind.__name__ in _IDLE:
+            continue
         settings = {
             key: _plain(value)
             for key, value in vars(module).items()
