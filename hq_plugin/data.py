@@ -59,6 +59,17 @@ class Batch:
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
             ) from error
 
+    def take(self, count: int) -> Batch:
+        """Returns the first `count` samples: of every tensor whose first dimension is that of the samples."""
+        if count >= self.size:
+            return self
+
+        def cut(tensor: Tensor) -> Tensor:
+            return tensor[:count] if tensor.dim() and tensor.shape[0] == self.size else tensor
+
+        args, kwargs, labels = _map((self.args, self.kwargs, self.labels), cut)
+        return Batch(args, kwargs, labels, count)
+
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""
         args, kwargs, labels = _map((self.args, self.kwargs, self.labels), lambda t: t.to(device))
