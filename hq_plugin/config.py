@@ -105,7 +105,7 @@ class Config:
     crossover: float = 0.6
     batch_size: int = 64
     holdout: int | None = None
-    recalibration: float = 0.25
+    recalibration: float = 0.125
     calibration_batches: int = 4
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
     progress: bool | None = None

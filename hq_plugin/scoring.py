@@ -42,6 +42,10 @@ def recalibrate_batchnorm(network: nn.Module, batches: Sequence[Batch]) -> None:
             layer.eval()
 
 
+#: Fewest samples from which BatchNorm statistics are re-estimated.
+_FEWEST = 32
+
+
 class Scorer:
     """Measures how close a network is to its teacher on the same held-out samples for every policy.
 
@@ -67,7 +71,7 @@ class Scorer:
         self._calibration: list[Batch] | None = None
 
     def calibration(self, samples: int) -> list[Batch]:
-        """Returns the first training batches with at least `samples` samples."""
+        """Returns batches of the first `samples` training samples, or of all if there are fewer."""
         wanted = max(samples, 1)
         if self._calibration is None or sum(b.size for b in self._calibration) < wanted:
             taken: list[Batch] = []
@@ -78,7 +82,9 @@ class Scorer:
             self._calibration = taken
         totals = accumulate(batch.size for batch in self._calibration)
         return [
-            batch for batch, total in zip(self._calibration, totals, strict=True) if total - batch.size < wanted
+            batch.take(wanted - (total - batch.size))
+            for batch, total in zip(self._calibration, totals, strict=True)
+            if total - batch.size < wanted
         ]
 
     @torch.no_grad()
@@ -105,7 +111,7 @@ class Scorer:
         torch_ao.apply_policy(network, policy)
         held = sum(batch.size for batch in self.batches)
         samples = held if samples is None else min(samples, held)
-        recalibrate_batchnorm(network, self.calibration(round(samples * self.recalibration)))
+        recalibrate_batchnorm(network, self.calibration(max(round(samples * self.recalibration), _FEWEST)))
         return self.measure(network, samples=samples)
 
 

@@ -131,3 +131,10 @@ def test_training_goes_on_forever_with_new_epochs() -> None:
     first = [next(stream) for _ in range(epoch)]
     second = [next(stream) for _ in range(epoch)]
     assert not torch.equal(first[0].args[0], second[0].args[0])
+
+
+def test_the_first_samples_of_a_batch() -> None:
+    batch = prepare_data([(X, Y)], One(), CONFIG).holdout[0].take(7)
+    assert batch.labels is not None
+    assert (batch.size, batch.args[0].shape, batch.labels.shape) == (7, (7, 1), (7,))
+    assert batch.take(100) is batch
