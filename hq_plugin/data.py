@@ -92,16 +92,14 @@ class Data:
     shared: bool = False
     synthetic: bool = False
 
-    def forever(self, skip: int = 0) -> Iterator[Batch]:
-        """Yields training batches without end, epoch after epoch, from the batch number `skip` on."""
-        seen = 0
+    def forever(self) -> Iterator[Batch]:
+        """Yields training batches without end, epoch after epoch."""
         while True:
-            before = seen
+            empty = True
             for batch in self.train:
-                seen += 1
-                if seen > skip:
-                    yield batch
-            if seen == before:
+                empty = False
+                yield batch
+            if empty:
                 raise DataError("data ended: a second pass over it gave no batch. Pass a list or a Dataset.")
 
 

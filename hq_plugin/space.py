@@ -92,10 +92,6 @@ class SearchSpace:
         """The largest index at each place of a genome, which is also the policy of most bits."""
         return np.array([[len(g.weight_bits) - 1, len(g.activation_bits) - 1] for g in self.groups])
 
-    def group_of(self, site: str) -> Group:
-        """Returns the group that holds a site."""
-        return next(group for group in self.groups if any(s.name == site for s in group.sites))
-
     def policy(self, genome: Genome) -> HybridPolicy:
         """Decodes a genome; the policy lists the sites in the model's order."""
         chosen = {
