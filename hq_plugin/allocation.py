@@ -106,6 +106,24 @@ def _knapsack(loss: Table, resource: Resource) -> Genome:
     return genome
 
 
+def moved(genome: Genome, top: Genome, rng: np.random.RandomState) -> Genome:
+    """Moves a heavy-tailed number of widths, mostly by one: the mutation of the "fast" GA.
+
+    Doerr et al., arXiv:1703.03334: a power law over the number of moved genes, mostly one or two,
+    sometimes half of them. The result may lie outside the space and the budget; `Repair` follows.
+    """
+    free = np.argwhere(top > 0)
+    genome = genome.copy()
+    if len(free) == 0:
+        return genome
+    limit = max(1, len(free) // 2)
+    weights = np.arange(1, limit + 1) ** -1.5
+    count = rng.choice(limit, p=weights / weights.sum()) + 1
+    for row, column in free[rng.choice(len(free), size=count, replace=False)]:
+        genome[row, column] += (1 if rng.rand() < 0.8 else 2) * (1 if rng.rand() < 0.5 else -1)
+    return genome
+
+
 class Repair:
     """Moves any genome inside the budget, and uses up what is left of it.
 
@@ -118,16 +136,25 @@ class Repair:
         resources: The limits.
         top: The largest genome of the space.
         rng: Source of the noise.
+        noise: Standard deviation of the logarithm of the noise.
     """
 
-    def __init__(self, loss: Table, resources: Sequence[Resource], top: Genome, rng: np.random.RandomState) -> None:
-        self.loss, self.resources, self.top, self.rng = loss, list(resources), top, rng
+    def __init__(
+        self,
+        loss: Table,
+        resources: Sequence[Resource],
+        top: Genome,
+        rng: np.random.RandomState,
+        *,
+        noise: float = NOISE,
+    ) -> None:
+        self.loss, self.resources, self.top, self.rng, self.noise = loss, list(resources), top, rng, noise
         self._rows = np.arange(len(top))
         self._columns = [column for column in (0, 1) if top[:, column].any()]
 
     def __call__(self, genome: Genome) -> Genome:
         """Returns a repaired copy: never over a limit, and full (97 %) wherever the space allows it."""
-        noise = np.exp(self.rng.normal(0, NOISE, size=genome.shape))
+        noise = np.exp(self.rng.normal(0, self.noise, size=genome.shape))
         genome = self._fit(np.clip(genome, 0, self.top), noise)
         if self._usage(genome) >= FULL or self._usage(self.fullest) < FULL:
             return genome

@@ -68,7 +68,18 @@ def float_network(teacher: nn.Module, policy: HybridPolicy, data: Data, config: 
 def finetune_network(
     network: nn.Module, teacher: nn.Module, data: Data, loss: LossFunction, config: Config
 ) -> list[dict[str, Any]]:
-    """Trains a network with a fixed policy in place, and returns one `{"step", "loss"}` for each step."""
+    """Trains a network with a fixed policy in place.
+
+    Args:
+        network: A prepared network whose BatchNorm statistics fit its weights; they stay as they are.
+        teacher: The float model, in eval mode.
+        data: Batches.
+        loss: Distance to the teacher's output.
+        config: Options.
+
+    Returns:
+        One `{"step", "loss"}` for each step.
+    """
     task = Task(
         name="fine-tuning",
         network=network,
@@ -78,6 +89,7 @@ def finetune_network(
         steps=config.steps.finetune,
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,
+        batch_statistics=False,
         show=config.progress,
     )
     with seeded(config.seed + 1):

@@ -7,18 +7,17 @@ budget; where one is known, policies are sampled around it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from hq_plugin import torch_ao
 from hq_plugin.config import Config
-from hq_plugin.cost import CostTable, Resource
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
 from hq_plugin.metaquantnet import MetaQuantNet
-from hq_plugin.sampling import PolicySampler
+from hq_plugin.policy import HybridPolicy
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.space import SearchSpace
 from hq_plugin.training import Task, seeded, train
@@ -53,29 +52,24 @@ def build_network(teacher: nn.Module, space: SearchSpace, data: Data, config: Co
 def meta_train_network(
     network: nn.Module,
     teacher: nn.Module,
-    space: SearchSpace,
-    costs: CostTable,
+    sampler: Callable[[int], HybridPolicy],
     data: Data,
     loss: LossFunction,
     config: Config,
-    focus: Sequence[Resource] = (),
 ) -> list[dict[str, Any]]:
     """Meta-trains a network in place.
 
     Args:
         network: What `build_network` returned.
         teacher: The float model, in eval mode.
-        space: The search space.
-        costs: Its costs.
+        sampler: Gives the policy of each step.
         data: Batches.
         loss: Distance to the teacher's output.
         config: Options.
-        focus: Resources of a budget around which policies are sampled.
 
     Returns:
         One `{"step", "loss"}` for each step.
     """
-    sampler = PolicySampler(space, costs, config.seed, focus)
     task = Task(
         name="meta-training",
         network=network,

@@ -1,7 +1,10 @@
-"""Which hybrid vectors meta-training sees: a seeded stream of policies.
+"""Which hybrid vectors meta-training sees: a seeded stream of policies near the best that are known.
 
-The network must be good at every policy that the search may visit, so the stream covers the whole
-range of sizes evenly, and the corners of the space (all widths smallest, all largest, all equal) often.
+The search will only ever visit good policies, so practice on others is wasted: random policies of the
+same cost are several times worse, and what a network learns on them does not serve the good ones. The
+stream therefore follows the front of additive sensitivities (AttentiveNAS, arXiv:2011.09011, does the
+same for supernets): around the policy that dynamic programming plans for a budget, where one is known,
+and along a ladder of budgets where none is.
 """
 
 from __future__ import annotations
@@ -10,17 +13,21 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hq_plugin.cost import CostTable, Resource
+from hq_plugin.allocation import Repair, dynamic_programming, moved
+from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.space import Genome, SearchSpace
 
-#: Shares of the stream: corners (the extremes in turn), uniform policies; the rest is random.
-EXTREMES, UNIFORM = 0.08, 0.17
-#: Without a budget in sight, random policies have up to this many effective bits above the smallest:
+#: Without a budget in sight, the ladder reaches from the smallest policy to this many effective bits above:
 #: the low end is the hard one, and 8-bit policies need no practice.
 SPREAD_BITS = 2.5
-#: With a budget in sight, random policies cost between these shares of it.
-FOCUS = (0.9, 1.3)
+#: Rungs of the ladder, each a limit on weights; and shares of the BitOps of a rung's policy to which its
+#: activations are limited as well, where they may choose.
+RUNGS, BITOPS_SHARES = 8, (1.0, 0.75, 0.5)
+#: Without a budget in sight, shares of the stream that are the widest policy and uniform policies.
+WIDEST, UNIFORM = 0.05, 0.1
+#: Noise of the repair that ends each draw (see `allocation.NOISE`).
+NOISE = 1.0
 
 
 class PolicySampler:
@@ -29,48 +36,58 @@ class PolicySampler:
     Args:
         space: The search space.
         costs: Its costs.
+        losses: Additive losses, as for `allocation.dynamic_programming`.
         seed: Two samplers with the same seed draw the same policies, on every process.
-        focus: Resources of a budget around which random policies are drawn; empty for none.
+        focus: Limits of a budget; empty for none.
     """
 
-    def __init__(self, space: SearchSpace, costs: CostTable, seed: int, focus: Sequence[Resource] = ()) -> None:
-        self.space, self.seed = space, seed
-        self.focus = list(focus)
-        if not self.focus:
-            least = costs.costs(np.zeros(space.shape, dtype=np.int64)).weight_bits
-            capacity = (least + SPREAD_BITS) * space.table.weights / 8
-            self.focus = [Resource("weight_bits", costs.weight_bytes, capacity)]
-            smallest = float(costs.weight_bytes.min(axis=(1, 2)).sum())
-            self.range = (smallest / capacity, 1.0)
-        else:
-            self.range = FOCUS
-        self._free = np.argwhere(space.top > 0)
+    def __init__(
+        self, space: SearchSpace, costs: CostTable, losses: Table, seed: int, focus: Sequence[Resource] = ()
+    ) -> None:
+        self.space, self.losses, self.seed = space, losses, seed
+        self.focused = bool(focus)
+        #: Limits, and the policy from which those that keep them are drawn.
+        self.plans: list[tuple[list[Resource], Genome]] = (
+            [(list(focus), dynamic_programming(losses, focus))] if focus else self._ladder(costs)
+        )
+
+    def _ladder(self, costs: CostTable) -> list[tuple[list[Resource], Genome]]:
+        """Plans from wide to narrow; each starts from the one before, so that all cost one descent."""
+        space, plans = self.space, []
+        smallest = float(costs.weight_bytes.min(axis=(1, 2)).sum())
+        widest = float(Resource("weight_bits", costs.weight_bytes, 1.0).spent(space.top))
+        most = min(smallest + SPREAD_BITS * space.table.weights / 8, widest)
+        shares = BITOPS_SHARES if space.top[:, 1].any() else (1.0,)
+        rung = space.top
+        for capacity in np.linspace(most, smallest, RUNGS + 1)[:-1]:
+            limits = [Resource("weight_bits", costs.weight_bytes, float(capacity))]
+            rung = self._descend(limits, rung)
+            spent = Resource("bitops", costs.bitops, 1.0).spent(rung)
+            least = float(costs.bitops.min(axis=(1, 2)).sum())
+            genome = rung
+            for share in shares:
+                if share < 1:
+                    limited = [*limits, Resource("bitops", costs.bitops, max(share * spent, 1.05 * least))]
+                    genome = self._descend(limited, genome)
+                    plans.append((limited, genome))
+                else:
+                    plans.append((limits, rung))
+        return plans
+
+    def _descend(self, limits: Sequence[Resource], genome: Genome) -> Genome:
+        rng = np.random.RandomState(self.seed)
+        return Repair(self.losses, limits, self.space.top, rng, noise=0.0)(genome)
 
     def __call__(self, step: int) -> HybridPolicy:
         """Returns the policy of a training step; it depends on the seed and the step alone."""
         rng = np.random.RandomState([self.seed, step])
+        space = self.space
         draw = rng.random()
-        top = self.space.top
-        if draw < EXTREMES:
-            return self.space.policy(top if step % 2 else np.zeros_like(top))
-        if draw < EXTREMES + UNIFORM:
-            weight, activation = rng.choice(self.space.weight_bits), rng.choice(self.space.activation_bits)
-            return self.space.policy(self.space.nearest_uniform(int(weight), int(activation)))
-        return self.space.policy(self._random(rng))
-
-    def _random(self, rng: np.random.RandomState) -> Genome:
-        """Draws each index at random, then walks at random until the cost is near a random target."""
-        genome: Genome = rng.randint(0, self.space.top + 1)
-        if len(self._free) == 0:
-            return genome
-        target = rng.uniform(*self.range)
-        walk = self._free[rng.randint(len(self._free), size=40 * len(self._free))]
-        over = max(resource.used(genome) for resource in self.focus) > target
-        for row, column in walk:
-            moved = genome[row, column] + (-1 if over else 1)
-            if not 0 <= moved <= self.space.top[row, column]:
-                continue
-            genome[row, column] = moved
-            if (max(resource.used(genome) for resource in self.focus) > target) != over:
-                break
-        return genome
+        if not self.focused and draw < WIDEST:
+            return space.policy(space.top)
+        if not self.focused and draw < WIDEST + UNIFORM:
+            weight, activation = rng.choice(space.weight_bits), rng.choice(space.activation_bits)
+            return space.policy(space.nearest_uniform(int(weight), int(activation)))
+        limits, planned = self.plans[rng.randint(len(self.plans))]
+        repair = Repair(self.losses, limits, space.top, rng, noise=NOISE)
+        return space.policy(repair(moved(planned, space.top, rng)))

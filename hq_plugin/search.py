@@ -18,9 +18,10 @@ import nevergrad as ng
 import numpy as np
 from nevergrad.common.errors import LossTooLargeWarning
 
-from hq_plugin.allocation import Repair, dynamic_programming, monotone
+from hq_plugin.allocation import Repair, dynamic_programming, monotone, moved
 from hq_plugin.config import Config
 from hq_plugin.cost import Resource, Table
+from hq_plugin.errors import TrainingError
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.progress import progress
 from hq_plugin.space import Genome, SearchSpace
@@ -70,11 +71,19 @@ def additive_sensitivities(space: SearchSpace, score: Score, show: bool | None =
     Returns:
         `[groups, weight widths, activation widths]`: the rise of the score over that of the widest
         policy, the weight's and the activation's added up; infinite where a group lacks the width.
+
+    Raises:
+        TrainingError: The score of the widest policy is not finite.
     """
     top = space.top
     shape = (len(space.groups), int(top[:, 0].max()) + 1, int(top[:, 1].max()) + 1)
     rise = (np.full(shape[:2], np.inf), np.full((shape[0], shape[2]), np.inf))
     base = score(space.policy(top))
+    if not np.isfinite(base):
+        raise TrainingError(
+            f"The loss of the widest policy on held-out data is {base} before step 0. Look at the data, the model "
+            "(does its own output hold NaN?) and the loss function."
+        )
     with progress(show) as bars:
         bar = bars.task("sensitivities", total=int(top.sum()))
         for row in range(shape[0]):
@@ -92,14 +101,12 @@ def additive_sensitivities(space: SearchSpace, score: Score, show: bool | None =
 class PolicyGenome(ng.p.Array):
     """A genome as a nevergrad parameter, with the operators of the genetic algorithm.
 
-    Mutation moves a heavy-tailed number of genes by mostly one width (the "fast" GA, Doerr et al.,
-    arXiv:1703.03334); crossover takes each group's widths from one of two parents. Both end in repair.
+    Mutation is `allocation.moved`; crossover takes each group's widths from one of two parents. Both end in repair.
     """
 
-    def __init__(self, genome: Genome, top: Genome, repair: Repair, known: Container[bytes]) -> None:
+    def __init__(self, genome: Genome, repair: Repair, known: Container[bytes]) -> None:
         super().__init__(init=genome.astype(float))
         self._repair, self._known = repair, known
-        self._free = np.argwhere(top > 0)
 
     @property
     def genome(self) -> Genome:
@@ -111,17 +118,9 @@ class PolicyGenome(ng.p.Array):
 
     def mutate(self) -> None:
         """Moves some genes and repairs, again if that gives a genome that was scored before."""
-        if len(self._free) == 0:
-            return
-        rng, start = self.random_state, self.genome
-        # A power law over the number of moved genes: mostly one or two, sometimes half of them.
-        limit = max(1, len(self._free) // 2)
-        weights = np.arange(1, limit + 1) ** -1.5
+        start = self.genome
         for _ in range(_RETRIES):
-            genome = start.copy()
-            count = rng.choice(limit, p=weights / weights.sum()) + 1
-            for row, column in self._free[rng.choice(len(self._free), size=count, replace=False)]:
-                genome[row, column] += (1 if rng.rand() < 0.8 else 2) * (1 if rng.rand() < 0.5 else -1)
+            genome = moved(start, self._repair.top, self.random_state)
             self._set(genome)
             if _key(self.genome) not in self._known:
                 break
@@ -171,7 +170,7 @@ def genetic_search(
     known: dict[bytes, Scored] = {}
     budget = max(config.steps.evaluations, 1)
 
-    parameter = PolicyGenome(planned, space.top, repair, known)
+    parameter = PolicyGenome(planned, repair, known)
     parameter.random_state = rng
     population = min(config.population, max(2, budget // 3))
     family = ng.families.EvolutionStrategy(

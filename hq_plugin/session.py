@@ -27,6 +27,7 @@ from hq_plugin.finetune import finetune_network, float_network, generated_networ
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs, Result, versions
+from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating, recalibrate_batchnorm
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites
@@ -36,6 +37,8 @@ EvalFunction = Callable[[nn.Module], float]
 
 #: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
 QUICK = 4
+#: Training samples on which BatchNorm statistics are re-estimated before fine-tuning, which keeps them.
+RECALIBRATION = 1024
 #: Activation widths of the search where a budget limits BitOps and the user named none.
 BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -74,6 +77,8 @@ class Session:
         costs: What its policies cost.
         config: The options.
         device: Where the float model was, and where packed models are returned.
+        sensitivities: What each width of each group costs alone, in the float model rounded, before
+            meta-training; dynamic programming and the sampler of policies plan with it.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
     """
@@ -87,7 +92,7 @@ class Session:
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
-        self.sensitivities: Table | None = None
+        self.sensitivities: Table
         with torch.no_grad():
             example = data.holdout[0].to(_device(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
@@ -114,12 +119,14 @@ class Session:
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         focus = costs.resources(budget) if budget is not None else []
-        began = time.perf_counter()
         session = cls(teacher, build_network(teacher, space, data, config), space, data, config)
-        session.history = meta_train_network(
-            session.network, teacher, space, costs, data, session.loss, config, focus
-        )
-        session.seconds["meta_training"] = time.perf_counter() - began
+        began = time.perf_counter()
+        session.sensitivities = session._measure_sensitivities()
+        measured = time.perf_counter()
+        sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
+        session.history = meta_train_network(session.network, teacher, sampler, data, session.loss, config)
+        session.seconds["sensitivities"] = measured - began
+        session.seconds["meta_training"] = time.perf_counter() - measured
         return session
 
     @property
@@ -146,10 +153,8 @@ class Session:
             def score(policy: HybridPolicy) -> float:
                 return self.scorer.score(self.network, policy, samples=samples).distance
 
-            sensitivities = self._sensitivities()
-            measured = time.perf_counter()
             uniform = best_uniform(self.space, self.costs, resources)
-            found = genetic_search(self.space, resources, sensitivities, score, self.config, uniform)
+            found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
             ranked = self._rerank(found.leaders, found.seeds)
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
@@ -164,8 +169,7 @@ class Session:
                 for n, scored in enumerate(found.evaluations)
             ],
             seconds={
-                "sensitivities": measured - began,
-                "search": time.perf_counter() - measured,
+                "search": time.perf_counter() - began,
                 "search_scoring": found.scoring_seconds,
                 "search_overhead": found.seconds - found.scoring_seconds,
             },
@@ -204,24 +208,22 @@ class Session:
             BudgetError: The budget cannot be read or met.
         """
         resources = self.costs.resources(Budget.parse(budget))
-        with evaluating(self.network):
-            planned = dynamic_programming(monotone(self._sensitivities()), resources)
+        planned = dynamic_programming(monotone(self.sensitivities), resources)
         policies = {"dynamic_programming": self.space.policy(planned)}
         uniform = best_uniform(self.space, self.costs, resources)
         if uniform:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
-    def _sensitivities(self) -> Table:
-        """Measures the sensitivities once."""
-        if self.sensitivities is None:
-            samples = self.scorer.samples // QUICK
+    def _measure_sensitivities(self) -> Table:
+        """Measures, on the network as it is, what each width of each group costs alone."""
+        samples = self.scorer.samples // QUICK
 
-            def score(policy: HybridPolicy) -> float:
-                return self.scorer.score(self.network, policy, samples=samples).distance
+        def score(policy: HybridPolicy) -> float:
+            return self.scorer.score(self.network, policy, samples=samples).distance
 
-            self.sensitivities = additive_sensitivities(self.space, score, self.config.progress)
-        return self.sensitivities
+        with evaluating(self.network):
+            return additive_sensitivities(self.space, score, self.config.progress)
 
     def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
         """Searches several budgets on the one MetaQuantNet, and returns what was found for each."""
@@ -277,8 +279,7 @@ class Session:
             network = float_network(self.teacher, found.policy, self.data, config)
         else:
             network = generated_network(self.network, found.policy)
-        calibration = self.scorer.calibration(self.scorer.samples)
-        recalibrate_batchnorm(network, calibration)
+        recalibrate_batchnorm(network, self.scorer.calibration(RECALIBRATION))
         before = copy.deepcopy(network.state_dict())
         untrained = self.scorer.measure(network)
         history = finetune_network(network, self.teacher, self.data, self.loss, config)

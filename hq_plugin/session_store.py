@@ -16,7 +16,7 @@ from torch import nn
 
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.errors import ArtifactError, ModelError
+from hq_plugin.errors import ArtifactError, HQError, ModelError
 from hq_plugin.meta_training import build_network
 from hq_plugin.session import Session, search_space
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
@@ -38,16 +38,16 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
             tensors[name] = tensor
         else:
             tied[name] = owner
-    sensitivities = session.sensitivities
     content = {
         "model": fingerprint(session.teacher.state_dict()),
         "sites": [site.name for site in session.space.table],
         "config": session.config.to_json(),
         "history": session.history,
         "seconds": session.seconds,
-        "sensitivities": None
-        if sensitivities is None
-        else np.where(np.isfinite(sensitivities), sensitivities, -1.0).tolist(),
+        "sensitivities": [
+            [[value if np.isfinite(value) else None for value in row] for row in group]
+            for group in session.sensitivities.tolist()
+        ],
         "tied": tied,
     }
     return write_directory(directory, FORMAT, VERSION, content, tensors, overwrite=overwrite)
@@ -87,9 +87,12 @@ def read_session(
         network.load_state_dict(tensors)
         session = Session(teacher, network.eval(), space, data, config)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
-        if content["sensitivities"] is not None:
-            table = np.asarray(content["sensitivities"], dtype=float)
-            session.sensitivities = np.where(session.costs.weight_bytes < np.inf, table, np.inf)
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        table = np.array(content["sensitivities"], dtype=float)  # None, where there is no choice, becomes NaN
+        if table.shape != session.costs.weight_bytes.shape:
+            raise ArtifactError(f"{directory} is damaged, or an option changed its search space.")
+        session.sensitivities = np.where(np.isfinite(table), table, np.inf)
+    except HQError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
         raise ArtifactError(f"{directory} is damaged, or an option changed its search space: {error}") from error
     return session

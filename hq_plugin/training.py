@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
@@ -45,6 +46,9 @@ class Task:
         step_learning_rate: Peak rate of quantization steps and zero points.
         base_rate: Learning rate of the network's own weights, as a share of that of what generates them.
         final_rate: Learning rate at the end as a share of the peak.
+        batch_statistics: Whether BatchNorm normalises by each batch's own statistics, as weights that change
+            from step to step need it. Else it keeps its running statistics: the loss is then that of the
+            network as it will run, without the noise of the batches' statistics.
         before_step: Called with each step's number before its forward.
         show: Whether to show a progress bar; None on a terminal only.
         history: One `{"step", "loss"}` is added for each step.
@@ -60,6 +64,7 @@ class Task:
     step_learning_rate: float
     final_rate: float = 0.0
     base_rate: float = 1.0
+    batch_statistics: bool = True
     before_step: Callable[[int], None] = lambda step: None
     show: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
@@ -84,7 +89,7 @@ def train(task: Task) -> None:
         return
     accelerator = Accelerator()
     network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
-    network.train()
+    _set_modes(network, task.batch_statistics)
     optimizer = torch.optim.Adam(_parameter_groups(task))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
@@ -114,6 +119,18 @@ def train(task: Task) -> None:
             task.history.append({"step": step, "loss": value})
             bar.advance(loss=value)
     network.eval()
+
+
+def _set_modes(network: nn.Module, batch_statistics: bool) -> None:
+    """Leaves the network in eval mode but for what must train otherwise.
+
+    Dropout and stochastic depth stay off: the teacher has none, and the student is to match it.
+    """
+    network.eval()
+    for module in network.modules():
+        # cuDNN computes gradients of recurrent layers in training mode only.
+        if (batch_statistics and isinstance(module, _BatchNorm)) or isinstance(module, nn.RNNBase):
+            module.train()
 
 
 def _parameter_groups(task: Task) -> list[dict[str, Any]]:

@@ -104,3 +104,28 @@ def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batch
     assert rates["stem.weight_fake_quant.block.outer.weight"] == 1e-3
     assert rates["stem.weight_fake_quant.block.log_step"] == 5e-3
     assert len(rates) == len(names)
+
+
+class Noisy(nn.Module):
+    """A network with everything that differs between training and evaluation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.dropout = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)
+        self.head = nn.Linear(4 * 36, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.dropout(self.bn(self.conv(x)).flatten(1)))
+
+
+@pytest.mark.parametrize("batch_statistics", [True, False])
+def test_only_batchnorm_may_train_in_its_training_mode(batches, batch_statistics: bool) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    job = task(Noisy().eval(), batches, steps=2, batch_statistics=batch_statistics)
+    modes = []
+    job.before_step = lambda step: modes.append({name: m.training for name, m in job.network.named_children()})
+    before = job.network.bn.running_mean.clone()
+    train(job)
+    expected = {"conv": False, "bn": batch_statistics, "dropout": False, "head": False}
+    assert modes == [expected, expected]
+    assert torch.equal(before, job.network.bn.running_mean) is not batch_statistics
