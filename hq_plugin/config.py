@@ -75,8 +75,7 @@ class Config:
         crossover: Probability that an offspring is recombined with a second parent.
         batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own.
         holdout: Most samples kept out of training to score policies; None takes the effort's.
-        recalibration: Samples on which BatchNorm statistics are re-estimated for each candidate, as a
-            fraction of the samples it is scored on.
+        recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate.
         calibration_batches: Batches from which activation ranges are taken.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
             `hq_plugin.data` do not fit.
@@ -105,7 +104,7 @@ class Config:
     crossover: float = 0.6
     batch_size: int = 64
     holdout: int | None = None
-    recalibration: float = 0.125
+    recalibration: int = 64
     calibration_batches: int = 4
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
     progress: bool | None = None
@@ -127,10 +126,10 @@ class Config:
             object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
             self._check_number(name, least=0, optional=True)
-        for name in ("hidden", "rank", "population", "batch_size", "calibration_batches"):
+        for name in ("hidden", "rank", "population", "batch_size", "calibration_batches", "recalibration"):
             self._check_number(name, least=1)
         self._check_number("holdout", least=1, optional=True)
-        for name in ("learning_rate", "step_learning_rate", "recalibration"):
+        for name in ("learning_rate", "step_learning_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ConfigError(f"{name}={value!r} must be a positive number.")

@@ -1,15 +1,14 @@
 """Scores policies: the MetaQuantNet generates the weights, held-out data says how close they come.
 
 No training per candidate. BatchNorm statistics depend on the weights, so they are re-estimated for
-each policy on a few training samples before it is scored.
+each policy on a few training samples (`recalibration.py`) before it is scored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate, islice
-from typing import Any
+from itertools import islice
 
 import torch
 from torch import nn
@@ -18,32 +17,8 @@ from hq_plugin import torch_ao
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.recalibration import Recalibration
 from hq_plugin.sites import foldable
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(network: nn.Module, batches: Sequence[Batch]) -> None:
-    """Re-estimates every BatchNorm's running statistics as the plain mean over `batches`."""
-    layers: list[Any] = [module for module in network.modules() if foldable(module)]
-    if not layers or not batches:
-        return
-    network.eval()
-    momenta = [layer.momentum for layer in layers]
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None  # torch's way to ask for a cumulative mean
-        layer.train()
-    try:
-        for batch in batches:
-            batch.run(network)
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-            layer.eval()
-
-
-#: Fewest samples from which BatchNorm statistics are re-estimated.
-_FEWEST = 32
 
 
 class Scorer:
@@ -54,11 +29,11 @@ class Scorer:
         data: Training data (for BatchNorm) and held-out data.
         loss: The distance.
         samples: Held-out samples that score a candidate of the search.
-        recalibration: Samples for BatchNorm, as a share of the samples scored.
+        recalibration: Samples on which BatchNorm statistics are re-estimated for each policy.
     """
 
     def __init__(
-        self, teacher: nn.Module, data: Data, loss: LossFunction, samples: int, recalibration: float
+        self, teacher: nn.Module, data: Data, loss: LossFunction, samples: int, recalibration: int
     ) -> None:
         self.teacher, self.loss = teacher, loss
         self.device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
@@ -68,24 +43,31 @@ class Scorer:
         with torch.no_grad():
             self.targets = [batch.run(teacher) for batch in self.batches]
         self._data = data
-        self._calibration: list[Batch] | None = None
+        self._recalibrations: dict[int, Recalibration] = {}
 
-    def calibration(self, samples: int) -> list[Batch]:
-        """Returns batches of the first `samples` training samples, or of all if there are fewer."""
-        wanted = max(samples, 1)
-        if self._calibration is None or sum(b.size for b in self._calibration) < wanted:
-            taken: list[Batch] = []
-            for batch in self._data.train:
-                taken.append(batch.to(self.device))
-                if sum(b.size for b in taken) >= wanted:
-                    break
-            self._calibration = taken
-        totals = accumulate(batch.size for batch in self._calibration)
-        return [
-            batch.take(wanted - (total - batch.size))
-            for batch, total in zip(self._calibration, totals, strict=True)
-            if total - batch.size < wanted
-        ]
+    def recalibrate(self, network: nn.Module, samples: int | None = None) -> None:
+        """Re-estimates a network's BatchNorm statistics on training samples.
+
+        Args:
+            network: A network with the teacher's layers.
+            samples: How many; None takes those of a candidate. If there are fewer, all.
+        """
+        samples = self.recalibration if samples is None else samples
+        if samples not in self._recalibrations:
+            self._recalibrations[samples] = Recalibration(self.teacher, list(self._first(samples)))
+        self._recalibrations[samples](network)
+
+    def _first(self, samples: int) -> Iterator[Batch]:
+        """Yields the first training samples, the last batch cut to fit, but never to one sample.
+
+        One sample has no variance where a layer's output is 1 x 1.
+        """
+        wanted = samples
+        for batch in self._data.train:
+            if samples <= 0 or (samples == 1 and wanted > 1):
+                return
+            yield batch.to(self.device).take(samples)
+            samples -= batch.size
 
     @torch.no_grad()
     def measure(self, network: nn.Module, *, samples: int | None = None) -> Fidelity:
@@ -111,7 +93,7 @@ class Scorer:
         torch_ao.apply_policy(network, policy)
         held = sum(batch.size for batch in self.batches)
         samples = held if samples is None else min(samples, held)
-        recalibrate_batchnorm(network, self.calibration(max(round(samples * self.recalibration), _FEWEST)))
+        self.recalibrate(network)
         return self.measure(network, samples=samples)
 
 

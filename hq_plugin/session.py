@@ -28,7 +28,7 @@ from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs, Result, versions
 from hq_plugin.sampling import PolicySampler
-from hq_plugin.scoring import Scorer, evaluating, recalibrate_batchnorm
+from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites
 from hq_plugin.space import Genome, SearchSpace
@@ -38,7 +38,7 @@ EvalFunction = Callable[[nn.Module], float]
 #: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
 QUICK = 4
 #: Training samples on which BatchNorm statistics are re-estimated before fine-tuning, which keeps them.
-RECALIBRATION = 1024
+RECALIBRATION = 512
 #: Activation widths of the search where a budget limits BitOps and the user named none.
 BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -279,7 +279,7 @@ class Session:
             network = float_network(self.teacher, found.policy, self.data, config)
         else:
             network = generated_network(self.network, found.policy)
-        recalibrate_batchnorm(network, self.scorer.calibration(RECALIBRATION))
+        self.scorer.recalibrate(network, RECALIBRATION)
         before = copy.deepcopy(network.state_dict())
         untrained = self.scorer.measure(network)
         history = finetune_network(network, self.teacher, self.data, self.loss, config)

@@ -7,14 +7,14 @@ from torch import nn
 from hq_plugin import Config, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
-from hq_plugin.scoring import Scorer, calibrate_activations, evaluating, recalibrate_batchnorm
+from hq_plugin.scoring import Scorer, calibrate_activations, evaluating
 from tests.conftest import SITES
 
 
 @pytest.fixture
 def scorer(trained: nn.Module, batches) -> Scorer:  # type: ignore[no-untyped-def]
     data = prepare_data(batches, trained, Config(effort="smoke", holdout=64))
-    return Scorer(trained, data, loss_function("auto", torch.randn(2, 10)), 64, 0.25)
+    return Scorer(trained, data, loss_function("auto", torch.randn(2, 10)), 64, 32)
 
 
 def prepared(model: nn.Module, bits: LayerBits, scorer: Scorer) -> nn.Module:
@@ -23,24 +23,20 @@ def prepared(model: nn.Module, bits: LayerBits, scorer: Scorer) -> nn.Module:
     return network
 
 
-def test_recalibration_is_the_mean_over_batches(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
-    model = copy.deepcopy(trained)
-    seen: list[torch.Tensor] = []
-    model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    data = prepare_data(batches[:4], model, Config(effort="smoke"))
-    chosen = list(data.train)[:3]
-    recalibrate_batchnorm(model, chosen)
-    means = torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0)
-    torch.testing.assert_close(model.bn1.running_mean, means)
-    assert model.bn1.momentum == 0.1
-    assert not model.bn1.training
-
-
 def test_recalibration_helps_low_bit_weights(trained: nn.Module, scorer: Scorer) -> None:
     network = prepared(trained, LayerBits(2, 8), scorer)
     stale = scorer.measure(network).distance
     fresh = scorer.score(network, HybridPolicy(dict.fromkeys(SITES, LayerBits(2, 8)))).distance
     assert fresh < stale
+
+
+def test_the_samples_of_a_recalibration(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, trained, Config(effort="smoke", holdout=64))
+    scorer = Scorer(trained, data, loss_function("auto", torch.randn(2, 10)), 64, 32)
+    assert [batch.size for batch in scorer._first(32)] == [32]
+    assert [batch.size for batch in scorer._first(100)] == [64, 36]
+    assert [batch.size for batch in scorer._first(65)] == [64]
+    assert sum(batch.size for batch in scorer._first(10**6)) == sum(batch.size for batch in data.train)
 
 
 def test_eight_bits_are_almost_float(trained: nn.Module, scorer: Scorer) -> None:

@@ -1,0 +1,94 @@
+"""Re-estimates the statistics of BatchNorm layers for weights that are not those they were taken from.
+
+What a network computes at low widths hangs on them: stale statistics cost more than the rounding itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin.data import Batch
+from hq_plugin.sites import foldable
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Mean and variance of every channel at one BatchNorm layer's input, `[channels]` each."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+def _batchnorms(network: nn.Module) -> dict[str, Any]:
+    return {name: module for name, module in network.named_modules() if foldable(module)}
+
+
+@torch.no_grad()
+def batch_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Statistics]:
+    """Measures what enters each BatchNorm layer while all of them normalise by the batch's statistics.
+
+    Args:
+        network: Any network; only the running statistics of its BatchNorm layers change.
+        batches: The batches, whose statistics are averaged.
+    """
+    layers = _batchnorms(network)
+    network.eval()
+    momenta = {name: layer.momentum for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.reset_running_stats()
+        layer.momentum = None  # torch's way to ask for a cumulative mean
+        layer.train()
+    try:
+        for batch in batches:
+            batch.run(network)
+    finally:
+        for name, layer in layers.items():
+            layer.momentum = momenta[name]
+            layer.eval()
+    return {
+        name: Statistics(layer.running_mean.clone(), layer.running_var.clone()) for name, layer in layers.items()
+    }
+
+
+class Recalibration:
+    """Re-estimates BatchNorm statistics, which depend on the weights, from few samples.
+
+    The float model knows its statistics from all its training data. What a network's differ by is measured
+    on a few samples, on which both run: the noise of the sample is nearly the same in the two and cancels
+    (a control variate). Means take over the difference, variances the ratio.
+
+    Args:
+        teacher: The float model; it is not changed.
+        batches: The samples.
+    """
+
+    def __init__(self, teacher: nn.Module, batches: Sequence[Batch]) -> None:
+        self.batches = list(batches)
+        self._known = {
+            name: Statistics(layer.running_mean.clone(), layer.running_var.clone())
+            for name, layer in _batchnorms(teacher).items()
+        }
+        self._sampled = batch_statistics(copy.deepcopy(teacher), self.batches) if self._known else {}
+
+    @torch.no_grad()
+    def __call__(self, network: nn.Module) -> None:
+        """Sets the running statistics of a network with the teacher's layers."""
+        if not self._known:
+            return
+        layers = _batchnorms(network)
+        for name, seen in batch_statistics(network, self.batches).items():
+            known, sampled = self._known[name], self._sampled[name]
+            ratio = seen.variance / sampled.variance.clamp_min(_TINY)
+            layers[name].running_mean.copy_(known.mean + seen.mean - sampled.mean)
+            # A channel that is constant on the sample says nothing about its ratio.
+            layers[name].running_var.copy_(
+                torch.where(sampled.variance > _TINY, known.variance * ratio, seen.variance)
+            )
