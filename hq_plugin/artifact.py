@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, packed_modules
-from hq_plugin.packing import packed_bytes
 from hq_plugin.policy import HybridPolicy, LayerBits
-from hq_plugin.quantization import STEP_BYTES
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
 
@@ -100,7 +99,7 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
             name: {
                 "type": module._float_type.__name__,
                 "shape": list(module.weight_shape),
-                "bits": [module.bits.weight, module.bits.activation],
+                "bits": module.bits.to_json(),
             }
             for name, module in packed.items()
         },
@@ -150,7 +149,7 @@ def read_info(directory: str | Path) -> SavedModel:
         policy = HybridPolicy.from_json({name: site["bits"] for name, site in data["sites"].items()})
         for name, bits in policy.items():
             shape = tuple(int(size) for size in data["sites"][name]["shape"])
-            size = packed_bytes(math.prod(shape), bits.weight) + STEP_BYTES * shape[0]
+            size = weight_bytes(shape, bits)
             sites.append(SavedSite(name, str(data["sites"][name]["type"]), shape, bits, size))
         architecture = data["architecture"]
         if architecture is not None and not isinstance(architecture, dict):

@@ -54,6 +54,9 @@ class Config:
         activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
             budget limits BitOps.
+        group_size: Inputs of a channel of linear layers and embeddings that share one step and one zero
+            point (32, 64, 128); 0 gives each channel one step and no zero point. None means 0, or what
+            the integration proposes for a model (64 for language models).
         pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
         groups: Lists of site names or shell patterns; the sites of one list share their widths.
         exclude: Site names or shell patterns that stay in floating point and do not count as sites.
@@ -86,6 +89,7 @@ class Config:
     seed: int = 0
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     activation_bits: tuple[int, ...] | int | None = None
+    group_size: int | None = None
     pinned: Mapping[str, int | tuple[int, int]] | None = None
     groups: tuple[tuple[str, ...], ...] = ()
     exclude: tuple[str, ...] = ()
@@ -129,6 +133,7 @@ class Config:
         for name in ("hidden", "rank", "population", "batch_size", "calibration_batches", "recalibration"):
             self._check_number(name, least=1)
         self._check_number("holdout", least=1, optional=True)
+        self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or not 0 < value < float("inf"):

@@ -6,6 +6,7 @@ policy costs a lookup and a sum. Which policy to take is `allocation.py` and `se
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from hq_plugin.budget import Budget, format_bytes, format_count
 from hq_plugin.errors import BudgetError
 from hq_plugin.packing import packed_bytes
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
-from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES
+from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES, ZERO_BYTES
 from hq_plugin.result import Costs, LayerReport
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
@@ -48,6 +49,15 @@ class Resource:
         return (self.spent(genome) + self.base) / (self.capacity + self.base)
 
 
+def weight_bytes(shape: tuple[int, ...], bits: LayerBits) -> int:
+    """Returns the bytes of a weight of a shape: packed integers, steps and zero points."""
+    numel = math.prod(shape)
+    packed = packed_bytes(numel, bits.weight)
+    if bits.group_size:
+        return packed + (STEP_BYTES + ZERO_BYTES) * (numel // bits.group_size)
+    return packed + STEP_BYTES * shape[0]
+
+
 class CostTable:
     """What each choice of a search space costs.
 
@@ -55,7 +65,7 @@ class CostTable:
         space: The search space.
 
     Attributes:
-        weight_bytes: Packed weights and their steps.
+        weight_bytes: Packed weights, their steps and zero points.
         activation_bytes: Steps and zero points of quantized inputs.
         bitops: Multiply-accumulates × weight bits × activation bits of one sample; an input that stays
             float counts as 16 bits.
@@ -83,10 +93,8 @@ class CostTable:
 
     @staticmethod
     def site_bytes(site: Site, bits: LayerBits) -> int:
-        """Returns the bytes of a site's packed weights and steps; 0 if it shares another's."""
-        if site.owner != site.name:
-            return 0
-        return packed_bytes(site.numel, bits.weight) + STEP_BYTES * site.channels
+        """Returns the bytes of a site's packed weights, steps and zero points; 0 if it shares another's."""
+        return weight_bytes(site.weight_shape, bits) if site.owner == site.name else 0
 
     def costs(self, genome: Genome) -> Costs:
         """Counts one policy."""

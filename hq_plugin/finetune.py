@@ -39,10 +39,8 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
         if id(old) not in blocks:
             weight = layer._parameters["weight"]
             assert weight is not None
-            step = old.step(quantizer.bits)
             weight.copy_(old.weight(weight, quantizer.bits))
-            block = WeightBlock(weight, (quantizer.bits,)).to(weight.device)
-            block.log_step.copy_(step.log().unsqueeze(0))
+            block = old.fixed(quantizer.bits)
             blocks[id(old)] = block
         quantizer.block = blocks[id(old)]
         activation: Any = layer.activation_fake_quant

@@ -22,8 +22,12 @@ from hq_plugin.quantization import (
     activation_range,
     fake_quantize_activation,
     fake_quantize_weight,
+    optimal_weight_qparams,
     optimal_weight_step,
+    quantize_weight,
     stored_step,
+    stored_zero,
+    weight_rows,
 )
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
@@ -40,17 +44,31 @@ class WeightBlock(nn.Module):
     Args:
         weight: The float weight, `[channels, ...]`; steps start where its squared error is least.
         widths: The widths that can be asked for.
+        group_size: Inputs that share a step and a zero point; 0 for one step a channel.
+        importance: `[inputs]`, the weight of each input's squared error (its second moment, say).
 
     Attributes:
-        log_step: `[widths, channels]`, learned; steps are learned as logarithms so that they stay
+        log_step: `[widths, rows]`, learned; steps are learned as logarithms so that they stay
             positive and one learning rate fits layers of any scale.
+        zero: `[widths, rows]`, learned, in units of the step; None for whole channels.
     """
 
-    def __init__(self, weight: Tensor, widths: tuple[int, ...]) -> None:
+    def __init__(
+        self, weight: Tensor, widths: tuple[int, ...], group_size: int = 0, importance: Tensor | None = None
+    ) -> None:
         super().__init__()
-        self.widths = widths
-        steps = torch.stack([optimal_weight_step(weight, bits) for bits in widths])
-        self.log_step = nn.Parameter(steps.log())
+        self.widths, self.group_size = widths, group_size
+        rows = weight_rows(weight, group_size)
+        if importance is not None:
+            importance = weight_rows(importance.expand(weight.shape[0], -1), group_size)
+        self.zero: nn.Parameter | None = None
+        if group_size:
+            found = [optimal_weight_qparams(rows, bits, importance) for bits in widths]
+            self.log_step = nn.Parameter(torch.stack([step for step, _ in found]).log())
+            self.zero = nn.Parameter(torch.stack([zero for _, zero in found]))
+        else:
+            steps = torch.stack([optimal_weight_step(rows, bits, importance) for bits in widths])
+            self.log_step = nn.Parameter(steps.log())
 
     def index(self, bits: int) -> int:
         """Returns the row of a width; raises PolicyError for one that the block was not built for."""
@@ -59,8 +77,12 @@ class WeightBlock(nn.Module):
         return self.widths.index(bits)
 
     def step(self, bits: int) -> Tensor:
-        """Returns the step of every channel, float32 `[channels]`, in the precision that is stored."""
+        """Returns the step of every row, float32 `[rows]`, in the precision that is stored."""
         return stored_step(self.log_step[self.index(bits)].exp())
+
+    def zero_point(self, bits: int) -> Tensor | None:
+        """Returns the zero point of every row, in the precision that is stored, or None for whole channels."""
+        return None if self.zero is None else stored_zero(self.zero[self.index(bits)], bits)
 
     def weight(self, weight: Tensor, bits: int) -> Tensor:
         """Returns the float weight that is to be quantized to `bits`, in the shape of `weight`."""
@@ -68,8 +90,27 @@ class WeightBlock(nn.Module):
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
         """Generates the quantized (fake-quantized) weight for a width."""
-        generated = self.weight(weight, bits)
-        return fake_quantize_weight(generated.float(), self.step(bits), bits).to(weight.dtype)
+        rows = weight_rows(self.weight(weight, bits).float(), self.group_size)
+        quantized = fake_quantize_weight(rows, self.step(bits), bits, self.zero_point(bits))
+        return quantized.view_as(weight).to(weight.dtype)
+
+    @torch.no_grad()
+    def fixed(self, bits: int) -> WeightBlock:
+        """Returns a table of one width with the steps and zero points that this block has for it."""
+        row = self.index(bits)
+        table = WeightBlock.__new__(WeightBlock)
+        nn.Module.__init__(table)
+        table.widths, table.group_size = (bits,), self.group_size
+        table.log_step = nn.Parameter(self.log_step[row : row + 1].clone())
+        table.zero = None if self.zero is None else nn.Parameter(self.zero[row : row + 1].clone())
+        return table
+
+    @torch.no_grad()
+    def integers(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns what `forward` stands for: int8 integers in the shape of `weight`, steps, zero points."""
+        rows = weight_rows(self.weight(weight, bits).float(), self.group_size)
+        step, zero = self.step(bits), self.zero_point(bits)
+        return quantize_weight(rows, step, bits, zero).view(weight.shape), step, zero
 
 
 def _rounding(bits: int) -> float:
@@ -84,8 +125,16 @@ def _rounding(bits: int) -> float:
 class _NetworkBlock(WeightBlock):
     """A block with a hidden layer over the one-hot width; what it generates is scaled to the weight."""
 
-    def __init__(self, weight: Tensor, widths: tuple[int, ...], hidden: int) -> None:
-        super().__init__(weight, widths)
+    def __init__(
+        self,
+        weight: Tensor,
+        widths: tuple[int, ...],
+        group_size: int = 0,
+        importance: Tensor | None = None,
+        *,
+        hidden: int,
+    ) -> None:
+        super().__init__(weight, widths, group_size, importance)
         self.inner = nn.Linear(len(widths), hidden)
         self.register_buffer("scale", weight.detach().float().std(correction=0).clamp_min(1e-8))
         self.scale: Tensor
@@ -107,8 +156,16 @@ class DenseBlock(_NetworkBlock):
     pretrained weight. The last layer has `hidden * numel` parameters: for small sites.
     """
 
-    def __init__(self, weight: Tensor, widths: tuple[int, ...], hidden: int) -> None:
-        super().__init__(weight, widths, hidden)
+    def __init__(
+        self,
+        weight: Tensor,
+        widths: tuple[int, ...],
+        group_size: int = 0,
+        importance: Tensor | None = None,
+        *,
+        hidden: int,
+    ) -> None:
+        super().__init__(weight, widths, group_size, importance, hidden=hidden)
         self.outer = nn.Linear(hidden, weight.numel(), bias=False)
         nn.init.zeros_(self.outer.weight)
 
@@ -120,8 +177,17 @@ class DenseBlock(_NetworkBlock):
 class LowRankBlock(_NetworkBlock):
     """The pretrained weight times a generated gain a channel, plus a generated mix of rank-one terms."""
 
-    def __init__(self, weight: Tensor, widths: tuple[int, ...], hidden: int, rank: int) -> None:
-        super().__init__(weight, widths, hidden)
+    def __init__(
+        self,
+        weight: Tensor,
+        widths: tuple[int, ...],
+        group_size: int = 0,
+        importance: Tensor | None = None,
+        *,
+        hidden: int,
+        rank: int,
+    ) -> None:
+        super().__init__(weight, widths, group_size, importance, hidden=hidden)
         channels, fan_in = weight.shape[0], weight[0].numel()
         rank = min(rank, channels, fan_in)
         self.gain = nn.Linear(hidden, channels, bias=False)
@@ -138,14 +204,24 @@ class LowRankBlock(_NetworkBlock):
         return weight * gain + self._reach(bits) * terms.view_as(weight)
 
 
-def build_block(kind: Kind, weight: Tensor, widths: tuple[int, ...], config: Config) -> WeightBlock:
+def build_block(
+    kind: Kind,
+    weight: Tensor,
+    widths: tuple[int, ...],
+    config: Config,
+    group_size: int = 0,
+    importance: Tensor | None = None,
+) -> WeightBlock:
     """Builds a block of a kind for one weight."""
     weight = weight.detach()
+    block: WeightBlock
     if kind == "dense":
-        return DenseBlock(weight, widths, config.hidden).to(weight.device)
-    if kind == "low_rank":
-        return LowRankBlock(weight, widths, config.hidden, config.rank).to(weight.device)
-    return WeightBlock(weight, widths).to(weight.device)
+        block = DenseBlock(weight, widths, group_size, importance, hidden=config.hidden)
+    elif kind == "low_rank":
+        block = LowRankBlock(weight, widths, group_size, importance, hidden=config.hidden, rank=config.rank)
+    else:
+        block = WeightBlock(weight, widths, group_size, importance)
+    return block.to(weight.device)
 
 
 class ActivationSteps(nn.Module):
@@ -195,10 +271,18 @@ class MetaQuantNet(nn.Module):
         space: The search space, whose widths can be asked for.
         weights: The float weight of every site, by site name.
         config: Gives the kind of the blocks and their sizes.
+        importance: Second moments of the inputs of sites, `[inputs]` by site name, where they are known.
     """
 
-    def __init__(self, space: SearchSpace, weights: Mapping[str, Tensor], config: Config) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        weights: Mapping[str, Tensor],
+        config: Config,
+        importance: Mapping[str, Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        importance = importance or {}
         self.owners = {site.name: site.owner for site in space.table}
         self.blocks = nn.ModuleDict()
         self.activations = nn.ModuleDict()
@@ -206,7 +290,14 @@ class MetaQuantNet(nn.Module):
             for site in group.sites:
                 if site.owner == site.name:
                     kind = _kind(config, site)
-                    block = build_block(kind, weights[site.name], group.weight_bits, config)
+                    block = build_block(
+                        kind,
+                        weights[site.name],
+                        group.weight_bits,
+                        config,
+                        group.group_size(site),
+                        importance.get(site.name),
+                    )
                     self.blocks[_key(site.name)] = block
                 if site.quantizes_input and group.activation_bits != (FLOAT_BITS,):
                     steps = ActivationSteps(group.activation_bits).to(weights[site.name].device)
@@ -228,7 +319,7 @@ class MetaQuantNet(nn.Module):
         return steps
 
     def forward(self, policy: HybridPolicy, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Generates the quantized weights of a policy, by site name."""
+        """Generates the quantized weights of a policy, by site name; group sizes are the blocks' own."""
         return {name: self.block(name)(weights[name], bits.weight) for name, bits in policy.items()}
 
 

@@ -25,10 +25,13 @@ class LayerBits:
     Attributes:
         weight: Bits of each weight, 1 to 8.
         activation: Bits of each element of the layer's input, 2 to 8, or 16 for floating point.
+        group_size: Inputs of a channel that share one step and one zero point; 0 gives each channel one
+            step and no zero point.
     """
 
     weight: int
     activation: int = FLOAT_BITS
+    group_size: int = 0
 
     def __post_init__(self) -> None:
         if self.weight not in WEIGHT_BITS or isinstance(self.weight, bool):
@@ -38,9 +41,16 @@ class LayerBits:
                 f"Activation width {self.activation!r} is not possible: activations take 2 to 8 bits, "
                 f"or {FLOAT_BITS} to stay in floating point."
             )
+        if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 0:
+            raise PolicyError(f"Group size {self.group_size!r} is not possible: 0 or a number of inputs.")
 
     def __str__(self) -> str:
-        return f"W{self.weight}" + ("" if self.activation == FLOAT_BITS else f"A{self.activation}")
+        group = f"g{self.group_size}" if self.group_size else ""
+        return f"W{self.weight}{group}" + ("" if self.activation == FLOAT_BITS else f"A{self.activation}")
+
+    def to_json(self) -> list[int]:
+        """Returns `[weight bits, activation bits]`, and the group size where there is one."""
+        return [self.weight, self.activation, *([self.group_size] if self.group_size else [])]
 
 
 class HybridPolicy(Mapping[str, LayerBits]):
@@ -71,15 +81,15 @@ class HybridPolicy(Mapping[str, LayerBits]):
         return f"HybridPolicy({{{', '.join(f'{name!r}: {bits}' for name, bits in self._bits.items())}}})"
 
     def to_json(self) -> dict[str, list[int]]:
-        """Returns `{site: [weight bits, activation bits]}`, which `from_json` reads back."""
-        return {name: [bits.weight, bits.activation] for name, bits in self._bits.items()}
+        """Returns `{site: [weight bits, activation bits(, group size)]}`, which `from_json` reads back."""
+        return {name: bits.to_json() for name, bits in self._bits.items()}
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> HybridPolicy:
         """Reads a policy from a JSON string or its decoded form.
 
         Raises:
-            PolicyError: The JSON is not an object of `[weight bits, activation bits]` pairs.
+            PolicyError: The JSON is not an object of `[weight bits, activation bits(, group size)]`.
         """
         try:
             data = json.loads(text) if isinstance(text, str) else text

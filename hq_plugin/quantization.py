@@ -1,7 +1,8 @@
 """The quantization function: floats to integers of a given width and back, and its gradients.
 
-Weights are quantized symmetrically with one step a channel (axis 0), activations affinely with one
-step and one integer zero point a tensor. Steps are learned (LSQ, Esser et al., arXiv:1902.08153;
+Weights are quantized symmetrically with one step a channel (axis 0), or affinely with one step and one
+zero point for each group of consecutive inputs of a channel; activations affinely with one step and one
+integer zero point a tensor. Steps are learned (LSQ, Esser et al., arXiv:1902.08153;
 zero points as in LSQ+, arXiv:2004.09576). Everything here is a pure function of tensors: no module,
 no state, no policy.
 
@@ -12,8 +13,12 @@ what                  integers                value
 ====================  ======================  =================================
 weights, b >= 3       -2^(b-1) .. 2^(b-1)-1   `integer * step`
 weights, b <= 2       -2^(b-1) .. 2^(b-1)-1   `(integer + 1/2) * step`
+grouped weights       as above                `(integer [+ 1/2] - zero) * step`
 activations           0 .. 2^b-1              `(integer - zero_point) * step`
 ====================  ======================  =================================
+
+The zero point of a group need not be whole: it is stored in eight bits, as a multiple of 2^(b-1)/64, so
+that a group may lie on one side of 0, up to half its width away from it.
 
 The half step at 1 and 2 bits makes the few levels symmetric: binary weights are ±step/2, and at 2
 bits the four levels ±step/2, ±3step/2 fit a bell-shaped channel better than LSQ's -2, -1, 0, 1
@@ -27,9 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hq_plugin.errors import PolicyError
+
 #: Steps are stored in bfloat16: the range of float32 in two bytes. Training sees the rounding.
 STEP_DTYPE = torch.bfloat16
 STEP_BYTES = 2
+#: The zero point of a group is stored in one int8.
+ZERO_BYTES = 1
 #: Bytes of an activation's float32 step and int32 zero point.
 ACTIVATION_QPARAM_BYTES = 8
 
@@ -66,46 +75,116 @@ def stored_step(step: Tensor) -> Tensor:
     return step + (step.detach().to(STEP_DTYPE).to(step.dtype) - step.detach())
 
 
-def quantize_weight(weight: Tensor, step: Tensor, bits: int) -> Tensor:
+def zero_unit(bits: int) -> float:
+    """Returns the multiple in which the zero points of grouped weights are stored."""
+    return 2.0 ** (bits - 1) / 64
+
+
+def store_zero(zero: Tensor, bits: int) -> Tensor:
+    """Rounds zero points to int8, in units of `zero_unit(bits)`."""
+    return (zero / zero_unit(bits)).round().clamp(-128, 127).to(torch.int8)
+
+
+def load_zero(stored: Tensor, bits: int) -> Tensor:
+    """Returns the float32 zero points that `store_zero` stored."""
+    return stored.float() * zero_unit(bits)
+
+
+def stored_zero(zero: Tensor, bits: int) -> Tensor:
+    """Rounds zero points to the precision in which they are stored; the gradient passes straight through."""
+    return zero + (load_zero(store_zero(zero.detach(), bits), bits) - zero.detach())
+
+
+def weight_rows(weight: Tensor, group_size: int) -> Tensor:
+    """Views a weight as `[rows, inputs]`, with one row for each step.
+
+    Args:
+        weight: `[channels, ...]`.
+        group_size: Inputs of a row; 0 takes whole channels.
+
+    Raises:
+        PolicyError: The weight has no groups of that size.
+    """
+    if group_size and (weight.dim() != 2 or weight.shape[1] % group_size):
+        raise PolicyError(
+            f"A weight of shape {tuple(weight.shape)} has no groups of {group_size} inputs: the group size must "
+            "divide the inputs of a linear layer or the width of an embedding."
+        )
+    return weight.reshape(-1, group_size) if group_size else weight.reshape(weight.shape[0], -1)
+
+
+def _shift(zero: Tensor | None, weight: Tensor, bits: int) -> Tensor | float:
+    """Returns what is added to an integer before it is scaled."""
+    return weight_offset(bits) if zero is None else weight_offset(bits) - per_channel(zero, weight)
+
+
+def quantize_weight(weight: Tensor, step: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
     """Quantizes a weight to integers.
 
     Args:
-        weight: Float, `[channels, ...]`.
-        step: Positive float, `[channels]`.
+        weight: Float, `[rows, ...]`; a row is a channel, or a group (see `weight_rows`).
+        step: Positive float, `[rows]`.
         bits: 1 to 8.
+        zero: Float, `[rows]`; None is a symmetric weight.
 
     Returns:
         int8, the shape of `weight`, inside `weight_range(bits)`.
     """
     low, high = weight_range(bits)
-    scaled = weight / per_channel(step, weight) - weight_offset(bits)
-    return scaled.round().clamp_(low, high).to(torch.int8)
+    scaled = weight / per_channel(step, weight) - _shift(zero, weight, bits)
+    return scaled.round_().clamp_(low, high).to(torch.int8)
 
 
-def dequantize_weight(integers: Tensor, step: Tensor, bits: int) -> Tensor:
+def dequantize_weight(integers: Tensor, step: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
     """Returns the float values of `integers`, in the dtype of `step`; inverse of `quantize_weight`."""
-    return (integers.to(step.dtype) + weight_offset(bits)) * per_channel(step, integers)
+    return (integers.to(step.dtype) + _shift(zero, integers, bits)).mul_(per_channel(step, integers))
 
 
-def fake_quantize_weight(weight: Tensor, step: Tensor, bits: int) -> Tensor:
-    """Quantizes and dequantizes a weight, differentiably in the weight and the step.
+class _FakeQuantizeWeight(torch.autograd.Function):
+    """Fake quantization of a weight in few passes; two tensors of the weight's size are saved."""
 
-    The forward value equals `dequantize_weight(quantize_weight(...))` bit for bit. The gradient is
-    LSQ's (arXiv:1902.08153, eq. 3 and 5), scaled by 1/sqrt(elements * largest integer) for the step.
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, step: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+        low, high = weight_range(bits)
+        shift = _shift(zero, weight, bits)
+        scale = per_channel(step, weight)
+        out = (weight / scale).sub_(shift).round_().clamp_(low, high).add_(shift).mul_(scale)
+        ctx.save_for_backward(weight, out, step, *(() if zero is None else (zero,)))
+        ctx.bits = bits
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weight, out, step, *rest = ctx.saved_tensors
+        zero: Tensor | None = rest[0] if rest else None
+        grad, scale = grads[0], per_channel(step, weight)
+        low, high = weight_range(ctx.bits)
+        shift = _shift(zero, weight, ctx.bits)
+        # What rounds to an integer inside the range.
+        inside = ((low - 0.5 + shift) * scale <= weight) & (weight <= (high + 0.5 + shift) * scale)
+        grad_weight = grad * inside
+        # d out/d step = (out - weight)/step inside the range, out/step outside (arXiv:1902.08153, eq. 3).
+        grad_step = ((grad * out).flatten(1).sum(1) - (grad_weight * weight).flatten(1).sum(1)) / step
+        grad_zero = None
+        if zero is not None:
+            # d out/d zero = -step outside the range, 0 inside (arXiv:2004.09576, eq. 6).
+            grad_zero = (grad_weight.flatten(1).sum(1) - grad.flatten(1).sum(1)) * step
+        return grad_weight, grad_step, grad_zero, None
+
+
+def fake_quantize_weight(weight: Tensor, step: Tensor, bits: int, zero: Tensor | None = None) -> Tensor:
+    """Quantizes and dequantizes a weight, differentiably in the weight, the step and the zero point.
+
+    The forward value equals `dequantize_weight(quantize_weight(...))` bit for bit; the gradients are LSQ's
+    (arXiv:1902.08153) and LSQ+'s (arXiv:2004.09576).
 
     Args:
-        weight: Float, `[channels, ...]`.
-        step: Positive float, `[channels]`.
+        weight: Float, `[rows, ...]`.
+        step: Positive float, `[rows]`.
         bits: 1 to 8.
+        zero: Float, `[rows]`; None is a symmetric weight.
     """
-    low, high = weight_range(bits)
-    offset = weight_offset(bits)
-    broadcast = per_channel(step, weight)
-    integers = round_ste(weight / broadcast - offset).clamp(low, high)
-    # Straight-through arithmetic leaves rounding dust (x + (round(x) - x)); the second, detached
-    # rounding removes it, so that training sees exactly what is stored.
-    integers = integers + (integers.detach().round() - integers.detach())
-    return (integers + offset) * broadcast
+    return _FakeQuantizeWeight.apply(weight, step, zero, bits)  # type: ignore[no-any-return]
 
 
 class _FakeQuantizeActivation(torch.autograd.Function):
@@ -151,31 +230,91 @@ def fake_quantize_activation(x: Tensor, step: Tensor, zero_point: Tensor, bits: 
     return _FakeQuantizeActivation.apply(x, step, zero_point, bits)  # type: ignore[no-any-return]
 
 
-def optimal_weight_step(weight: Tensor, bits: int, candidates: int = 48) -> Tensor:
-    """Searches, channel by channel, the step with the smallest squared error.
+def optimal_weight_step(
+    weight: Tensor, bits: int, importance: Tensor | None = None, candidates: int = 48
+) -> Tensor:
+    """Searches, row by row, the step with the smallest squared error.
 
     Args:
-        weight: Float, `[channels, ...]`.
+        weight: Float, `[rows, ...]`.
         bits: 1 to 8.
+        importance: Non-negative, broadcastable to `[rows, inputs]`: the weight of each squared error.
         candidates: How many clipping points between 0 and the largest magnitude are tried.
 
     Returns:
-        Positive float32, `[channels]`, already rounded to the stored precision.
+        Positive float32, `[rows]`, already rounded to the stored precision.
     """
     flat = weight.detach().float().flatten(1)
     largest = flat.abs().amax(1).clamp_min(_SMALLEST_STEP)
     top = weight_range(bits)[1] + weight_offset(bits)
     if bits == 1:
         # ±step/2 with the least squared error is ± the mean magnitude (XNOR-Net, arXiv:1603.05279).
-        return stored_step((2 * flat.abs().mean(1)).clamp_min(_SMALLEST_STEP))
+        mean = flat.abs().mean(1) if importance is None else _weighted(flat.abs(), importance)
+        return stored_step((2 * mean).clamp_min(_SMALLEST_STEP))
     best = largest / top
     best_error = torch.full_like(best, float("inf"))
     for fraction in torch.linspace(0.15, 1.2, candidates).tolist():
         step = stored_step((largest * fraction / top).clamp_min(_SMALLEST_STEP))
-        error = (dequantize_weight(quantize_weight(flat, step, bits), step, bits) - flat).square().sum(1)
+        error = _weight_error(flat, step, bits, None, importance)
         better = error < best_error
         best, best_error = torch.where(better, step, best), torch.where(better, error, best_error)
     return best
+
+
+def optimal_weight_qparams(
+    weight: Tensor, bits: int, importance: Tensor | None = None, candidates: int = 20
+) -> tuple[Tensor, Tensor]:
+    """Searches, row by row, the step and zero point with the smallest squared error.
+
+    The ends of the row's range are pulled in independently of each other.
+
+    Args:
+        weight: Float, `[rows, ...]`.
+        bits: 1 to 8.
+        importance: Non-negative, broadcastable to `[rows, inputs]`: the weight of each squared error.
+        candidates: How many ranges are tried in each of the two rounds.
+
+    Returns:
+        Step (positive) and zero point, float32 `[rows]` each, already rounded to the stored precision.
+    """
+    flat = weight.detach().float().flatten(1)
+    low, high = flat.amin(1), flat.amax(1)
+    levels, lowest = 2**bits - 1, weight_range(bits)[0] + weight_offset(bits)
+    # Above a few bits clipping costs more than it gains; at 1 and 2 bits up to half of the range goes.
+    least = max(0.35, 1 - 1.2 / bits)
+
+    def qparams(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+        step = stored_step(((top - bottom) / levels).clamp_min(_SMALLEST_STEP))
+        return step, stored_zero(lowest - bottom / step, bits)
+
+    best_low, best_high = low, high
+    best_step, best_zero = qparams(low, high)
+    best_error = _weight_error(flat, best_step, bits, best_zero, importance)
+    fractions = torch.linspace(least, 1.05, candidates).tolist()
+    for side in ("both", "low", "high"):
+        start_low, start_high = best_low, best_high
+        for fraction in fractions:
+            bottom = start_low if side == "high" else low * fraction
+            top = start_high if side == "low" else high * fraction
+            step, zero = qparams(bottom, top)
+            error = _weight_error(flat, step, bits, zero, importance)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_step, best_zero = torch.where(better, step, best_step), torch.where(better, zero, best_zero)
+            best_low, best_high = torch.where(better, bottom, best_low), torch.where(better, top, best_high)
+    return best_step, best_zero
+
+
+def _weight_error(flat: Tensor, step: Tensor, bits: int, zero: Tensor | None, importance: Tensor | None) -> Tensor:
+    low, high = weight_range(bits)
+    shift, scale = _shift(zero, flat, bits), per_channel(step, flat)
+    error = (flat / scale).sub_(shift).round_().clamp_(low, high).add_(shift).mul_(scale).sub_(flat).square_()
+    return error.sum(1) if importance is None else (error * importance).sum(1)
+
+
+def _weighted(values: Tensor, importance: Tensor) -> Tensor:
+    weights = importance.expand_as(values)
+    return (values * weights).sum(1) / weights.sum(1).clamp_min(_SMALLEST_STEP)
 
 
 def optimal_activation_qparams(

@@ -28,11 +28,21 @@ class Group:
     sites: tuple[Site, ...]
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
+    wanted_group_size: int = 0
+
+    def group_size(self, site: Site) -> int:
+        """Returns how many inputs of a site share a step: 0 where whole channels do.
+
+        Linear layers and embeddings have groups, where the group size divides their inputs.
+        """
+        size = self.wanted_group_size
+        fits = size and site.kind in ("linear", "embedding") and site.weight_shape[-1] % size == 0
+        return size if fits else 0
 
     def bits(self, site: Site, weight: int, activation: int) -> LayerBits:
         """Returns a site's widths for two indices. A site without a float input keeps it."""
         activation_bits = self.activation_bits[activation] if site.quantizes_input else FLOAT_BITS
-        return LayerBits(self.weight_bits[weight], activation_bits)
+        return LayerBits(self.weight_bits[weight], activation_bits, self.group_size(site))
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,7 @@ class SearchSpace:
                     weights, activations = _pin(pattern, width, activations)
             if not any(site.quantizes_input for site in sites):
                 activations = (FLOAT_BITS,)
-            groups.append(Group(name, tuple(sites), weights, activations))
+            groups.append(Group(name, tuple(sites), weights, activations, config.group_size or 0))
         for pattern in set(config.pinned or {}) - pinned_used:
             raise ConfigError(f"pinned pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
         return cls(table, tuple(groups))
@@ -113,6 +123,12 @@ class SearchSpace:
         for row, group in enumerate(self.groups):
             weights = {policy[site.name].weight for site in group.sites}
             activations = {policy[s.name].activation for s in group.sites if s.quantizes_input}
+            for site in group.sites:
+                if policy[site.name].group_size != group.group_size(site):
+                    raise PolicyError(
+                        f"The policy gives {site.name!r} a group size of {policy[site.name].group_size}; this "
+                        f"search space has {group.group_size(site)}."
+                    )
             for column, (chosen, possible) in enumerate(
                 ((weights, group.weight_bits), (activations or {FLOAT_BITS}, group.activation_bits))
             ):

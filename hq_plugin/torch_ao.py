@@ -30,7 +30,7 @@ from hq_plugin.errors import ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
-from hq_plugin.quantization import optimal_activation_qparams, quantize_weight
+from hq_plugin.quantization import optimal_activation_qparams
 from hq_plugin.sites import KINDS, foldable
 
 __all__ = [
@@ -113,14 +113,16 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
         bits: The width in force.
         block: The block; None builds a one-width table from the first weight seen. A QAT loop that
             leaves it None runs one forward before it makes its optimizer.
+        group_size: Group size of the table that is built.
     """
 
     dtype = torch.qint8
     qscheme = torch.per_channel_symmetric
 
-    def __init__(self, bits: int = 8, block: WeightBlock | None = None, **_: Any) -> None:
+    def __init__(self, bits: int = 8, block: WeightBlock | None = None, group_size: int = 0, **_: Any) -> None:
         super().__init__(bits)
         self.block = block
+        self._group_size = group_size
         self._cache: dict[int, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -136,22 +138,25 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
 
     def _ready(self, weight: Tensor) -> WeightBlock:
         if self.block is None:
-            self.block = WeightBlock(weight.detach(), (self.bits,)).to(weight.device)
+            self.block = WeightBlock(weight.detach(), (self.bits,), self._group_size).to(weight.device)
         return self.block
 
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a step and a zero point; 0 for whole channels."""
+        return self._group_size if self.block is None else self.block.group_size
+
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Returns the step of every channel and zero points of 0."""
+        """Returns the step of every row and its zero point, rounded to a whole number."""
         if self.block is None:
             raise ModelError("This fake-quantizer has seen no weight yet. Run the model once first.")
-        step = self.block.step(self.bits).detach()
-        return step, torch.zeros_like(step, dtype=torch.int32)
+        step, zero = self.block.step(self.bits).detach(), self.block.zero_point(self.bits)
+        whole = torch.zeros_like(step) if zero is None else zero.detach().round()
+        return step, whole.to(torch.int32)
 
-    @torch.no_grad()
-    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the int8 integers and the step that `forward` stands for, from the same arithmetic."""
-        block = self._ready(weight)
-        step = block.step(self.bits).detach()
-        return quantize_weight(block.weight(weight, self.bits).float(), step, self.bits), step
+    def integers(self, weight: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns int8 integers, steps and zero points that `forward` stands for, from the same arithmetic."""
+        return self._ready(weight).integers(weight, self.bits)
 
 
 class HybridActivationFakeQuantize(HybridFakeQuantize):
@@ -288,7 +293,7 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
             weight = module._parameters["weight"]
             assert weight is not None
             # Tied weights share one block, or else they would not stay tied.
-            block = blocks.setdefault(id(weight), WeightBlock(weight, (bits.weight,)).to(weight.device))
+            block = blocks.setdefault(id(weight), _table(weight, bits))
             steps = None if bits.activation == FLOAT_BITS else ActivationSteps((bits.activation,))
         module.qconfig = _qconfig(bits, block, steps)  # type: ignore[assignment]
     training = {name: module.training for name, module in model.named_modules()}
@@ -300,11 +305,15 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
     return prepared
 
 
+def _table(weight: Tensor, bits: LayerBits) -> WeightBlock:
+    return WeightBlock(weight.detach(), (bits.weight,), bits.group_size).to(weight.device)
+
+
 def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps | None) -> tq.QConfig:
     # Functions and not `with_args`: a deep copy of the model leaves them alone, and blocks stay shared.
     return tq.QConfig(
         activation=lambda **_: HybridActivationFakeQuantize(bits.activation, steps),
-        weight=lambda **_: HybridWeightFakeQuantize(bits.weight, block),
+        weight=lambda **_: HybridWeightFakeQuantize(bits.weight, block, bits.group_size),
     )
 
 
@@ -398,11 +407,13 @@ class _SwapToPacked:
     def _pack(self, module: Any, weight: Tensor, float_type: type[nn.Module]) -> nn.Module:
         quantizer: HybridWeightFakeQuantize = module.weight_fake_quant
         activation: HybridActivationFakeQuantize | None = getattr(module, "activation_fake_quant", None)
-        bits = LayerBits(quantizer.bits, FLOAT_BITS if activation is None else activation.bits)
+        bits = LayerBits(
+            quantizer.bits, FLOAT_BITS if activation is None else activation.bits, quantizer.group_size
+        )
         step_in = zero_point = None
         if activation is not None and activation.bits != FLOAT_BITS:
             step_in, zero_point = (part.reshape(()) for part in activation.calculate_qparams())
-        integers, step = quantizer.integers(weight)
+        integers, step, zero = quantizer.integers(weight)
         packed = PackedModule.from_integers(
             module,
             integers,
@@ -410,6 +421,7 @@ class _SwapToPacked:
             bits,
             step_in,
             zero_point,
+            zero=zero,
             float_type=float_type,
             drop=("weight_fake_quant", "activation_fake_quant", "activation_post_process"),
         )

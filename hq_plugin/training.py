@@ -27,7 +27,7 @@ from hq_plugin.progress import progress
 WARMUP, SNAPSHOTS = 0.05, 20
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
-_STEP_PARAMETERS = ("log_step", "zero_point")
+_STEP_PARAMETERS = (".log_step", ".zero", ".zero_point")
 _GENERATOR = "weight_fake_quant.block."
 
 

@@ -6,11 +6,13 @@ from hq_plugin import HybridPolicy, LayerBits, PolicyError
 
 
 def test_json_reads_back() -> None:
-    policy = HybridPolicy({"a": LayerBits(3, 8), "b.c": LayerBits(1)})
+    policy = HybridPolicy({"a": LayerBits(3, 8), "b.c": LayerBits(1), "d": LayerBits(3, 16, 64)})
     assert HybridPolicy.from_json(json.dumps(policy.to_json())) == policy
     assert hash(policy) == hash(HybridPolicy(dict(policy)))
     assert str(policy["a"]) == "W3A8"
     assert str(policy["b.c"]) == "W1"
+    assert str(policy["d"]) == "W3g64"
+    assert policy.to_json() == {"a": [3, 8], "b.c": [1, 16], "d": [3, 16, 64]}
 
 
 @pytest.mark.parametrize("weight", [0, 9, -1, 2.5, True, None])
@@ -26,7 +28,8 @@ def test_impossible_activation_widths(activation: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "3", '{"a": 3}', '{"a": [3, 4, 5]}', '{"a": [2.5, 8]}', '{"a": ["3", 8]}']
+    "text",
+    ["", "[]", "3", '{"a": 3}', '{"a": [3, 4, 5, 6]}', '{"a": [3, 4, -5]}', '{"a": [2.5, 8]}', '{"a": ["3", 8]}'],
 )
 def test_damaged_json(text: str) -> None:
     with pytest.raises(PolicyError):

@@ -8,9 +8,12 @@ from hq_plugin.quantization import (
     dequantize_weight,
     fake_quantize_activation,
     fake_quantize_weight,
+    load_zero,
     optimal_activation_qparams,
+    optimal_weight_qparams,
     optimal_weight_step,
     quantize_weight,
+    store_zero,
     stored_step,
     weight_range,
 )
@@ -27,6 +30,61 @@ def test_fake_quantization_is_what_is_stored(bits: int, seed: int, scale: float)
     assert int(integers.min()) >= low
     assert int(integers.max()) <= high
     assert torch.equal(fake_quantize_weight(weight, step, bits), dequantize_weight(integers, step, bits))
+
+
+@given(bits=st.integers(1, 8), seed=st.integers(0, 2**31), mean=st.floats(-3, 3))
+@settings(max_examples=60, deadline=None)
+def test_grouped_fake_quantization_is_what_is_stored(bits: int, seed: int, mean: float) -> None:
+    rows = torch.randn(6, 8, generator=torch.Generator().manual_seed(seed)) + mean
+    step, zero = optimal_weight_qparams(rows, bits)
+    assert torch.equal(load_zero(store_zero(zero, bits), bits), zero)
+    assert torch.equal(stored_step(step), step)
+    integers = quantize_weight(rows, step, bits, zero)
+    low, high = weight_range(bits)
+    assert low <= int(integers.min()) <= int(integers.max()) <= high
+    assert torch.equal(fake_quantize_weight(rows, step, bits, zero), dequantize_weight(integers, step, bits, zero))
+
+
+def test_zero_points_pay_where_a_group_is_not_symmetric() -> None:
+    rows = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    for bits in range(2, 9):
+        step, zero = optimal_weight_qparams(rows, bits)
+        affine = (fake_quantize_weight(rows, step, bits, zero) - rows).square().mean()
+        symmetric = (fake_quantize_weight(rows, optimal_weight_step(rows, bits), bits) - rows).square().mean()
+        assert affine < 0.35 * symmetric
+
+
+def test_importance_moves_the_error_away_from_what_matters() -> None:
+    rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    importance = torch.ones(32)
+    importance[:4] = 100.0
+    for search in (lambda i: (optimal_weight_step(rows, 3, i), None), lambda i: optimal_weight_qparams(rows, 3, i)):
+        errors = []
+        for given_importance in (None, importance):
+            step, zero = search(given_importance)
+            errors.append(float((fake_quantize_weight(rows, step, 3, zero) - rows)[:, :4].square().mean()))
+        assert errors[1] < 0.8 * errors[0]
+
+
+def test_gradients_of_grouped_weights_match_autograd_of_the_definition() -> None:
+    torch.manual_seed(0)
+    rows, upstream = torch.randn(4, 16, dtype=torch.double), torch.randn(4, 16, dtype=torch.double)
+    step, zero = torch.rand(4, dtype=torch.double) * 0.3 + 0.2, torch.randn(4, dtype=torch.double) * 0.3
+    gradients = []
+    for own in (True, False):
+        w, s, z = (t.clone().requires_grad_() for t in (rows, step, zero))
+        if own:
+            out = fake_quantize_weight(w, s, 3, z)
+        else:
+            v = w / s[:, None] + z[:, None]
+            whole = v.round()
+            inside = (whole >= -4) & (whole <= 3)
+            integers = torch.where(inside, v + (whole - v).detach(), whole.clamp(-4, 3).detach())
+            out = (integers - z[:, None]) * s[:, None]
+        (out * upstream).sum().backward()
+        gradients.append((w.grad, s.grad, z.grad))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference)
 
 
 def test_half_way_values_agree() -> None:

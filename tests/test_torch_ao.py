@@ -54,6 +54,24 @@ def check_converted(prepared: nn.Module, x: Tensor) -> nn.Module:
     return converted
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_grouped_weights_convert_exactly(bits: int) -> None:
+    torch.manual_seed(bits)
+    model = nn.Sequential(nn.Embedding(20, 32), nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    policy = HybridPolicy({"0": LayerBits(bits, 16, 16), "1": LayerBits(bits, 8, 32), "3": LayerBits(bits, 16)})
+    prepared = train_a_little(torch_ao.prepare(model, policy), torch.randint(20, (6, 5)))
+    converted = check_converted(prepared, torch.randint(20, (6, 5)))
+    assert packed_modules(converted)["1"].bits == LayerBits(bits, 8, 32)
+    assert packed_modules(converted)["1"].weight_zero.shape == (64 * 32 // 32,)
+    moved = copy.deepcopy(converted).to(torch.float64)
+    assert torch.equal(moved[1].weight, converted[1].weight.double())
+
+
+def test_a_group_size_that_does_not_fit() -> None:
+    with pytest.raises(PolicyError, match="group size must divide"):
+        torch_ao.convert(torch_ao.prepare(nn.Linear(30, 4), HybridPolicy({"": LayerBits(4, 16, 16)})))
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_converted_equals_prepared(tiny: nn.Module, seed: int) -> None:
     torch.manual_seed(seed)

@@ -16,7 +16,14 @@ from torch import Tensor, nn
 
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LayerBits
-from hq_plugin.quantization import STEP_DTYPE, dequantize_weight, fake_quantize_activation
+from hq_plugin.quantization import (
+    STEP_DTYPE,
+    dequantize_weight,
+    fake_quantize_activation,
+    load_zero,
+    store_zero,
+    weight_rows,
+)
 
 _FIXED_DTYPES = {"weight_step": STEP_DTYPE, "activation_step": torch.float32}
 
@@ -45,7 +52,8 @@ class PackedModule(nn.Module):
         weight_shape: Shape of the weight.
         weight_dtype: Dtype in which `weight` is given out; follows `model.half()` and its like.
         weight_packed: uint8, the integers (see `hq_plugin.packing`).
-        weight_step: bfloat16 `[channels]`; no dtype move changes it.
+        weight_step: bfloat16 `[rows]`, a row being a channel or a group; no dtype move changes it.
+        weight_zero: int8 `[rows]`, if the weight has groups.
         activation_step: float32 scalar, if the input is quantized.
         activation_zero_point: int32 scalar, if the input is quantized.
     """
@@ -55,6 +63,7 @@ class PackedModule(nn.Module):
     weight_dtype: torch.dtype
     weight_packed: Tensor
     weight_step: Tensor
+    weight_zero: Tensor
     activation_step: Tensor
     activation_zero_point: Tensor
     _float_type: type[nn.Module]
@@ -90,7 +99,10 @@ class PackedModule(nn.Module):
         device = weight.device
         length = packed_bytes(weight.numel(), bits.weight)
         packed.register_buffer("weight_packed", torch.zeros(length, dtype=torch.uint8, device=device))
-        packed.register_buffer("weight_step", torch.ones(weight.shape[0], dtype=STEP_DTYPE, device=device))
+        rows = weight_rows(weight, bits.group_size).shape[0]
+        packed.register_buffer("weight_step", torch.ones(rows, dtype=STEP_DTYPE, device=device))
+        if bits.group_size:
+            packed.register_buffer("weight_zero", torch.zeros(rows, dtype=torch.int8, device=device))
         if bits.activation != FLOAT_BITS:
             packed.register_buffer("activation_step", torch.ones((), device=device))
             packed.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
@@ -106,6 +118,7 @@ class PackedModule(nn.Module):
         activation_step: Tensor | None = None,
         activation_zero_point: Tensor | None = None,
         *,
+        zero: Tensor | None = None,
         float_type: type[nn.Module] | None = None,
         drop: Sequence[str] = (),
     ) -> PackedModule:
@@ -114,7 +127,8 @@ class PackedModule(nn.Module):
         Args:
             float_module: The layer whose settings and bias it takes over; it is not changed.
             integers: int8, the shape of its weight, inside `weight_range(bits.weight)`.
-            step: `[channels]`; rounded to bfloat16.
+            step: `[rows]`; rounded to bfloat16.
+            zero: `[rows]`, needed if the weight has groups; rounded to `zero_unit`.
             bits: Its widths.
             activation_step: Scalar, needed if the input is quantized.
             activation_zero_point: Whole scalar, needed if the input is quantized.
@@ -122,11 +136,16 @@ class PackedModule(nn.Module):
             drop: Names of submodules that are not taken over.
 
         Raises:
-            ValueError: An integer lies outside its width, or a step for the input is missing.
+            ValueError: An integer lies outside its width, or a step or zero point is missing.
+            PolicyError: The group size does not fit the weight.
         """
         packed = cls.skeleton(float_module, bits, float_type=float_type, drop=drop)
         packed.weight_packed = pack_bits(integers, bits.weight)
         packed.weight_step = step.detach().to(STEP_DTYPE)
+        if bits.group_size:
+            if zero is None:
+                raise ValueError("A weight with groups needs zero points.")
+            packed.weight_zero = store_zero(zero.detach(), bits.weight)
         if bits.activation != FLOAT_BITS:
             if activation_step is None or activation_zero_point is None:
                 raise ValueError("A layer with a quantized input needs activation_step and zero point.")
@@ -140,7 +159,10 @@ class PackedModule(nn.Module):
         if self._cached is not None:
             return self._cached
         integers = unpack_bits(self.weight_packed, self.bits.weight, self.weight_shape)
-        weight = dequantize_weight(integers, self.weight_step.float(), self.bits.weight).to(self.weight_dtype)
+        zero = load_zero(self.weight_zero, self.bits.weight) if self.bits.group_size else None
+        rows = weight_rows(integers, self.bits.group_size)
+        weight = dequantize_weight(rows, self.weight_step.float(), self.bits.weight, zero)
+        weight = weight.view(self.weight_shape).to(self.weight_dtype)
         if self._cache_enabled and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
@@ -200,7 +222,9 @@ PackedEmbedding = packed_type(nn.Embedding)
 
 def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
     """Ties `other`'s packed weight to `owner`'s: both hold the same tensors."""
-    other.weight_packed, other.weight_step = owner.weight_packed, owner.weight_step
+    for name in ("weight_packed", "weight_step", "weight_zero"):
+        if name in owner._buffers:
+            other._buffers[name] = owner._buffers[name]
     other._cached = None
 
 
