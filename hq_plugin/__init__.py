@@ -8,6 +8,7 @@
 The method is Wang et al., arXiv:2004.11506.
 """
 
+from hq_plugin import registration
 from hq_plugin.api import load_session, meta_train, quantize
 from hq_plugin.artifact import load, save
 from hq_plugin.budget import Budget
@@ -54,3 +55,5 @@ __all__ = [
     "quantize",
     "save",
 ]
+
+registration.install()

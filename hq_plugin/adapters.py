@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import nn
 
+from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError
 
 #: Integration to the library that makes its models. A saved file can name these and nothing else.
-KNOWN = {"timm": "timm"}
+KNOWN = {"timm": "timm", "huggingface": "transformers"}
 
 
 class Adapter(Protocol):
@@ -27,6 +30,21 @@ class Adapter(Protocol):
     def matches(self, model: nn.Module) -> bool:
         """Returns whether the model comes from this library."""
 
+    def unwrap(self, model: Any) -> Unwrapped | None:
+        """Takes a model out of one of the library's own objects, or returns None for one it does not know."""
+
+    def options(self, model: nn.Module, config: Config) -> dict[str, Any]:
+        """Returns values for options of `Config` that the user left at None."""
+
+    def fused(self, model: nn.Module) -> list[list[str]]:
+        """Returns names of layers that kernels fuse and that therefore share their widths."""
+
+    def batches(self, model: nn.Module, data: Any, config: Config) -> Any:
+        """Turns data of the library's own kinds (text, pictures) into batches or a Dataset.
+
+        What it does not know is returned as it is; None stays None where nothing can be made up.
+        """
+
     def example_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns positional and keyword inputs of the right shapes, for two samples."""
 
@@ -35,6 +53,42 @@ class Adapter(Protocol):
 
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
         """Builds the float architecture, randomly initialised, without any download."""
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Gives a packed model what its library expects of one."""
+
+
+@dataclass(frozen=True)
+class Unwrapped:
+    """A model inside something else, such as a transformers pipeline.
+
+    Attributes:
+        model: The model.
+        processor: Tokenizer or image processor that came with it, or None.
+        wrap: Puts another model into a copy of what it came in.
+    """
+
+    model: Any
+    processor: Any
+    wrap: Callable[[nn.Module], Any]
+
+
+def unwrap(model: Any) -> Unwrapped:
+    """Takes a model out of what a library wraps around it; a bare model comes back, ready to be quantized.
+
+    Raises:
+        ModelError: The library knows that the model cannot be quantized.
+    """
+    if not isinstance(model, nn.Module):
+        for name, library in KNOWN.items():
+            if library in sys.modules:
+                opened = _adapter(name).unwrap(model)
+                if opened is not None:
+                    return opened
+        return Unwrapped(model, None, lambda packed: packed)
+    adapter = find(model)
+    opened = None if adapter is None else adapter.unwrap(model)
+    return opened or Unwrapped(model, None, lambda packed: packed)
 
 
 def find(model: nn.Module) -> Adapter | None:

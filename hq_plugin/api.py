@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hq_plugin import adapters
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
@@ -48,9 +50,11 @@ def quantize(
         ConfigError: An option does not exist or has an impossible value.
         TrainingError: The loss is not finite from the start.
     """
-    config, budget = _config(config, options), Budget.parse(budget)
-    session = Session.create(model, _data(model, data, config), config, budget)
-    return session.quantize(budget, eval_fn=eval_fn)
+    wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
+    config = _config(wrapper, config, options)
+    session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget)
+    packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
+    return packed
 
 
 def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = None, **options: Any) -> Session:
@@ -71,8 +75,9 @@ def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = No
         ConfigError: An option does not exist or has an impossible value.
         TrainingError: The loss is not finite from the start.
     """
-    config = _config(config, options)
-    return Session.create(model, _data(model, data, config), config)
+    wrapper = adapters.unwrap(model)
+    config = _config(wrapper, config, options)
+    return Session.create(wrapper.model, _data(wrapper.model, data, config), config)
 
 
 def load_session(directory: str | Path, model: nn.Module, data: Any = None, **options: Any) -> Session:
@@ -90,18 +95,32 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
     """
     from hq_plugin.session_store import read_session
 
-    return read_session(directory, model, lambda config: _data(model, data, config), options)
+    wrapper = adapters.unwrap(model)
+
+    def prepare(stored: Config) -> tuple[Config, Data]:
+        config = _config(wrapper, stored, {})
+        return config, _data(wrapper.model, data, config)
+
+    return read_session(directory, wrapper.model, prepare, options)
 
 
-def _config(config: Config | None, options: dict[str, Any]) -> Config:
-    return (config or Config()).with_options(options)
+def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[str, Any]) -> Config:
+    if not isinstance(wrapper.model, nn.Module):
+        raise ModelError(f"model is a {type(wrapper.model).__name__}, not a torch.nn.Module.")
+    config = (config or Config()).with_options(options)
+    if config.processor is None:
+        config = replace(config, processor=wrapper.processor)
+    adapter = adapters.find(wrapper.model)
+    return config.filled(None if adapter is None else adapter.options(wrapper.model, config))
 
 
 def _data(model: nn.Module, data: Any, config: Config) -> Data:
-    if not isinstance(model, nn.Module):
-        raise ModelError(f"model is a {type(model).__name__}, not a torch.nn.Module.")
+    adapter = adapters.find(model)
+    if adapter is not None:
+        data = adapter.batches(model, data, config)
     if data is not None:
         return prepare_data(data, model, config)
+    assert config.batch_size is not None
     held = -(-config.steps.holdout * RERANK_FACTOR // config.batch_size)
     smoke = config.effort == "smoke"
     return synthetic_data(

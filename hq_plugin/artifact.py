@@ -188,7 +188,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             )
         skeleton = adapters.rebuild(info.architecture)
     else:
-        skeleton = copy.deepcopy(model).cpu()
+        skeleton = copy.deepcopy(adapters.unwrap(model).model).cpu()
     skeleton = _pack_sites(skeleton, info)
     expected = skeleton.state_dict()
     tensors = {**read_tensors(directory, data.get("sha256")), **_constants(data, expected)}
@@ -202,7 +202,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     skeleton.eval().requires_grad_(False)
     if info.result is not None:
         skeleton.hq = info.result  # type: ignore[assignment]
-    return skeleton
+    adapter = adapters.find(skeleton)
+    return skeleton if adapter is None else adapter.finish(skeleton)
 
 
 def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:

@@ -42,6 +42,10 @@ EFFORTS: dict[str, Steps] = {
 }
 
 
+#: What options that are None become, unless an integration proposes something else.
+DEFAULTS: dict[str, Any] = {"group_size": 0, "learning_rate": 5e-4, "step_learning_rate": 2e-3, "batch_size": 64}
+
+
 @dataclass(frozen=True)
 class Config:
     """Options of `hq_plugin.quantize` and `hq_plugin.meta_train`. Any field may be given as a keyword.
@@ -70,16 +74,21 @@ class Config:
         meta_steps: Optimizer steps of meta-training; None takes the effort's.
         search_evaluations: Policies scored by the search; None takes the effort's.
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
-        learning_rate: Adam's peak rate for weights in meta-training and fine-tuning.
-        step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps.
+        learning_rate: Adam's peak rate for weights in meta-training and fine-tuning; None takes 5e-4, or
+            what the integration proposes for a model.
+        step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes 2e-3, or
+            what the integration proposes.
         finetune_from: `"generated"` starts from the MetaQuantNet's weights, `"float"` retrains from the
             float weights.
         population: Policies that survive a generation of the search.
         crossover: Probability that an offspring is recombined with a second parent.
-        batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own.
+        batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own. None
+            takes 64, or what the integration proposes.
         holdout: Most samples kept out of training to score policies; None takes the effort's.
         recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate.
         calibration_batches: Batches from which activation ranges are taken.
+        sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
+        processor: Tokenizer or image processor, where `data` is text or pictures.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
             `hq_plugin.data` do not fit.
         progress: Progress bars on stderr; None shows them on a terminal.
@@ -101,15 +110,17 @@ class Config:
     meta_steps: int | None = None
     search_evaluations: int | None = None
     finetune_steps: int | None = None
-    learning_rate: float = 5e-4
-    step_learning_rate: float = 2e-3
+    learning_rate: float | None = None
+    step_learning_rate: float | None = None
     finetune_from: Literal["generated", "float"] = "generated"
     population: int = 24
     crossover: float = 0.6
-    batch_size: int = 64
+    batch_size: int | None = None
     holdout: int | None = None
     recalibration: int = 64
     calibration_batches: int = 4
+    sequence_length: int | None = None
+    processor: Any = None
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
     progress: bool | None = None
 
@@ -130,13 +141,14 @@ class Config:
             object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
             self._check_number(name, least=0, optional=True)
-        for name in ("hidden", "rank", "population", "batch_size", "calibration_batches", "recalibration"):
+        for name in ("hidden", "rank", "population", "calibration_batches", "recalibration"):
             self._check_number(name, least=1)
-        self._check_number("holdout", least=1, optional=True)
+        for name in ("holdout", "batch_size", "sequence_length"):
+            self._check_number(name, least=1, optional=True)
         self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
                 raise ConfigError(f"{name}={value!r} must be a positive number.")
         if not 0 <= self.crossover <= 1:
             raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
@@ -166,6 +178,15 @@ class Config:
         }
         return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
+    def filled(self, proposed: Mapping[str, Any] | None = None) -> Config:
+        """Returns a copy in which what is None has a value.
+
+        Args:
+            proposed: Values that an integration proposes for a model; they come before the general ones.
+        """
+        values = {**DEFAULTS, **(proposed or {})}
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
+
     def with_options(self, options: Mapping[str, Any]) -> Config:
         """Returns a copy with `options` in place.
 
@@ -180,7 +201,9 @@ class Config:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON values; functions are written as their names."""
-        data = asdict(replace(self, prepare_batch=None, loss="auto" if callable(self.loss) else self.loss))
+        data = asdict(
+            replace(self, prepare_batch=None, processor=None, loss="auto" if callable(self.loss) else self.loss)
+        )
         data["prepare_batch"] = _name_of(self.prepare_batch)
         data["loss"] = _name_of(self.loss)
         plain: dict[str, Any] = json.loads(json.dumps(data))
@@ -190,7 +213,7 @@ class Config:
     def from_json(cls, data: Mapping[str, Any]) -> Config:
         """Reads what `to_json` wrote. Functions are not restored: pass them again as options."""
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-        values["prepare_batch"] = None
+        values["prepare_batch"] = values["processor"] = None
         if values.get("loss") not in ("auto", "kl", "mse"):
             values["loss"] = "auto"
         pinned = values.get("pinned")

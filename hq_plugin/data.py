@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -93,10 +94,10 @@ class Data:
     synthetic: bool = False
 
     def forever(self) -> Iterator[Batch]:
-        """Yields training batches without end, epoch after epoch."""
-        while True:
+        """Yields training batches without end, epoch after epoch, in an order that only the seed decides."""
+        for epoch in count():
             empty = True
-            for batch in self.train:
+            for batch in self.train.epoch(epoch) if isinstance(self.train, _Batches) else self.train:
                 empty = False
                 yield batch
             if empty:
@@ -121,7 +122,7 @@ def prepare_data(data: Any, model: nn.Module, config: Config) -> Data:
             return _from_batches(data, split, wanted)
         return _from_dataset(data.dataset, data.batch_size, split, wanted, config.seed, data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        return _from_dataset(data, config.batch_size, split, wanted, config.seed, None)
+        return _from_dataset(data, config.filled().batch_size or 1, split, wanted, config.seed, None)
     if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
         raise DataError(
             f"data is a {type(data).__name__}, not batches. Pass a list of batches (tensor, tuple or "
@@ -152,17 +153,18 @@ def _from_dataset(
     if like is not None:
         options |= {"collate_fn": like.collate_fn, "num_workers": like.num_workers}
     train_order = order[held:]
+    generator = torch.Generator()
     loader = DataLoader(
         Subset(dataset, train_order),
         shuffle=True,
         # A last, smaller batch would upset BatchNorm; it is dropped unless it is the only one.
         drop_last=len(train_order) >= batch_size,
-        generator=torch.Generator().manual_seed(seed),
+        generator=generator,
         **options,
     )
     held_loader = DataLoader(Subset(dataset, order[:held] if held else order), **options)
     holdout = [make_batch(raw, split) for raw in held_loader]
-    return Data(_Batches(loader, split), holdout, shared=held == 0)
+    return Data(_Batches(loader, split, shuffle=(generator, seed)), holdout, shared=held == 0)
 
 
 def _from_batches(data: Iterable[Any], split: Callable[[Any], Split], wanted: int) -> Data:
@@ -182,12 +184,29 @@ def _from_batches(data: Iterable[Any], split: Callable[[Any], Split], wanted: in
 
 
 class _Batches:
-    """Checked batches of a re-iterable source, without its first `skip` ones."""
+    """Checked batches of a re-iterable source, without its first `skip` ones.
 
-    def __init__(self, source: Iterable[Any], split: Callable[[Any], Split], skip: int = 0) -> None:
-        self.source, self.split, self.skip = source, split, skip
+    A source that shuffles by a generator of ours is seeded anew for each epoch: what a stage of training sees
+    does not hang on what was read before it.
+    """
+
+    def __init__(
+        self,
+        source: Iterable[Any],
+        split: Callable[[Any], Split],
+        skip: int = 0,
+        shuffle: tuple[torch.Generator, int] | None = None,
+    ) -> None:
+        self.source, self.split, self.skip, self.shuffle = source, split, skip, shuffle
 
     def __iter__(self) -> Iterator[Batch]:
+        return self.epoch(0)
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Yields the batches of an epoch."""
+        if self.shuffle is not None:
+            generator, seed = self.shuffle
+            generator.manual_seed(hash((seed, epoch)) & 0x7FFFFFFF)
         for number, raw in enumerate(self.source):
             if number >= self.skip:
                 yield make_batch(raw, self.split)

@@ -31,7 +31,7 @@ def accuracy(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Confi
         DataError: The data is empty or has no labels.
     """
     if isinstance(data, Dataset):
-        data = DataLoader(data, batch_size=config.batch_size)
+        data = DataLoader(data, batch_size=config.filled().batch_size)
     split = batch_splitter(model, config)
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     model.eval()

@@ -78,6 +78,8 @@ def finetune_network(
     Returns:
         One `{"step", "loss"}` for each step.
     """
+    assert config.learning_rate is not None
+    assert config.step_learning_rate is not None
     task = Task(
         name="fine-tuning",
         network=network,

@@ -70,6 +70,8 @@ def meta_train_network(
     Returns:
         One `{"step", "loss"}` for each step.
     """
+    assert config.learning_rate is not None
+    assert config.step_learning_rate is not None
     task = Task(
         name="meta-training",
         network=network,

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from hq_plugin import torch_ao
+from hq_plugin import adapters, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
@@ -111,6 +111,7 @@ class Session:
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
         """
+        config = config.filled()
         if config.activation_bits is None:
             limits_bitops = budget is not None and budget.bitops is not None
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
@@ -319,7 +320,8 @@ class Session:
             config=config.to_json(),
             versions=versions(),
         )
-        return packed
+        adapter = adapters.find(packed)
+        return packed if adapter is None else adapter.finish(packed)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
@@ -336,7 +338,8 @@ def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
     """Finds a model's sites with one held-out batch, and builds the search space of `config`."""
     batch = data.holdout[0].to(_device(model))
     table = find_sites(model, batch.run, batch.size, exclude=config.exclude)
-    return SearchSpace.build(table, config)
+    adapter = adapters.find(model)
+    return SearchSpace.build(table, config, [] if adapter is None else adapter.fused(model))
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -56,7 +56,7 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
 def read_session(
     directory: str | Path,
     model: nn.Module,
-    make_data: Callable[[Config], Data],
+    prepare: Callable[[Config], tuple[Config, Data]],
     options: Mapping[str, Any],
 ) -> Session:
     """Loads a session for the float model that it was made from.
@@ -64,7 +64,7 @@ def read_session(
     Args:
         directory: What `save_session` wrote.
         model: The float model.
-        make_data: Makes the data from the session's configuration.
+        prepare: Completes the session's configuration, and makes the data from it.
         options: Fields of the configuration that change.
 
     Raises:
@@ -79,9 +79,8 @@ def read_session(
         )
     tensors = read_tensors(directory, content.get("sha256"))
     try:
-        config = Config.from_json(content["config"]).with_options(dict(options))
+        config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
-        data = make_data(config)
         space = search_space(teacher, data, config)
         network = build_network(teacher, space, data, config)
         network.load_state_dict(tensors)

@@ -155,6 +155,9 @@ def find_sites(
         else:
             reasons[name] = reason
     calls = _probe(model, candidates, run)
+    # A layer that holds a weight for others and never runs itself (T5's `shared`) is quantized with them.
+    used = {id(candidates[name][1].weight) for name in calls}
+    calls |= {name: (0, 0) for name, (_, m) in candidates.items() if name not in calls and id(m.weight) in used}
     for name in list(candidates):
         if name not in calls:
             reasons[name] = (

@@ -7,6 +7,7 @@ into its activation widths, both in ascending order. What a choice costs is `cos
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,12 +54,13 @@ class SearchSpace:
     groups: tuple[Group, ...]
 
     @classmethod
-    def build(cls, table: SiteTable, config: Config) -> SearchSpace:
+    def build(cls, table: SiteTable, config: Config, fused: Sequence[Sequence[str]] = ()) -> SearchSpace:
         """Builds the space that `config` describes.
 
         Args:
             table: The model's sites.
             config: Gives widths (activations of None are 8 bits), pinned sites and groups.
+            fused: Names of sites that share their widths as well; those that are no sites are passed over.
 
         Raises:
             ConfigError: A pattern matches no site, a site is in two groups, or a pinned width is not
@@ -66,7 +68,7 @@ class SearchSpace:
         """
         activation_bits = config.activation_bits or (8,)
         assert isinstance(activation_bits, tuple)
-        table = _regroup(table, config.groups)
+        table = _regroup(table, config.groups, fused)
         groups = []
         pinned_used = set()
         for name, sites in table.groups.items():
@@ -172,8 +174,8 @@ def check_sites(policy: HybridPolicy, names: list[str]) -> None:
         )
 
 
-def _regroup(table: SiteTable, groups: tuple[tuple[str, ...], ...]) -> SiteTable:
-    """Joins the sites of each list of patterns, and all that are tied to them, into one group."""
+def _regroup(table: SiteTable, groups: tuple[tuple[str, ...], ...], fused: Sequence[Sequence[str]]) -> SiteTable:
+    """Joins the sites of each list of patterns and of each list of names, and all that are tied to them."""
     joined = {site.group: site.group for site in table}
     taken: dict[str, int] = {}
     for number, patterns in enumerate(groups):
@@ -187,6 +189,9 @@ def _regroup(table: SiteTable, groups: tuple[tuple[str, ...], ...]) -> SiteTable
             if taken.setdefault(member, number) != number:
                 raise ConfigError(f"Site {member!r} is in two lists of groups; join them into one.")
             joined[member] = members[0]
+    for names in fused:
+        found = [joined[table[name].group] for name in names if name in table]
+        joined = {group: found[0] if leader in found else leader for group, leader in joined.items()}
     return replace(table, sites=tuple(replace(site, group=joined[site.group]) for site in table))
 
 

@@ -1,10 +1,13 @@
+from dataclasses import replace
+from itertools import islice
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hq_plugin import Config, DataError
-from hq_plugin.data import prepare_data
+from hq_plugin.data import Data, prepare_data
 
 CONFIG = Config(effort="smoke", batch_size=16)
 X, Y = torch.arange(200.0).reshape(200, 1), torch.arange(200) % 3
@@ -138,3 +141,20 @@ def test_the_first_samples_of_a_batch() -> None:
     assert batch.labels is not None
     assert (batch.size, batch.args[0].shape, batch.labels.shape) == (7, (7, 1), (7,))
     assert batch.take(100) is batch
+
+
+def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
+    def first(data: Data, count: int) -> list[torch.Tensor]:
+        return [batch.args[0] for batch in islice(data.forever(), count)]
+
+    def prepare(seed: int) -> Data:
+        return prepare_data(TensorDataset(X, Y), nn.Linear(1, 3), replace(CONFIG, seed=seed))
+
+    fresh, used = prepare(0), prepare(0)
+    list(used.train)
+    next(iter(used.train))
+    epochs = 2 * len(list(fresh.train))
+    assert all(map(torch.equal, first(fresh, epochs), first(used, epochs)))
+    order = first(fresh, epochs)
+    assert not all(map(torch.equal, order[: epochs // 2], order[epochs // 2 :]))
+    assert not all(map(torch.equal, order, first(prepare(1), epochs)))

@@ -55,6 +55,30 @@ def test_embedding_and_conv1d() -> None:
     ]
 
 
+def test_a_layer_that_only_holds_a_weight_for_others_is_a_site() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shared, self.head, self.idle = (
+                nn.Embedding(20, 8),
+                nn.Linear(8, 20, bias=False),
+                nn.Embedding(9, 4),
+            )
+            self.embed = nn.Embedding(20, 8)
+            self.embed.weight = self.head.weight = self.shared.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids))
+
+    table = sites_of(Shared(), torch.zeros(3, 10, dtype=torch.long))
+    assert {(site.name, site.owner, site.macs > 0) for site in table} == {
+        ("shared", "shared", False),
+        ("head", "shared", True),
+        ("embed", "shared", False),
+    }
+    assert [layer.name for layer in table.float_layers] == ["idle"]
+
+
 def test_tied_weights_count_once_and_share_a_group() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 import hq_plugin
+from hq_plugin.adapters import Unwrapped
+from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.integrations.timm.architecture import (
     ARGUMENTS,
@@ -44,6 +46,22 @@ class TimmAdapter:
     def matches(self, model: nn.Module) -> bool:
         """Returns whether the model is timm's: it carries a pretrained configuration."""
         return isinstance(pretrained_cfg(model), dict)
+
+    def unwrap(self, model: Any) -> Unwrapped | None:
+        """Returns None: timm wraps nothing around its models."""
+        return None
+
+    def options(self, model: nn.Module, config: Config) -> dict[str, Any]:
+        """Returns nothing: the general options fit timm's models."""
+        return {}
+
+    def fused(self, model: nn.Module) -> list[list[str]]:
+        """Returns nothing: timm's attention has one `qkv` layer already."""
+        return []
+
+    def batches(self, model: nn.Module, data: Any, config: Config) -> Any:
+        """Returns the data as it is."""
+        return data
 
     def example_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns a batch of two normally distributed images of the model's input size."""
@@ -86,6 +104,10 @@ class TimmAdapter:
         except ModelError as error:
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
         _set_preprocessing(model, description.get("preprocessing", {}))
+        return model
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Returns the model as it is."""
         return model
 
 

@@ -1,0 +1,178 @@
+"""What hq_plugin asks of transformers: options that fit a model, fused layers, data, rebuilding.
+
+How text and pictures become batches is `inputs.py`; how `save_pretrained` and `from_pretrained` work is
+`quantizer.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import Pipeline, PreTrainedModel
+
+from hq_plugin.adapters import Unwrapped
+from hq_plugin.config import Config
+from hq_plugin.errors import ArtifactError, ModelError
+from hq_plugin.integrations.huggingface import inputs
+from hq_plugin.integrations.huggingface.layers import with_linear_layers
+from hq_plugin.integrations.huggingface.quantizer import attach
+
+_LOG = logging.getLogger(__name__)
+
+#: Layers of one parent that kernels run as one matrix product.
+FUSED = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("gate_proj", "up_proj"),
+    ("w1", "w3"),
+    ("wi_0", "wi_1"),
+)
+#: Steps, evaluations and held-out sequences for models of text, whose steps cost seconds and not
+#: milliseconds, by effort.
+_TEXT_STEPS: dict[str, dict[str, int]] = {
+    "smoke": {"meta_steps": 2, "search_evaluations": 6, "finetune_steps": 2, "holdout": 2},
+    "fast": {"meta_steps": 12, "search_evaluations": 24, "finetune_steps": 60, "holdout": 8},
+    "balanced": {"meta_steps": 60, "search_evaluations": 100, "finetune_steps": 500, "holdout": 16},
+    "best": {"meta_steps": 400, "search_evaluations": 400, "finetune_steps": 4000, "holdout": 32},
+}
+
+
+class HuggingFaceAdapter:
+    """The adapter of `hq_plugin.adapters`."""
+
+    name = "huggingface"
+
+    def matches(self, model: nn.Module) -> bool:
+        """Returns whether the model is one of transformers'."""
+        return isinstance(model, PreTrainedModel)
+
+    def unwrap(self, model: Any) -> Unwrapped | None:
+        """Takes the model out of a pipeline; of a bare model, turns Conv1D layers into Linear ones.
+
+        Raises:
+            ModelError: The model is quantized already, on the meta device, offloaded, or in half precision
+                on a CPU.
+        """
+        if isinstance(model, Pipeline):
+            pipe = model
+            processor = pipe.tokenizer or pipe.image_processor or pipe.feature_extractor
+
+            def wrap(packed: nn.Module) -> Any:
+                # A shallow copy: the user's pipeline keeps the float model.
+                copied = object.__new__(type(pipe))
+                copied.__dict__.update(pipe.__dict__)
+                copied.model = packed
+                return copied
+
+            return Unwrapped(with_linear_layers(_checked(pipe.model)), processor, wrap)
+        if isinstance(model, PreTrainedModel):
+            return Unwrapped(with_linear_layers(_checked(model)), None, lambda packed: packed)
+        return None
+
+    def options(self, model: nn.Module, config: Config) -> dict[str, Any]:
+        """Returns options that fit the model.
+
+        Models that generate text get weights alone, in groups of 64, and few, long samples. Others keep the
+        general options.
+        """
+        assert isinstance(model, PreTrainedModel)
+        proposed: dict[str, Any] = {"prepare_batch": inputs.split_batch}
+        if inputs.takes_text(model):
+            length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
+            causal = model.can_generate()
+            proposed |= {"batch_size": 4 if causal else 16, "sequence_length": min(256 if causal else 128, length)}
+            if causal:
+                proposed |= {"activation_bits": (16,), "group_size": 64, **_TEXT_STEPS[config.effort]}
+                proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
+        return proposed
+
+    def fused(self, model: nn.Module) -> list[list[str]]:
+        """Returns the layers that kernels run as one."""
+        found = []
+        for name, module in model.named_modules():
+            children = dict(module.named_children())
+            for names in FUSED:
+                if all(isinstance(children.get(child), nn.Linear) for child in names):
+                    found.append([f"{name}.{child}" if name else child for child in names])
+        return found
+
+    def batches(self, model: nn.Module, data: Any, config: Config) -> Any:
+        """Turns text, a tokenizer's output or pictures into a Dataset; None becomes generated text."""
+        assert isinstance(model, PreTrainedModel)
+        return inputs.batches(model, data, config)
+
+    def example_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns transformers' own dummy inputs, with the text cut from one seeded noise for two samples."""
+        assert isinstance(model, PreTrainedModel)
+        return (), inputs.example(model)
+
+    def describe(self, model: nn.Module) -> dict[str, Any] | None:
+        """Returns class and configuration."""
+        assert isinstance(model, PreTrainedModel)
+        if not hasattr(transformers, type(model).__name__):
+            return None  # remote code: only the user can build it
+        config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+        try:
+            config = json.loads(json.dumps(config))
+        except (TypeError, ValueError):
+            return None
+        return {"class": type(model).__name__, "config": config}
+
+    def rebuild(self, description: dict[str, Any]) -> nn.Module:
+        """Builds the architecture, randomly initialised, without any download.
+
+        Raises:
+            ArtifactError: transformers has no such class, or not with this configuration.
+        """
+        name, values = description.get("class"), description.get("config")
+        made: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+        if not (isinstance(made, type) and issubclass(made, PreTrainedModel) and isinstance(values, dict)):
+            raise ArtifactError(
+                f"transformers {transformers.__version__} has no model class {name!r}. Upgrade transformers, or "
+                "pass a float model: hq_plugin.load(directory, model)."
+            )
+        try:
+            config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
+            with torch.random.fork_rng(devices=[]):
+                model = made(config)
+        except Exception as error:  # whatever a class makes of a damaged configuration
+            raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
+        return with_linear_layers(model.eval())
+
+    def finish(self, model: nn.Module) -> nn.Module:
+        """Gives a packed model what `save_pretrained` needs."""
+        return attach(model)
+
+
+ADAPTER = HuggingFaceAdapter()
+
+
+def _checked(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the model if it can be quantized."""
+    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
+        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "another method")
+        raise ModelError(
+            f"The model is quantized already (by {getattr(method, 'value', method)}). Load the float checkpoint; "
+            "of one that was dequantized, delete config.quantization_config and set hf_quantizer to None first."
+        )
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    for name, tensor in tensors:
+        if tensor.is_meta:
+            places = sorted({str(place) for place in getattr(model, "hf_device_map", {}).values()})
+            where = f"offloaded ({', '.join(places)})" if places else "on the meta device"
+            raise ModelError(
+                f"The model is {where}: {name} holds no values. Load it whole: from_pretrained(..., "
+                "device_map=None), or device_map='auto' on a machine where it fits."
+            )
+        if tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
+            raise ModelError(
+                f"The model is {str(tensor.dtype).removeprefix('torch.')} on a CPU, where training would lose its "
+                "updates. Load it with dtype=torch.float32, or call model.float(); convert the result afterwards."
+            )
+    return model

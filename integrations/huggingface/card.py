@@ -1,0 +1,86 @@
+"""The model card that is written beside the weights."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from hq_plugin.policy import FLOAT_BITS
+
+
+def card(class_name: str, origin: str, config: Any) -> str:
+    """Returns a model card in Markdown.
+
+    Args:
+        class_name: Class of the model.
+        origin: Name or path of the float model, or "".
+        config: Its `HqConfig`.
+    """
+    summary: dict[str, Any] = config.summary
+    widths = Counter(bits[0] for bits in config.policy.values())
+    groups = sorted({bits[2] for bits in config.policy.values() if len(bits) > 2})
+    activations = Counter(bits[1] for bits in config.policy.values())
+    hub_name = origin if origin and not origin.startswith(("/", ".", "~")) else ""
+    lines = ["---", "library_name: transformers", *([f"base_model: {hub_name}"] if hub_name else [])]
+    lines += [
+        "tags:",
+        "- hq_plugin",
+        "- quantized",
+        "---",
+        "",
+        f"# {hub_name or class_name}, quantized by hq_plugin",
+        "",
+    ]
+    lines += [
+        "Hybrid low-bit weights: each layer has its own width. The method is that of Wang et al.,",
+        "[arXiv:2004.11506](https://arxiv.org/abs/2004.11506).",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base model | {hub_name or class_name} |",
+    ]
+    if summary:
+        share = summary["bytes"] / max(summary["float_bytes"], 1)
+        lines += [
+            f"| budget | {summary['budget']} |",
+            f"| effective bits | {summary['effective_bits']:.3f} a weight, steps and zero points counted |",
+            f"| size | {summary['bytes']:,} bytes, {share:.1%} of the float model |",
+        ]
+    lines += [
+        f"| layers by weight width | {', '.join(f'{n} of {bits} bits' for bits, n in sorted(widths.items()))} |",
+        f"| inputs of a group that share a step | {', '.join(map(str, groups)) or 'all of a channel'} |",
+        "| layers by activation width | "
+        + ", ".join(
+            f"{n} {'float' if bits == 16 else f'of {bits} bits'}" for bits, n in sorted(activations.items())
+        )
+        + " |",
+        "",
+    ]
+    if summary:
+        lines += ["## Fidelity", "", "Distance to the float model on held-out calibration data.", ""]
+        lines += ["| | distance | agreement of the first choice |", "|---|---|---|"]
+        agreement = "" if summary["agreement"] is None else f"{summary['agreement']:.4f}"
+        lines += [f"| this model | {summary['kl']:.5f} | {agreement} |"]
+        lines += [
+            f"| {name}, before fine-tuning | {kl:.5f} | |" for name, kl in sorted(summary["baselines"].items())
+        ]
+        lines += [""]
+    lines += [
+        "## Loading",
+        "",
+        "```python",
+        "import hq_plugin  # pip install hq-plugin; registers the format with transformers",
+        f"from transformers import {class_name}",
+        "",
+        f'model = {class_name}.from_pretrained("path/to/this/folder")',
+        "```",
+        "",
+        "Without `import hq_plugin`, transformers warns of an unknown quantization type and stops with a size",
+        "mismatch: the weights are packed integers.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _of(bits: int, layers: int) -> str:
+    return f"{layers} float" if bits == FLOAT_BITS else f"{layers} of {bits} bits"

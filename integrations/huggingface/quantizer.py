@@ -1,0 +1,303 @@
+"""transformers' own door: `save_pretrained` and `from_pretrained` of packed models.
+
+The policy is in `config.json`, under `quantization_config`. A packed weight is stored under the name of the
+float weight, in another shape: a process that does not know the method `hq` then stops with a size mismatch
+and does not fill the layers with random numbers.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+# This file is imported while transformers still is (see `hq_plugin.registration`): nothing of it but these
+# modules may be imported here, the rest where it is used.
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from hq_plugin.errors import ArtifactError, ModelError, PolicyError
+from hq_plugin.integrations.huggingface.card import card
+from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight
+from hq_plugin.policy import HybridPolicy
+from hq_plugin.result import Result
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+METHOD, VERSION = "hq", 1
+#: What safetensors calls the dtypes of a packed layer that no cast may change.
+_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.int32: "I32"}
+#: Buffer of a packed layer, and its name in a file.
+_STORED = {"weight_packed": "weight"}
+
+
+@register_quantization_config(METHOD)
+class HqConfig(QuantizationConfigMixin):
+    """What `config.json` says of a packed model.
+
+    Args:
+        policy: `{site: [weight bits, activation bits(, group size)]}`.
+        tied: Sites that use the weight of another: `{site: owner}`.
+        summary: Budget and fidelity, for people; nothing depends on it.
+        version: Version of the format.
+    """
+
+    def __init__(
+        self,
+        policy: Mapping[str, Any] | None = None,
+        tied: Mapping[str, str] | None = None,
+        summary: Mapping[str, Any] | None = None,
+        version: int = VERSION,
+        **_: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.version = version
+        self.policy = dict(policy or {})
+        self.tied = dict(tied or {})
+        self.summary = dict(summary or {})
+
+    def hybrid_policy(self) -> HybridPolicy:
+        """Returns the policy.
+
+        Raises:
+            ArtifactError: It is damaged, or from a newer version.
+        """
+        if not isinstance(self.version, int) or self.version > VERSION:
+            raise ArtifactError(
+                f"The model was saved in version {self.version!r} of hq_plugin's format; this hq_plugin reads "
+                f"up to {VERSION}. Upgrade: pip install -U hq-plugin."
+            )
+        try:
+            policy = HybridPolicy.from_json(self.policy)
+        except PolicyError as error:
+            raise ArtifactError(f"The policy in config.json is damaged: {error}") from error
+        if not len(policy):
+            raise ArtifactError(
+                "config.json names no quantized layer. from_pretrained loads what was quantized before; to "
+                "quantize a float model call hq_plugin.quantize(model, budget)."
+            )
+        return policy
+
+
+@register_quantizer(METHOD)
+class HqQuantizer(HfQuantizer):
+    """Builds the packed layers before transformers loads their tensors."""
+
+    requires_calibration = True
+    quantization_config: HqConfig
+
+    def is_serializable(self) -> bool:
+        """Returns True: `save_pretrained` works."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether adapters (LoRA) can be trained on top."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `torch.compile` works on the model."""
+        return True
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        from hq_plugin.integrations.huggingface.layers import with_linear_layers
+
+        config = self.quantization_config
+        with_linear_layers(model, inplace=True)
+        prefix = model.base_model_prefix
+        modules = dict(model.named_modules())
+        self._names: dict[str, str] = {}
+        lacking = []
+        for name, bits in config.hybrid_policy().items():
+            # AutoModel loads the body of a model with a head, and the other way round.
+            found = next(
+                (n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in modules), None
+            )
+            weight = None if found is None else modules[found]._parameters.get("weight")
+            if found is None or weight is None:
+                lacking.append(name)
+                continue
+            self._names[name] = found
+            parent, _, child = found.rpartition(".")
+            packed = PackedModule.skeleton(modules[found], bits)
+            setattr(model.get_submodule(parent) if parent else model, child, packed)
+        heads = {name for name in lacking if not name.startswith(f"{prefix}.")}
+        if len(self._names) == 0 or set(lacking) - heads:
+            raise ModelError(
+                f"The policy in config.json is for another model: {type(model).__name__} has no layer "
+                f"{', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}."
+            )
+        self._untie(model)
+        self._check_files(model, kwargs.get("checkpoint_files") or [])
+        return model
+
+    def _check_files(self, model: PreTrainedModel, files: Sequence[str]) -> None:
+        """Compares what the files hold for each packed layer with what it needs, before anything is loaded.
+
+        transformers would fill what is missing with random numbers, and pass over what is too much.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        mapping = get_model_conversion_mapping(model, None, self)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        state = model.state_dict()
+        found: dict[str, tuple[tuple[int, ...], str]] = {}
+        for file in files:
+            if not str(file).endswith(".safetensors"):
+                raise ArtifactError(f"{file} is not a safetensors file; nothing else is read.")
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, not a mapping
+                    part = tensors.get_slice(name)
+                    key, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+                    found[key if key in state else name] = (tuple(part.get_shape()), part.get_dtype())
+        if not files:
+            return
+        packed = packed_modules(model)
+        problems = []
+        for site, here in self._names.items():
+            module = packed[here]
+            expected = {f"{here}.{name}": tensor for name, tensor in module.state_dict().items()}
+            for key, tensor in expected.items():
+                shape, dtype = tuple(tensor.shape), _DTYPES.get(tensor.dtype)
+                if key not in found:
+                    problems.append(f"{site}: {key} is missing")
+                elif found[key][0] != shape or (dtype is not None and found[key][1] != dtype):
+                    problems.append(f"{key} is {found[key][1]} {found[key][0]}, not {dtype or ''} {shape}")
+            problems += [
+                f"{key} is too much" for key in found if key.startswith(f"{here}.") and key not in expected
+            ]
+        if problems:
+            raise ArtifactError(
+                f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
+                f"{' ...' if len(problems) > 5 else ''}. The folder is damaged, or parts of two were mixed."
+            )
+
+    def _untie(self, model: PreTrainedModel) -> None:
+        """Takes packed weights out of what transformers ties: we tie them, packed."""
+        packed = packed_modules(model)
+        keys = {
+            target: source
+            for target, source in getattr(model, "all_tied_weights_keys", {}).items()
+            if target.rpartition(".")[0] not in packed and source.rpartition(".")[0] not in packed
+        }
+        model.all_tied_weights_keys = keys
+        for name, owner in self.quantization_config.tied.items():
+            if name in self._names and owner in self._names:
+                share_packed_weight(packed[self._names[owner]], packed[self._names[name]])
+                for buffer in ("weight_packed", "weight_step", "weight_zero"):
+                    # Loaded once, for the owner; the other's are not expected in the file.
+                    packed[self._names[name]]._non_persistent_buffers_set.add(buffer)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        packed = packed_modules(model)
+        for name, owner in self.quantization_config.tied.items():
+            if name in self._names and owner in self._names:
+                other = packed[self._names[name]]
+                share_packed_weight(packed[self._names[owner]], other)
+                other._non_persistent_buffers_set -= {"weight_packed", "weight_step", "weight_zero"}
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing and not getattr(model, "hf_device_map", None):
+            raise ArtifactError(
+                f"The checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}."
+            )
+        for module in packed.values():
+            module._cached = None
+        model.requires_grad_(False)
+        _bind(model)
+        return model
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
+        """Keeps the dtype of what is exact (packed integers, steps); other tensors take that of the model."""
+        stored = str(next(iter(getattr(converter, "target_patterns", [""])), ""))
+        exact = ("weight_packed", "weight_step", "weight_zero", "activation_step", "activation_zero_point")
+        return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Returns the renamings from the names of a file to those of the layers."""
+
+        from transformers.core_model_loading import WeightRenaming
+
+        return [
+            WeightRenaming(f"{name}.{stored}", f"{name}.{buffer}")
+            for name in getattr(self, "_names", {})
+            for buffer, stored in _STORED.items()
+        ]
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Returns what `save_pretrained` writes."""
+        state = dict(model.state_dict())
+        for name in self.quantization_config.tied:
+            for buffer in ("weight_packed", "weight_step", "weight_zero"):
+                state.pop(f"{name}.{buffer}", None)
+        renamed = {}
+        for name, tensor in state.items():
+            path, _, last = name.rpartition(".")
+            renamed[f"{path}.{_STORED[last]}" if last in _STORED else name] = tensor
+        return renamed, {}
+
+
+def attach(model: nn.Module) -> nn.Module:
+    """Gives a packed model what transformers needs to save it; returns it."""
+    made: Any = model  # a PreTrainedModel, whose attributes transformers itself sets like this
+    packed = packed_modules(model)
+    first: dict[int, str] = {}
+    tied = {}
+    for name, module in packed.items():
+        owner = first.setdefault(module.weight_packed.data_ptr(), name)
+        if owner != name:
+            tied[name] = owner
+    result = getattr(model, "hq", None)
+    config = HqConfig(
+        {name: module.bits.to_json() for name, module in packed.items()},
+        tied,
+        _summary(result) if isinstance(result, Result) else None,
+    )
+    made.config.quantization_config = config
+    quantizer = HqQuantizer(config, pre_quantized=True)
+    quantizer._names = {name: name for name in packed}
+    made.hf_quantizer = quantizer
+    made.is_quantized = True
+    made.quantization_method = METHOD
+    _bind(made)
+    return model
+
+
+def _bind(model: PreTrainedModel) -> None:
+    # A bound method, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
+
+
+def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
+    """As `PreTrainedModel.save_pretrained`, and writes a model card beside the weights."""
+    type(self).save_pretrained(self, save_directory, **options)
+    if options.get("is_main_process", True):
+        config: Any = self.config.quantization_config
+        page = Path(save_directory) / "README.md"
+        page.write_text(
+            card(type(self).__name__, getattr(self.config, "_name_or_path", ""), config), encoding="utf-8"
+        )
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    return {
+        "budget": result.budget,
+        "effective_bits": round(result.effective_bits, 4),
+        "bytes": result.size,
+        "float_bytes": result.float_size,
+        "kl": result.kl,
+        "agreement": result.agreement,
+        "baselines": {name: baseline.kl for name, baseline in result.baselines.items()},
+    }
+
+
+__all__ = ["METHOD", "HqConfig", "HqQuantizer", "attach"]

@@ -1,0 +1,237 @@
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    Pipeline,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessor,
+    pipeline,
+)
+
+import hq_plugin as hq
+from hq_plugin import DataError, HQWarning, ModelError
+from hq_plugin.integrations.huggingface import inputs
+from hq_plugin.nn import PackedModule, packed_modules
+from tests.integrations.huggingface.conftest import KINDS, SMOKE, TEXTS, build, llama, tokenizer
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_model_without_data(kind: str) -> None:
+    model = build(kind)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(HQWarning, match="No data"):
+        packed = hq.quantize(model, "4.6bit", config=SMOKE, sequence_length=16)
+    assert type(packed) is type(model)
+    assert packed.hq.effective_bits <= 4.6
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    batch = inputs.example(model)
+    with torch.no_grad():
+        found, expected = packed(**batch)[0], model(**batch)[0]
+    assert found.shape == expected.shape
+    assert not torch.equal(found, expected)
+    assert float((found - expected).norm() / expected.norm()) < 0.9
+    wide = sum(isinstance(module, nn.Linear) for module in packed.modules())
+    assert wide > 3
+    assert not [
+        name for name, m in packed.named_modules() if isinstance(m, nn.Linear) and name not in packed.hq.policy
+    ]
+
+
+def test_text_models_get_weights_in_groups_and_no_quantized_activations(packed_llama: LlamaForCausalLM) -> None:
+    assert {(bits.activation, bits.group_size) for bits in packed_llama.hq.policy.values()} == {(16, 64)}
+    assert packed_llama.get_input_embeddings().weight_packed is packed_llama.lm_head.weight_packed
+
+
+def test_layers_that_kernels_fuse_share_a_width(packed_llama: LlamaForCausalLM) -> None:
+    policy = packed_llama.hq.policy
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        assert len({policy[f"{at}.self_attn.{name}_proj"] for name in "qkv"}) == 1
+        assert len({policy[f"{at}.mlp.{name}_proj"] for name in ("gate", "up")}) == 1
+
+
+def test_it_generates(packed_llama: LlamaForCausalLM) -> None:
+    ids = torch.tensor([[3, 4, 5]])
+    out = packed_llama.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)
+    assert out.shape[1] <= 8
+    # With the cache of keys and values as without.
+    again = packed_llama.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1, use_cache=False)
+    assert torch.equal(out, again)
+
+
+def test_a_pipeline_in_a_pipeline_out() -> None:
+    made = pipeline("text-generation", model=build("llama"), tokenizer=tokenizer())
+    packed = hq.quantize(made, "4.6bit", TEXTS, config=SMOKE, sequence_length=16)
+    assert isinstance(packed, Pipeline)
+    assert packed_modules(packed.model)
+    assert not packed_modules(made.model)
+    answer = packed("the cat", max_new_tokens=4, do_sample=False)
+    assert answer[0]["generated_text"].startswith("the cat")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        TEXTS,
+        [{"text": text} for text in TEXTS],
+        tokenizer()(TEXTS, return_tensors="pt"),
+        [tokenizer()(TEXTS[i : i + 4], return_tensors="pt") for i in range(0, 40, 4)],
+    ],
+    ids=["strings", "rows", "encoding", "batches"],
+)
+def test_kinds_of_text(data: object) -> None:
+    packed = hq.quantize(build("llama"), "4.6bit", data, config=SMOKE, processor=tokenizer(), sequence_length=16)
+    assert packed.hq.chosen in ("searched", "uniform", "dynamic_programming")
+
+
+def test_encoders_and_encoder_decoders_take_text() -> None:
+    for kind in ("bert", "t5"):
+        packed = hq.quantize(build(kind), "4.6bit", TEXTS, config=SMOKE, processor=tokenizer())
+        assert packed.hq.effective_bits <= 4.6
+
+
+def test_pictures_with_a_processor() -> None:
+    pictures = [Image.effect_noise((40, 40), 60 + i).convert("RGB") for i in range(16)]
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    packed = hq.quantize(build("vit"), "4.6bit", pictures, config=SMOKE, processor=processor)
+    assert {bits.activation for bits in packed.hq.policy.values()} == {8}
+    with pytest.raises(DataError, match="processor=image_processor"):
+        hq.quantize(build("vit"), "4.6bit", pictures, config=SMOKE)
+
+
+def test_gpt2_s_conv1d_becomes_the_linear_layer_that_it_is() -> None:
+    model = build("gpt2")
+    options = {"processor": tokenizer(), "sequence_length": 16, "weight_bits": 8, "config": SMOKE}
+    packed = hq.quantize(model, "8.5bit", TEXTS, **options)
+    assert isinstance(packed.transformer.h[0].attn.c_attn, nn.Linear)
+    assert isinstance(packed.transformer.h[0].attn.c_attn, PackedModule)
+    ids = torch.randint(64, (2, 9))
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
+
+
+def test_lora_trains_on_packed_layers(packed_llama: LlamaForCausalLM) -> None:
+    import copy
+
+    adapted = get_peft_model(
+        copy.deepcopy(packed_llama), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    )
+    ids = torch.randint(20, (4, 12))
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(15):
+        loss = adapted(input_ids=ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+    packed = packed_modules(adapted)
+    assert packed
+    assert all(not p.requires_grad for m in packed.values() for p in m.parameters(recurse=False))
+
+
+def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """The recipe of docs/huggingface.md: plain quantization-aware training inside `transformers.Trainer`."""
+    from hq_plugin import torch_ao
+    from hq_plugin.distillation import kl_divergence
+
+    teacher = build("llama")
+    policy = hq.HybridPolicy(
+        {
+            n: hq.LayerBits(3, 16, 64)
+            for n, m in teacher.named_modules()
+            if isinstance(m, nn.Linear) and "layers" in n
+        }
+    )
+    student = torch_ao.prepare(teacher, policy)
+
+    class Distiller(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):  # type: ignore[no-untyped-def]
+            with torch.no_grad():
+                target = teacher(**inputs).logits
+            output = model(**inputs)
+            loss = kl_divergence(output.logits, target)
+            return (loss, output) if return_outputs else loss
+
+    ids = tokenizer()(TEXTS, return_tensors="pt")["input_ids"]
+    rows = [{"input_ids": row} for row in ids]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=30,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Distiller(model=student, args=arguments, train_dataset=rows)
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    packed = torch_ao.convert(student)
+    with torch.no_grad():
+        torch.testing.assert_close(packed(ids[:2]).logits, student.eval()(ids[:2]).logits)
+
+
+def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(DataError, match="processor=tokenizer"):
+        hq.quantize(build("llama"), "4bit", TEXTS, config=SMOKE)
+    with pytest.raises(DataError, match="longer than the 64"):
+        hq.quantize(build("llama"), "4bit", [{"input_ids": torch.zeros(2, 65, dtype=torch.long)}] * 4, config=SMOKE)
+    with pytest.raises(DataError, match="longer than the 64"):
+        hq.quantize(build("llama"), "4bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=65)
+    with pytest.raises(DataError, match="more text"):
+        hq.quantize(build("llama"), "4bit", ["the cat"], config=SMOKE, processor=tokenizer(), sequence_length=64)
+    with pytest.raises(DataError, match="several lengths"):
+        hq.quantize(build("llama"), "4bit", {"input_ids": [[1, 2], [3]]}, config=SMOKE)
+    with torch.device("meta"):
+        hollow = llama()
+    with pytest.raises(ModelError, match="meta device"):
+        hq.quantize(hollow, "4bit", TEXTS, config=SMOKE)
+    with pytest.raises(ModelError, match=r"float16 on a CPU.*float32"):
+        hq.quantize(llama().half(), "4bit", TEXTS, config=SMOKE)
+
+
+def test_a_model_that_is_quantized_already(packed_llama: LlamaForCausalLM) -> None:
+    with pytest.raises(ModelError, match="quantized already"):
+        hq.quantize(packed_llama, "4bit", TEXTS, config=SMOKE)
+    other = build("llama")
+    other.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(ModelError, match="quantized already"):
+        hq.quantize(other, "4bit", TEXTS, config=SMOKE)
+
+
+def test_an_offloaded_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    build("llama").save_pretrained(tmp_path / "float")
+    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    device_map |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "float", device_map=device_map, offload_folder=str(tmp_path / "off")
+        )
+    with pytest.raises(ModelError, match="offloaded"):
+        hq.quantize(model, "4bit", TEXTS, config=SMOKE)
+
+
+def test_a_session_serves_several_budgets(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = build("llama")
+    session = hq.meta_train(model, TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=16)
+    session.save(tmp_path / "session")
+    again = hq.load_session(tmp_path / "session", model, TEXTS, processor=tokenizer())
+    for budget in ("3.5bit", "5bit"):
+        one, other = session.quantize(budget), again.quantize(budget)
+        assert one.hq.policy == other.hq.policy
+        ids = torch.randint(20, (1, 6))
+        with torch.no_grad():
+            assert torch.equal(one(ids).logits, other(ids).logits)

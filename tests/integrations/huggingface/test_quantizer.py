@@ -1,0 +1,211 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+
+import hq_plugin as hq
+from hq_plugin import ArtifactError, ModelError
+from hq_plugin.integrations.huggingface import HqConfig, inputs
+from hq_plugin.nn import packed_modules
+from tests.integrations.huggingface.conftest import KINDS, SMOKE, TEXTS, build, llama, tokenizer
+
+IDS = torch.arange(12).view(1, 12)
+
+
+@pytest.fixture
+def folder(packed_llama: LlamaForCausalLM, tmp_path: Path) -> Path:
+    packed_llama.save_pretrained(tmp_path / "packed")
+    return tmp_path / "packed"
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:  # type: ignore[no-untyped-def]
+    return model(IDS).logits
+
+
+@pytest.mark.filterwarnings("ignore:No data")
+@pytest.mark.parametrize("kind", KINDS)
+def test_round_trip_and_the_same_bytes_again(kind: str, tmp_path: Path) -> None:
+    packed = hq.quantize(build(kind), "4.6bit", config=SMOKE, sequence_length=16)
+    packed.save_pretrained(tmp_path / "one")
+    loaded = type(packed).from_pretrained(tmp_path / "one")
+    batch = inputs.example(packed)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch)[0], packed(**batch)[0])
+    loaded.save_pretrained(tmp_path / "two")
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+    # What the report promised, and the header of the file.
+    size = (tmp_path / "one" / "model.safetensors").stat().st_size
+    assert packed.hq.size <= size <= packed.hq.size + 20_000
+
+
+def run(code: str, *, plugin: bool) -> subprocess.CompletedProcess[str]:
+    """Runs code in a fresh process that has imported nothing of ours, and may not unless `plugin`."""
+    head = "import hq_plugin\n" if plugin else "import sys\nsys.modules['hq_plugin'] = None\n"
+    return subprocess.run(
+        [sys.executable, "-c", head + code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+
+
+def test_a_new_process_gets_equal_logits(folder: Path, packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    code = f"""
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+torch.save(model(torch.arange(12).view(1, 12)).logits.detach(), {str(tmp_path / "logits.pt")!r})
+"""
+    done = run(code, plugin=True)
+    assert done.returncode == 0, done.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), logits(packed_llama))
+
+
+def test_without_the_plugin_there_is_an_error_and_no_random_model(folder: Path) -> None:
+    code = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(folder)!r})"
+    done = run(code, plugin=False)
+    assert done.returncode != 0
+    assert "mismatch" in done.stderr
+    assert "hq" in done.stderr
+
+
+def test_transformers_may_be_imported_first(folder: Path) -> None:
+    code = f"""
+from transformers import AutoModelForCausalLM
+import transformers.quantizers.auto
+import sys; del sys.modules['hq_plugin']
+import hq_plugin
+AutoModelForCausalLM.from_pretrained({str(folder)!r})
+"""
+    done = run(code, plugin=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_auto_classes_pipeline_and_tokenizer(folder: Path, packed_llama: LlamaForCausalLM) -> None:
+    tokenizer().save_pretrained(folder)
+    with torch.no_grad():
+        body = AutoModel.from_pretrained(folder)(IDS).last_hidden_state
+        assert torch.equal(body, packed_llama.model(IDS).last_hidden_state)
+    made = pipeline("text-generation", model=str(folder), tokenizer=AutoTokenizer.from_pretrained(folder))
+    assert made("the cat", max_new_tokens=3, do_sample=False)[0]["generated_text"].startswith("the cat")
+
+
+def test_dtype_device_map_and_moves(folder: Path, packed_llama: LlamaForCausalLM) -> None:
+    half = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    assert logits(half).dtype == torch.bfloat16
+    assert {m.weight_packed.dtype for m in packed_modules(half).values()} == {torch.uint8}
+    torch.testing.assert_close(logits(half).float(), logits(packed_llama), atol=0.1, rtol=0.1)
+    # The steps are exact in any dtype.
+    for name, module in packed_modules(half).items():
+        assert torch.equal(module.weight, packed_modules(packed_llama)[name].weight.bfloat16())
+    assert torch.equal(logits(half.to("cpu")), logits(half))
+    mapped = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+    assert torch.equal(logits(mapped), logits(packed_llama))
+
+
+def test_shards(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    packed_llama.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    assert torch.equal(logits(loaded), logits(packed_llama))
+
+
+def test_tied_weights_stay_tied_and_are_stored_once(folder: Path) -> None:
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert loaded.get_input_embeddings().weight_packed is loaded.lm_head.weight_packed
+    assert sum("embed_tokens" in name or "lm_head" in name for name in load_file(folder / "model.safetensors")) == 3
+
+
+def test_pinned_and_excluded_embeddings(tmp_path: Path) -> None:
+    options = {"config": SMOKE, "processor": tokenizer(), "sequence_length": 16}
+    pinned = hq.quantize(build("llama"), "5bit", TEXTS, pinned={"lm_head": 8}, **options)
+    assert pinned.hq.policy["lm_head"].weight == pinned.hq.policy["model.embed_tokens"].weight == 8
+    float_ends = hq.quantize(build("llama"), "4.5bit", TEXTS, exclude=["lm_head", "model.embed_tokens"], **options)
+    assert "lm_head" not in float_ends.hq.policy
+    float_ends.save_pretrained(tmp_path / "ends")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ends")
+    assert torch.equal(logits(loaded), logits(float_ends))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_the_model_card_says_what_it_is(folder: Path, packed_llama: LlamaForCausalLM) -> None:
+    page = (folder / "README.md").read_text()
+    assert "4.6bit" in page
+    assert "LlamaForCausalLM.from_pretrained" in page
+    assert "library_name: transformers" in page
+    assert f"{packed_llama.hq.kl:.5f}" in page
+    policy = json.loads((folder / "config.json").read_text())["quantization_config"]["policy"]
+    assert policy == packed_llama.hq.policy.to_json()
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"].update(changes)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_newer_or_damaged_folder(folder: Path) -> None:
+    edit(folder, version=2)
+    with pytest.raises(ArtifactError, match="Upgrade"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    edit(folder, version=1, policy={"model.layers.0.mlp.up_proj": [9, 16]})
+    with pytest.raises(ArtifactError, match="damaged"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    edit(folder, policy={})
+    with pytest.raises(ArtifactError, match="no quantized layer"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_policy_for_another_model(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    edit(folder, policy={name.replace("mlp", "ffn"): bits for name, bits in config["policy"].items()})
+    with pytest.raises(ModelError, match=r"another model.*ffn"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def tamper(folder: Path, change) -> Path:  # type: ignore[no-untyped-def]
+    copy = folder.parent / "tampered"
+    shutil.copytree(folder, copy)
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+KEY = "model.layers.0.mlp.up_proj.weight"
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"up_proj.weight_packed is missing"):
+        AutoModelForCausalLM.from_pretrained(tamper(folder, lambda tensors: tensors.pop(KEY)))
+
+
+def test_a_tensor_of_another_shape(folder: Path) -> None:
+    def shorten(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY] = tensors[KEY][:-8].clone()
+
+    with pytest.raises(ArtifactError, match=r"up_proj.weight_packed is U8 \("):
+        AutoModelForCausalLM.from_pretrained(tamper(folder, shorten))
+
+
+def test_an_extra_tensor(folder: Path) -> None:
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.mlp.up_proj.surprise"] = torch.zeros(3)
+
+    with pytest.raises(ArtifactError, match="surprise"):
+        AutoModelForCausalLM.from_pretrained(tamper(folder, add))
+
+
+def test_only_quantized_checkpoints_load_with_the_config(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "float")
+    with pytest.raises((ArtifactError, ValueError), match="quantize"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=HqConfig())
