@@ -43,7 +43,14 @@ EFFORTS: dict[str, Steps] = {
 
 
 #: What options that are None become, unless an integration proposes something else.
-DEFAULTS: dict[str, Any] = {"group_size": 0, "learning_rate": 5e-4, "step_learning_rate": 2e-3, "batch_size": 64}
+DEFAULTS: dict[str, Any] = {
+    "group_size": 0,
+    "sensitivities": "measured",
+    "train_float": True,
+    "learning_rate": 5e-4,
+    "step_learning_rate": 2e-3,
+    "batch_size": 64,
+}
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,9 @@ class Config:
         pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
         groups: Lists of site names or shell patterns; the sites of one list share their widths.
         exclude: Site names or shell patterns that stay in floating point and do not count as sites.
+        sensitivities: How what each width costs alone is found: `"measured"` runs the network for each;
+            `"fisher"` estimates it to second order from one backward pass, for networks of linear layers
+            that are too large for that. None means `"measured"`, or what the integration proposes.
         block: MetaQuantNet block of each site: `"dense"` (the paper's), `"low_rank"`, `"table"` (no
             network, the ablation), or `"auto"`: dense for small sites, low-rank for large ones.
         hidden: Hidden units of a MetaQuantNet block.
@@ -78,6 +88,8 @@ class Config:
             what the integration proposes for a model.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes 2e-3, or
             what the integration proposes.
+        train_float: Whether what stays float (biases, normalisation, excluded layers) is trained along. None
+            means True, or what the integration proposes.
         finetune_from: `"generated"` starts from the MetaQuantNet's weights, `"float"` retrains from the
             float weights.
         population: Policies that survive a generation of the search.
@@ -102,6 +114,7 @@ class Config:
     pinned: Mapping[str, int | tuple[int, int]] | None = None
     groups: tuple[tuple[str, ...], ...] = ()
     exclude: tuple[str, ...] = ()
+    sensitivities: Literal["measured", "fisher"] | None = None
     block: BlockKind = "auto"
     hidden: int = 16
     rank: int = 4
@@ -112,6 +125,7 @@ class Config:
     finetune_steps: int | None = None
     learning_rate: float | None = None
     step_learning_rate: float | None = None
+    train_float: bool | None = None
     finetune_from: Literal["generated", "float"] = "generated"
     population: int = 24
     crossover: float = 0.6
@@ -127,6 +141,8 @@ class Config:
     def __post_init__(self) -> None:
         self._check_choice("effort", tuple(EFFORTS))
         self._check_choice("block", ("auto", "dense", "low_rank", "table"))
+        if self.sensitivities is not None:
+            self._check_choice("sensitivities", ("measured", "fisher"))
         self._check_choice("finetune_from", ("generated", "float"))
         if not callable(self.loss):
             self._check_choice("loss", ("auto", "kl", "mse"))

@@ -7,10 +7,10 @@ budget; where one is known, policies are sampled around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from hq_plugin import torch_ao
 from hq_plugin.config import Config
@@ -30,7 +30,13 @@ BASE_RATE = 0.3
 FINAL_RATE = 0.3
 
 
-def build_network(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> nn.Module:
+def build_network(
+    teacher: nn.Module,
+    space: SearchSpace,
+    data: Data,
+    config: Config,
+    importance: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Returns the network that a new MetaQuantNet drives, with calibrated activations.
 
     Args:
@@ -38,12 +44,13 @@ def build_network(teacher: nn.Module, space: SearchSpace, data: Data, config: Co
         space: The search space.
         data: Gives the calibration batches.
         config: Options.
+        importance: Second moments of the inputs of sites, by name, where they are known.
     """
     weights = {site.name: teacher.get_submodule(site.name)._parameters["weight"] for site in space.table}
     with seeded(config.seed):
-        metaquantnet = MetaQuantNet(space, weights, config)  # type: ignore[arg-type]
+        metaquantnet = MetaQuantNet(space, weights, config, importance)  # type: ignore[arg-type]
     network = torch_ao.prepare(teacher, space.policy(space.top), metaquantnet=metaquantnet)
-    network.requires_grad_(True)
+    torch_ao.set_trainable(network, config.train_float is not False)
     device = next(p.device for p in teacher.parameters())
     calibrate_activations(network, data, config.calibration_batches, device)
     return network

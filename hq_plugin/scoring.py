@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from hq_plugin import torch_ao
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.precision import autocast
 from hq_plugin.recalibration import Recalibration
 from hq_plugin.sites import foldable
 
@@ -40,8 +42,8 @@ class Scorer:
         self.batches = [batch.to(self.device) for batch in data.holdout]
         self.samples = samples
         self.recalibration = recalibration
-        with torch.no_grad():
-            self.targets = [batch.run(teacher) for batch in self.batches]
+        # Outputs of the float model for the samples of a candidate; the others' are too many to keep.
+        self._targets: dict[int, Any] = {}
         self._data = data
         self._recalibrations: dict[int, Recalibration] = {}
 
@@ -75,10 +77,15 @@ class Scorer:
         network.eval()
         fidelity = Fidelity(self.loss)
         seen = 0
-        for batch, target in zip(self.batches, self.targets, strict=True):
+        for number, batch in enumerate(self.batches):
             if samples is not None and seen >= samples:
                 break
-            fidelity.update(batch.run(network), target, batch.labels, batch.size)
+            with autocast():
+                output = batch.run(network)
+                target = self._targets[number] if number in self._targets else batch.run(self.teacher)
+            if seen < self.samples:
+                self._targets[number] = target
+            fidelity.update(output, target, batch.labels, batch.size)
             seen += batch.size
         return fidelity
 

@@ -17,6 +17,7 @@ from typing import Any
 import nevergrad as ng
 import numpy as np
 from nevergrad.common.errors import LossTooLargeWarning
+from numpy.typing import NDArray
 
 from hq_plugin.allocation import Repair, dynamic_programming, monotone, moved
 from hq_plugin.config import Config
@@ -65,8 +66,16 @@ class SearchResult:
     seeds: dict[str, list[Genome]] = field(default_factory=dict)
 
 
-def additive_sensitivities(space: SearchSpace, score: Score, show: bool | None = None) -> Table:
+def additive_sensitivities(
+    space: SearchSpace, score: Score, show: bool | None = None, weights: NDArray[np.float64] | None = None
+) -> Table:
     """Measures what each width of each group costs alone, with every other at its widest.
+
+    Args:
+        space: The search space.
+        score: Scores a policy; lower is better.
+        show: Whether to show a progress bar.
+        weights: `[groups, weight widths]`, what weight widths cost where that is known; None measures it.
 
     Returns:
         `[groups, weight widths, activation widths]`: the rise of the score over that of the widest
@@ -78,6 +87,10 @@ def additive_sensitivities(space: SearchSpace, score: Score, show: bool | None =
     top = space.top
     shape = (len(space.groups), int(top[:, 0].max()) + 1, int(top[:, 1].max()) + 1)
     rise = (np.full(shape[:2], np.inf), np.full((shape[0], shape[2]), np.inf))
+    columns = (0, 1) if weights is None else (1,)
+    if weights is not None:
+        rise = (weights, rise[1])
+    evaluations = int(top[:, list(columns)].sum())
     base = score(space.policy(top))
     if not np.isfinite(base):
         raise TrainingError(
@@ -85,9 +98,9 @@ def additive_sensitivities(space: SearchSpace, score: Score, show: bool | None =
             "(does its own output hold NaN?) and the loss function."
         )
     with progress(show) as bars:
-        bar = bars.task("sensitivities", total=int(top.sum()))
+        bar = bars.task("sensitivities", total=evaluations)
         for row in range(shape[0]):
-            for column in (0, 1):
+            for column in columns:
                 rise[column][row, top[row, column]] = 0.0
                 for index in range(int(top[row, column])):
                     genome = top.copy()

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.meta_training import build_network, meta_train_network
+from hq_plugin.moments import SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs, Result, versions
 from hq_plugin.sampling import PolicySampler
@@ -120,9 +122,12 @@ class Session:
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         focus = costs.resources(budget) if budget is not None else []
-        session = cls(teacher, build_network(teacher, space, data, config), space, data, config)
         began = time.perf_counter()
-        session.sensitivities = session._measure_sensitivities()
+        moments = _moments(teacher, space, data, config) if config.sensitivities == "fisher" else {}
+        importance = {name: m.inputs for name, m in moments.items() if m.kind == "linear"}
+        network = build_network(teacher, space, data, config, importance)
+        session = cls(teacher, network, space, data, config)
+        session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
         session.history = meta_train_network(session.network, teacher, sampler, data, session.loss, config)
@@ -216,15 +221,20 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
-    def _measure_sensitivities(self) -> Table:
-        """Measures, on the network as it is, what each width of each group costs alone."""
+    def _measure_sensitivities(self, moments: Mapping[str, SiteMoments]) -> Table:
+        """Finds, on the network as it is, what each width of each group costs alone.
+
+        Args:
+            moments: Moments of the sites, from which the weights' part is estimated; none measures it.
+        """
+        weights = fisher_losses(self.network, self.space, moments) if moments else None
         samples = self.scorer.samples // QUICK
 
         def score(policy: HybridPolicy) -> float:
             return self.scorer.score(self.network, policy, samples=samples).distance
 
         with evaluating(self.network):
-            return additive_sensitivities(self.space, score, self.config.progress)
+            return additive_sensitivities(self.space, score, self.config.progress, weights)
 
     def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
         """Searches several budgets on the one MetaQuantNet, and returns what was found for each."""
@@ -332,6 +342,12 @@ class Session:
         from hq_plugin.session_store import save_session
 
         return save_session(self, directory, overwrite=overwrite)
+
+
+def _moments(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> dict[str, SiteMoments]:
+    device = _device(teacher)
+    batches = [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
+    return collect_moments(teacher, space.table, batches, config.seed)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

@@ -44,6 +44,7 @@ __all__ = [
     "convert",
     "get_qconfig_mapping",
     "prepare",
+    "set_trainable",
 ]
 
 
@@ -351,6 +352,23 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
 def qat_layers(prepared: nn.Module) -> dict[str, nn.Module]:
     """Returns the layers of a prepared model that fake-quantize, by name."""
     return {name: module for name, module in prepared.named_modules() if isinstance(module, QATMixin)}
+
+
+def set_trainable(prepared: nn.Module, float_too: bool) -> None:
+    """Chooses what of a prepared model trains.
+
+    Args:
+        prepared: The model.
+        float_too: Whether its float layers and biases do, beside the quantized weights and their steps.
+    """
+    prepared.requires_grad_(float_too)
+    for layer in qat_layers(prepared).values():
+        for module in (layer.weight_fake_quant, layer.activation_fake_quant):
+            assert isinstance(module, nn.Module)
+            module.requires_grad_(True)
+        weight = layer._parameters["weight"]
+        assert weight is not None
+        weight.requires_grad_(True)
 
 
 def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:

@@ -104,9 +104,10 @@ def train(task: Task) -> None:
                 good = (step, copy.deepcopy(network.state_dict()))
             batch = next(batches).to(accelerator.device)
             task.before_step(step)
-            with torch.no_grad():
-                target = batch.run(teacher)
-            loss = task.loss(batch.run(wrapped), target)
+            with accelerator.autocast():
+                with torch.no_grad():
+                    target = batch.run(teacher)
+                loss = task.loss(batch.run(wrapped), target)
             value = float(loss.detach())
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
@@ -118,6 +119,8 @@ def train(task: Task) -> None:
             schedule.step()
             task.history.append({"step": step, "loss": value})
             bar.advance(loss=value)
+    # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
+    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
 
 

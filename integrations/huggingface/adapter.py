@@ -78,17 +78,22 @@ class HuggingFaceAdapter:
     def options(self, model: nn.Module, config: Config) -> dict[str, Any]:
         """Returns options that fit the model.
 
-        Models that generate text get weights alone, in groups of 64, and few, long samples. Others keep the
-        general options.
+        Nothing but what is quantized is trained. Models that generate text get weights alone, in groups of
+        64, and few, long samples; others keep the general options.
         """
         assert isinstance(model, PreTrainedModel)
-        proposed: dict[str, Any] = {"prepare_batch": inputs.split_batch}
+        proposed: dict[str, Any] = {"prepare_batch": inputs.split_batch, "train_float": False}
         if inputs.takes_text(model):
             length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
             causal = model.can_generate()
             proposed |= {"batch_size": 4 if causal else 16, "sequence_length": min(256 if causal else 128, length)}
             if causal:
-                proposed |= {"activation_bits": (16,), "group_size": 64, **_TEXT_STEPS[config.effort]}
+                proposed |= {
+                    "activation_bits": (16,),
+                    "group_size": 64,
+                    "sensitivities": "fisher",
+                    **_TEXT_STEPS[config.effort],
+                }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
         return proposed
 

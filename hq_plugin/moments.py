@@ -1,0 +1,166 @@
+"""Second moments of what enters and leaves each linear layer: which weights matter, from a few batches.
+
+The inputs' moments weigh the error of each weight where steps and zero points are chosen (as GPTQ,
+arXiv:2210.17323, and AWQ, arXiv:2306.00978, use them). With those of the loss's gradient at the outputs they
+give the loss of a rounded weight to second order, without running the network for each width and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from hq_plugin.data import Batch
+from hq_plugin.distillation import class_scores
+from hq_plugin.errors import ConfigError
+from hq_plugin.sites import Site
+from hq_plugin.space import SearchSpace
+
+#: Kinds of sites whose moments are taken.
+KINDS = ("linear", "embedding")
+
+
+@dataclass(frozen=True)
+class SiteMoments:
+    """Second moments at one site.
+
+    Attributes:
+        inputs: `[inputs]`, mean of the squared input over samples and positions; of an embedding, `[rows]`,
+            how often each row is looked up.
+        outputs: `[outputs]`, mean of the squared gradient of a sample's loss at the output; of an embedding,
+            `[width]`.
+        kind: Kind of the site.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    kind: str
+
+    def loss(self, error: Tensor) -> float:
+        """Returns the loss of a change of the weight to second order, in the unit of the network's loss.
+
+        The Fisher information, which for a divergence from the network's own output is the Hessian, is taken
+        as the product of the two moments, without correlations (the diagonal of K-FAC, arXiv:1503.05671).
+
+        Args:
+            error: Change of the weight, in its shape.
+        """
+        squared = error.float().square()
+        rows, columns = (self.inputs, self.outputs) if self.kind == "embedding" else (self.outputs, self.inputs)
+        return 0.5 * float(rows @ squared @ columns)
+
+
+class _Sums:
+    """Running sums at one site."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+        self.inputs: Tensor | float = 0.0
+        self.outputs: Tensor | float = 0.0
+        self.count = 0
+
+    def see_input(self, x: Tensor) -> None:
+        if self.site.kind == "embedding":
+            self.inputs = self.inputs + torch.bincount(x.flatten(), minlength=self.site.weight_shape[0]).float()
+            self.count += x.numel()
+        else:
+            flat = x.detach().float().reshape(-1, x.shape[-1])
+            self.inputs = self.inputs + flat.square().sum(0)
+            self.count += len(flat)
+
+    def see_gradient(self, gradient: Tensor) -> None:
+        self.outputs = self.outputs + gradient.detach().float().reshape(-1, gradient.shape[-1]).square().sum(0)
+
+    def moments(self) -> SiteMoments | None:
+        if not self.count or not isinstance(self.inputs, Tensor) or not isinstance(self.outputs, Tensor):
+            return None
+        return SiteMoments(self.inputs / self.count, self.outputs / self.count, self.site.kind)
+
+
+def collect_moments(
+    teacher: nn.Module, sites: Iterable[Site], batches: Iterable[Batch], seed: int
+) -> dict[str, SiteMoments]:
+    """Runs the float model forwards and backwards, and returns the moments of its linear sites by name.
+
+    The gradient is that of the log-likelihood of labels drawn from the model's own distribution, as the
+    Fisher information wants it (not that of true labels).
+
+    Args:
+        teacher: The float model, in eval mode; it is not changed.
+        sites: The sites; those of other kinds than `KINDS` are passed over.
+        batches: A few batches, on the model's device.
+        seed: Seeds the labels.
+
+    Raises:
+        ConfigError: The model's output holds no class scores.
+    """
+    sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS}
+    handles = []
+    for name, sum_ in sums.items():
+        module = teacher.get_submodule(name)
+        handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
+    generator: torch.Generator | None = None
+    try:
+        with torch.enable_grad():
+            for batch in batches:
+                scores = class_scores(batch.run(teacher))
+                if scores is None:
+                    raise ConfigError('sensitivities="fisher" needs class scores: an output with `.logits`.')
+                flat = scores.float().flatten(0, -2)
+                if generator is None:
+                    generator = torch.Generator(flat.device).manual_seed(seed)
+                with torch.no_grad():
+                    labels = torch.multinomial(flat.softmax(-1), 1, generator=generator).squeeze(1)
+                F.cross_entropy(flat, labels, reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {name: sum_.moments() for name, sum_ in sums.items()}
+    return {name: moments for name, moments in found.items() if moments is not None}
+
+
+def _hook(sums: _Sums) -> Callable[..., Tensor]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        sums.see_input(args[0] if args else next(iter(kwargs.values())))
+        # Parameters need no gradient, so the graph starts at the first site.
+        if not output.requires_grad:
+            output = output.detach().requires_grad_(True)
+        output.register_hook(sums.see_gradient)
+        return output
+
+    return hook
+
+
+@torch.no_grad()
+def fisher_losses(
+    network: nn.Module, space: SearchSpace, moments: Mapping[str, SiteMoments]
+) -> NDArray[np.float64]:
+    """Estimates what each weight width of each group costs alone.
+
+    Args:
+        network: The network that a new MetaQuantNet drives: its weights are the float model's, rounded.
+        space: The search space.
+        moments: Moments by site name. A site without any costs nothing.
+
+    Returns:
+        `[groups, weight widths]`, relative to each group's widest; infinite where a group lacks the width.
+    """
+    losses = np.full((len(space.groups), int(space.top[:, 0].max()) + 1), np.inf)
+    for row, group in enumerate(space.groups):
+        for column, bits in enumerate(group.weight_bits):
+            losses[row, column] = 0.0
+            for site in group.sites:
+                if site.name in moments:
+                    layer: Any = network.get_submodule(site.name)
+                    weight = layer._parameters["weight"]
+                    rounded = layer.weight_fake_quant.block(weight, bits)
+                    losses[row, column] += moments[site.name].loss(rounded - weight)
+        losses[row, : len(group.weight_bits)] -= losses[row, len(group.weight_bits) - 1]
+    return losses

@@ -1,0 +1,87 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import Config, ConfigError
+from hq_plugin.data import Batch
+from hq_plugin.distillation import kl_divergence
+from hq_plugin.meta_training import build_network
+from hq_plugin.moments import collect_moments, fisher_losses
+from hq_plugin.sites import SiteTable, find_sites
+from hq_plugin.space import SearchSpace
+
+
+class Words(nn.Module):
+    """An embedding, a hidden layer and a head that reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.hidden, self.head = nn.Embedding(20, 32), nn.Linear(32, 48), nn.Linear(48, 6)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.tanh(self.hidden(self.embed(ids))))}
+
+
+@pytest.fixture
+def setting() -> tuple[Words, SiteTable, list[Batch]]:
+    torch.manual_seed(0)
+    model = Words().eval().requires_grad_(False)
+    with torch.no_grad():
+        model.head.weight.mul_(3)
+    batches = [Batch((torch.randint(15, (32, 8)),), {}, None, 32) for _ in range(4)]
+    return model, find_sites(model, batches[0].run, 32), batches
+
+
+def test_the_moments_are_means_of_squares(setting: tuple[Words, SiteTable, list[Batch]]) -> None:
+    model, table, batches = setting
+    moments = collect_moments(model, table, batches, seed=0)
+    assert set(moments) == {"embed", "hidden", "head"}
+    ids = torch.cat([batch.args[0] for batch in batches])
+    torch.testing.assert_close(moments["hidden"].inputs, model.embed(ids).flatten(0, 1).square().mean(0))
+    torch.testing.assert_close(moments["embed"].inputs.sum(), torch.tensor(1.0))
+    assert float(moments["embed"].inputs[15:].sum()) == 0.0
+    assert moments["head"].outputs.shape == (6,)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_second_order_estimate_is_the_divergence(setting: tuple[Words, SiteTable, list[Batch]]) -> None:
+    model, table, batches = setting
+    moments = collect_moments(model, table, batches, seed=0)
+    ids = torch.cat([batch.args[0] for batch in batches])
+    for name in moments:
+        found, expected = 0.0, 0.0
+        for seed in range(20):
+            torch.manual_seed(seed)
+            changed = copy.deepcopy(model)
+            weight = changed.get_submodule(name).weight
+            error = 0.02 * weight.std() * torch.randn_like(weight)
+            weight.add_(error)
+            found += moments[name].loss(error)
+            expected += float(kl_divergence(changed(ids)["logits"], model(ids)["logits"]))
+        assert found == pytest.approx(expected, rel=0.3), name
+
+
+def test_losses_of_widths(setting: tuple[Words, SiteTable, list[Batch]]) -> None:
+    model, table, batches = setting
+    config = Config(activation_bits=16, group_size=16, weight_bits=(2, 3, 4, 8), pinned={"embed": 4}).filled()
+    space = SearchSpace.build(table, config)
+    from hq_plugin.data import Data
+
+    moments = collect_moments(model, table, batches, seed=0)
+    network = build_network(model, space, Data(batches, batches), config)
+    losses = fisher_losses(network, space, moments)
+    assert losses.shape == (3, 4)
+    assert losses[0, 0] == 0
+    assert torch.isinf(torch.tensor(losses[0, 1:])).all()
+    for row in losses[1:]:
+        assert row[0] > 2 * row[1] > 4 * row[2] > 0
+        assert row[3] == 0
+
+
+def test_it_needs_class_scores() -> None:
+    model = nn.Linear(4, 3, bias=False)
+    batch = Batch((torch.randn(2, 5, 4),), {}, None, 2)
+    with pytest.raises(ConfigError, match="class scores"):
+        collect_moments(model, find_sites(model, batch.run, 2), [batch], 0)
