@@ -27,6 +27,7 @@ bits the four levels ±step/2, ±3step/2 fit a bell-shaped channel better than L
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -230,21 +231,21 @@ def fake_quantize_activation(x: Tensor, step: Tensor, zero_point: Tensor, bits: 
     return _FakeQuantizeActivation.apply(x, step, zero_point, bits)  # type: ignore[no-any-return]
 
 
-def optimal_weight_step(
-    weight: Tensor, bits: int, importance: Tensor | None = None, candidates: int = 48
-) -> Tensor:
+def optimal_weight_step(weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:
     """Searches, row by row, the step with the smallest squared error.
 
     Args:
         weight: Float, `[rows, ...]`.
         bits: 1 to 8.
         importance: Non-negative, broadcastable to `[rows, inputs]`: the weight of each squared error.
-        candidates: How many clipping points between 0 and the largest magnitude are tried.
 
     Returns:
         Positive float32, `[rows]`, already rounded to the stored precision.
     """
-    flat = weight.detach().float().flatten(1)
+    return torch.cat([_row_step(rows, bits, weights) for rows, weights in _row_chunks(weight, importance)])
+
+
+def _row_step(flat: Tensor, bits: int, importance: Tensor | None) -> Tensor:
     largest = flat.abs().amax(1).clamp_min(_SMALLEST_STEP)
     top = weight_range(bits)[1] + weight_offset(bits)
     if bits == 1:
@@ -253,7 +254,7 @@ def optimal_weight_step(
         return stored_step((2 * mean).clamp_min(_SMALLEST_STEP))
     best = largest / top
     best_error = torch.full_like(best, float("inf"))
-    for fraction in torch.linspace(0.15, 1.2, candidates).tolist():
+    for fraction in torch.linspace(0.15, 1.2, 48).tolist():
         step = stored_step((largest * fraction / top).clamp_min(_SMALLEST_STEP))
         error = _weight_error(flat, step, bits, None, importance)
         better = error < best_error
@@ -261,27 +262,26 @@ def optimal_weight_step(
     return best
 
 
-def optimal_weight_qparams(
-    weight: Tensor, bits: int, importance: Tensor | None = None, candidates: int = 20
-) -> tuple[Tensor, Tensor]:
+def optimal_weight_qparams(weight: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Searches, row by row, the step and zero point with the smallest squared error.
 
-    The ends of the row's range are pulled in independently of each other.
+    The ends of a row's range are pulled in together, and then each by itself.
 
     Args:
         weight: Float, `[rows, ...]`.
         bits: 1 to 8.
         importance: Non-negative, broadcastable to `[rows, inputs]`: the weight of each squared error.
-        candidates: How many ranges are tried in each of the two rounds.
 
     Returns:
         Step (positive) and zero point, float32 `[rows]` each, already rounded to the stored precision.
     """
-    flat = weight.detach().float().flatten(1)
+    found = [_row_qparams(rows, bits, weights) for rows, weights in _row_chunks(weight, importance)]
+    return torch.cat([step for step, _ in found]), torch.cat([zero for _, zero in found])
+
+
+def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     low, high = flat.amin(1), flat.amax(1)
     levels, lowest = 2**bits - 1, weight_range(bits)[0] + weight_offset(bits)
-    # Above a few bits clipping costs more than it gains; at 1 and 2 bits up to half of the range goes.
-    least = max(0.35, 1 - 1.2 / bits)
 
     def qparams(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         step = stored_step(((top - bottom) / levels).clamp_min(_SMALLEST_STEP))
@@ -290,10 +290,11 @@ def optimal_weight_qparams(
     best_low, best_high = low, high
     best_step, best_zero = qparams(low, high)
     best_error = _weight_error(flat, best_step, bits, best_zero, importance)
-    fractions = torch.linspace(least, 1.05, candidates).tolist()
+    # The wider the weight, the less clipping gains: many ranges are tried at 2 bits, few at 8.
+    least, count = max(0.35, 1 - 1.2 / bits), max(3, 12 - 2 * bits)
     for side in ("both", "low", "high"):
         start_low, start_high = best_low, best_high
-        for fraction in fractions:
+        for fraction in torch.linspace(least, 1.0, count).tolist():
             bottom = start_low if side == "high" else low * fraction
             top = start_high if side == "low" else high * fraction
             step, zero = qparams(bottom, top)
@@ -305,11 +306,24 @@ def optimal_weight_qparams(
     return best_step, best_zero
 
 
+#: Weights worked on at once in the searches above: their few temporaries fit a processor's cache.
+_CHUNK = 1 << 16
+
+
+def _row_chunks(weight: Tensor, importance: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    flat = weight.detach().float().flatten(1)
+    rows = max(1, _CHUNK // max(1, flat.shape[1]))
+    spread = None if importance is None else importance.expand(flat.shape[0], -1)
+    for start in range(0, max(1, flat.shape[0]), rows):
+        stop = start + rows
+        yield flat[start:stop], None if spread is None else spread[start:stop]
+
+
 def _weight_error(flat: Tensor, step: Tensor, bits: int, zero: Tensor | None, importance: Tensor | None) -> Tensor:
     low, high = weight_range(bits)
     shift, scale = _shift(zero, flat, bits), per_channel(step, flat)
     error = (flat / scale).sub_(shift).round_().clamp_(low, high).add_(shift).mul_(scale).sub_(flat).square_()
-    return error.sum(1) if importance is None else (error * importance).sum(1)
+    return error.sum(1) if importance is None else error.mul_(importance).sum(1)
 
 
 def _weighted(values: Tensor, importance: Tensor) -> Tensor:
