@@ -36,9 +36,9 @@ class Steps:
 
 EFFORTS: dict[str, Steps] = {
     "smoke": Steps(meta=6, evaluations=12, finetune=4, holdout=64),
-    "fast": Steps(meta=300, evaluations=150, finetune=200, holdout=256),
-    "balanced": Steps(meta=1500, evaluations=400, finetune=1000, holdout=512),
-    "best": Steps(meta=6000, evaluations=1200, finetune=4000, holdout=1024),
+    "fast": Steps(meta=100, evaluations=150, finetune=400, holdout=256),
+    "balanced": Steps(meta=500, evaluations=400, finetune=2000, holdout=512),
+    "best": Steps(meta=2000, evaluations=1200, finetune=8000, holdout=1024),
 }
 
 
@@ -46,10 +46,12 @@ EFFORTS: dict[str, Steps] = {
 DEFAULTS: dict[str, Any] = {
     "group_size": 0,
     "sensitivities": "measured",
+    "rounding": "nearest",
     "train_float": True,
     "learning_rate": 5e-4,
     "step_learning_rate": 2e-3,
     "batch_size": 64,
+    "calibration_batches": 4,
 }
 
 
@@ -88,6 +90,9 @@ class Config:
             what the integration proposes for a model.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes 2e-3, or
             what the integration proposes.
+        rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each
+            linear layer column by column and makes up for the error (GPTQ). None means `"nearest"`, or what
+            the integration proposes.
         train_float: Whether what stays float (biases, normalisation, excluded layers) is trained along. None
             means True, or what the integration proposes.
         finetune_from: `"generated"` starts from the MetaQuantNet's weights, `"float"` retrains from the
@@ -98,7 +103,8 @@ class Config:
             takes 64, or what the integration proposes.
         holdout: Most samples kept out of training to score policies; None takes the effort's.
         recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate.
-        calibration_batches: Batches from which activation ranges are taken.
+        calibration_batches: Batches from which activation ranges and moments are taken; None takes 4, or what
+            the integration proposes.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
         processor: Tokenizer or image processor, where `data` is text or pictures.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
@@ -125,6 +131,7 @@ class Config:
     finetune_steps: int | None = None
     learning_rate: float | None = None
     step_learning_rate: float | None = None
+    rounding: Literal["nearest", "second_order"] | None = None
     train_float: bool | None = None
     finetune_from: Literal["generated", "float"] = "generated"
     population: int = 24
@@ -132,7 +139,7 @@ class Config:
     batch_size: int | None = None
     holdout: int | None = None
     recalibration: int = 64
-    calibration_batches: int = 4
+    calibration_batches: int | None = None
     sequence_length: int | None = None
     processor: Any = None
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
@@ -141,8 +148,12 @@ class Config:
     def __post_init__(self) -> None:
         self._check_choice("effort", tuple(EFFORTS))
         self._check_choice("block", ("auto", "dense", "low_rank", "table"))
-        if self.sensitivities is not None:
-            self._check_choice("sensitivities", ("measured", "fisher"))
+        for name, choices in (
+            ("sensitivities", ("measured", "fisher")),
+            ("rounding", ("nearest", "second_order")),
+        ):
+            if getattr(self, name) is not None:
+                self._check_choice(name, choices)
         self._check_choice("finetune_from", ("generated", "float"))
         if not callable(self.loss):
             self._check_choice("loss", ("auto", "kl", "mse"))
@@ -157,9 +168,9 @@ class Config:
             object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
             self._check_number(name, least=0, optional=True)
-        for name in ("hidden", "rank", "population", "calibration_batches", "recalibration"):
+        for name in ("hidden", "rank", "population", "recalibration"):
             self._check_number(name, least=1)
-        for name in ("holdout", "batch_size", "sequence_length"):
+        for name in ("holdout", "batch_size", "sequence_length", "calibration_batches"):
             self._check_number(name, least=1, optional=True)
         self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):

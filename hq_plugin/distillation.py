@@ -43,16 +43,49 @@ def class_scores(output: Any) -> Tensor | None:
     return None
 
 
+#: Elements of class scores worked on at once: a vocabulary has tens of thousands of them for each token.
+_CHUNK = 1 << 22
+
+
+class _KLDivergence(torch.autograd.Function):
+    """KL divergence by chunks of rows, whose gradient is taken on the way: one tensor is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+        rows = max(1, _CHUNK // max(1, student.shape[1]))
+        needed = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if needed else None
+        total = torch.zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
+        total = total.to(student.device)
+        for start in range(0, len(student), rows):
+            part = slice(start, start + rows)
+            wide = torch.promote_types(student.dtype, torch.float32)
+            log_student = F.log_softmax(student[part].to(wide), dim=-1)
+            log_teacher = F.log_softmax(teacher[part].to(wide), dim=-1)
+            share = log_teacher.exp()
+            total += torch.sum(share * (log_teacher - log_student))
+            if gradient is not None:
+                gradient[part] = log_student.exp_().sub_(share)
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.rows = max(1, len(student))
+        return total / ctx.rows
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (grads[0] / ctx.rows).to(gradient.dtype), None
+
+
 def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    """KL(teacher || student) in nats, the mean over samples.
+    """KL(teacher || student) in nats, the mean over samples. No gradient reaches the teacher.
 
     Args:
         student: Class scores `[..., classes]`.
         teacher: Class scores of the same shape.
     """
-    log_student = F.log_softmax(student.float().flatten(0, -2), dim=-1)
-    log_teacher = F.log_softmax(teacher.float().flatten(0, -2), dim=-1)
-    return F.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    divergence: Tensor = _KLDivergence.apply(student.flatten(0, -2), teacher.detach().flatten(0, -2))
+    return divergence
 
 
 def relative_error(student: Any, teacher: Any) -> Tensor:

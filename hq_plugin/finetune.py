@@ -60,7 +60,7 @@ def float_network(teacher: nn.Module, policy: HybridPolicy, data: Data, config: 
     network = torch_ao.prepare(teacher, policy)
     torch_ao.set_trainable(network, config.train_float is not False)
     device = next(p.device for p in teacher.parameters())
-    calibrate_activations(network, data, config.calibration_batches, device)
+    calibrate_activations(network, data, config.filled().calibration_batches or 1, device)
     return network
 
 

@@ -52,7 +52,7 @@ def build_network(
     network = torch_ao.prepare(teacher, space.policy(space.top), metaquantnet=metaquantnet)
     torch_ao.set_trainable(network, config.train_float is not False)
     device = next(p.device for p in teacher.parameters())
-    calibrate_activations(network, data, config.calibration_batches, device)
+    calibrate_activations(network, data, config.filled().calibration_batches or 1, device)
     return network
 
 

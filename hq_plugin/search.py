@@ -31,6 +31,8 @@ Score = Callable[[HybridPolicy], float]
 
 #: How often a candidate that was scored before is mutated again before it is given up.
 _RETRIES = 4
+#: How many of the best are returned, but no more than a sixth of what was scored.
+_LEADERS = 8
 #: The search ends when so many generations brought no new policy: a small space is exhausted.
 _STALE = 5
 
@@ -162,7 +164,6 @@ def genetic_search(
     score: Score,
     config: Config,
     uniform: Sequence[Genome],
-    leaders: int = 8,
 ) -> SearchResult:
     """Searches the policy of the lowest score that keeps every limit.
 
@@ -173,7 +174,6 @@ def genetic_search(
         score: Scores a policy; lower is better. It is called once for each policy.
         config: Gives the number of evaluations, the population, crossover and seed.
         uniform: The best uniform genomes inside the budget.
-        leaders: How many of the best are returned.
     """
     began, scoring = time.perf_counter(), 0.0
     rng = np.random.RandomState(config.seed)
@@ -220,7 +220,7 @@ def genetic_search(
             # A large finite number, since nevergrad compares losses by arithmetic.
             optimizer.tell(candidate, min(known[key].score, 1e30))
     evaluations = list(known.values())
-    best = sorted(evaluations, key=lambda scored: scored.score)[:leaders]
+    best = sorted(evaluations, key=lambda scored: scored.score)[: min(_LEADERS, max(1, budget // 6))]
     return SearchResult(
         best,
         evaluations,

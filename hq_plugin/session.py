@@ -22,13 +22,14 @@ from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
-from hq_plugin.data import Data
+from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs, Result, versions
+from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
@@ -123,7 +124,10 @@ class Session:
         costs = CostTable(space)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
-        moments = _moments(teacher, space, data, config) if config.sensitivities == "fisher" else {}
+        moments: dict[str, SiteMoments] = {}
+        if config.sensitivities == "fisher":
+            batches = _calibration_batches(teacher, data, config)
+            moments = collect_moments(teacher, space.table, batches, config.seed)
         importance = {name: m.inputs for name, m in moments.items() if m.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config)
@@ -290,6 +294,8 @@ class Session:
             network = float_network(self.teacher, found.policy, self.data, config)
         else:
             network = generated_network(self.network, found.policy)
+        if config.rounding == "second_order":
+            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
         self.scorer.recalibrate(network, RECALIBRATION)
         before = copy.deepcopy(network.state_dict())
         untrained = self.scorer.measure(network)
@@ -308,7 +314,8 @@ class Session:
             "finetune": tuned - began,
             "convert": time.perf_counter() - tuned,
         }
-        teacher = self.scorer.measure(self.teacher)
+        labelled = any(batch.labels is not None for batch in self.scorer.batches)
+        float_accuracy = self.scorer.measure(self.teacher).accuracy if labelled else None
         packed.hq = Result(  # type: ignore[assignment]
             policy=found.policy,
             budget=str(budget) if budget is not None else "given policy",
@@ -319,7 +326,7 @@ class Session:
             kl=fidelity.distance,
             agreement=fidelity.agreement,
             accuracy=fidelity.accuracy,
-            float_accuracy=teacher.accuracy,
+            float_accuracy=float_accuracy,
             metric=None if eval_fn is None else float(eval_fn(packed)),
             float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
             baselines=found.baselines,
@@ -344,10 +351,9 @@ class Session:
         return save_session(self, directory, overwrite=overwrite)
 
 
-def _moments(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> dict[str, SiteMoments]:
+def _calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
     device = _device(teacher)
-    batches = [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
-    return collect_moments(teacher, space.table, batches, config.seed)
+    return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

@@ -42,6 +42,7 @@ __all__ = [
     "cached_weights",
     "calibrate",
     "convert",
+    "float_forward",
     "get_qconfig_mapping",
     "prepare",
     "set_trainable",
@@ -124,6 +125,8 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
         super().__init__(bits)
         self.block = block
         self._group_size = group_size
+        #: Whether the layer computes in autocast's precision where that is on; an embedding does not.
+        self.casts = False
         self._cache: dict[int, Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -132,7 +135,12 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
             return weight
         if self._cache is not None:
             if self.bits not in self._cache:
-                self._cache[self.bits] = self._ready(weight)(weight, self.bits).detach()
+                made = self._ready(weight)(weight, self.bits).detach()
+                kind = weight.device.type
+                if self.casts and torch.is_autocast_enabled(kind):
+                    # The layer would cast it in each forward, and half of the memory is enough.
+                    made = made.to(torch.get_autocast_dtype(kind))
+                self._cache[self.bits] = made
             return self._cache[self.bits]
         generated: Tensor = self._ready(weight)(weight, self.bits)
         return generated
@@ -254,6 +262,7 @@ class _SwapToQAT:
         qconfig = module.qconfig
         prepared = adopt(module, _qat_type(_class_of(module)))
         prepared.weight_fake_quant = qconfig.weight()  # type: ignore[operator, union-attr]
+        prepared.weight_fake_quant.casts = not isinstance(module, nn.Embedding)
         prepared.activation_fake_quant = qconfig.activation()  # type: ignore[operator, union-attr]
         # torch.ao would add the activation's fake-quantizer to the layer's *output* as well; ours sits
         # at the input.
@@ -396,15 +405,24 @@ def cached_weights(prepared: nn.Module) -> Iterator[None]:
 def calibrate(prepared: nn.Module) -> Iterator[None]:
     """Inside, a prepared model runs in float and observes its activations; then all steps are set."""
     quantizers = [m for m in prepared.modules() if isinstance(m, HybridActivationFakeQuantize)]
-    prepared.apply(tq.disable_fake_quant)
     for quantizer in quantizers:
         quantizer.observing = bool(quantizer.steps.widths)
     try:
-        yield
+        with float_forward(prepared):
+            yield
     finally:
         for quantizer in quantizers:
             if quantizer.observing:
                 quantizer.finish_calibration()
+
+
+@contextmanager
+def float_forward(prepared: nn.Module) -> Iterator[None]:
+    """Inside, a prepared model runs in float: its fake-quantizers let everything through."""
+    prepared.apply(tq.disable_fake_quant)
+    try:
+        yield
+    finally:
         prepared.apply(tq.enable_fake_quant)
 
 

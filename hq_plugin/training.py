@@ -101,6 +101,7 @@ def train(task: Task) -> None:
         bar = bars.task(task.name, total=task.steps)
         for step in range(task.steps):
             if step and step % every == 0:
+                good = None  # first, so that two are never in memory
                 good = (step, copy.deepcopy(network.state_dict()))
             batch = next(batches).to(accelerator.device)
             task.before_step(step)

@@ -2,8 +2,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
-from hq_plugin import ModelError
+from hq_plugin import ModelError, distillation
 from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, relative_error
 
 
@@ -61,3 +62,17 @@ def test_not_finite_is_the_worst() -> None:
     assert fidelity.distance == float("inf")
     assert fidelity.accuracy is None
     assert class_scores(torch.zeros(3)) is None
+
+
+def test_kl_and_its_gradient_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distillation, "_CHUNK", 20)  # several chunks, the last one short
+    torch.manual_seed(0)
+    student = torch.randn(3, 5, 7, dtype=torch.double, requires_grad=True)
+    teacher = torch.randn(3, 5, 7, dtype=torch.double)
+    loss = kl_divergence(student, teacher)
+    (found,) = torch.autograd.grad(3 * loss, student)
+    log_student, log_teacher = student.flatten(0, 1).log_softmax(-1), teacher.flatten(0, 1).log_softmax(-1)
+    expected = nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(found, torch.autograd.grad(3 * expected, student)[0])
+    assert kl_divergence(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32

@@ -129,3 +129,24 @@ def test_only_batchnorm_may_train_in_its_training_mode(batches, batch_statistics
     expected = {"conv": False, "bn": batch_statistics, "dropout": False, "head": False}
     assert modes == [expected, expected]
     assert torch.equal(before, job.network.bn.running_mean) is not batch_statistics
+
+
+def test_mixed_precision_is_accelerate_s(trained: nn.Module, batches, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    try:
+        torch.manual_seed(0)
+        job = task(trained, batches, steps=6)
+        dtypes = set()
+        job.network.head.register_forward_hook(lambda module, args, output: dtypes.add(output.dtype))
+        own = job.network.forward
+        train(job)
+        assert dtypes == {torch.bfloat16}
+        # What was trained runs by itself as before.
+        assert job.network.forward == own
+        assert job.network(batches[0][0]).dtype == torch.float32
+        assert all(math.isfinite(record["loss"]) for record in job.history)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)

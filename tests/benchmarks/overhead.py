@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 
 import hq_plugin
 from hq_plugin import Config, torch_ao
+from hq_plugin.allocation import monotone
 from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import evaluating
@@ -58,7 +59,7 @@ def ratios(name: str) -> dict[str, tuple[float, float]]:
     session = hq_plugin.meta_train(float_model(name), TensorDataset(x, y), config=CONFIG)
     batches = list(zip(x[: STEPS * BATCH].split(BATCH), y[: STEPS * BATCH].split(BATCH), strict=True))
     plain = new(name)
-    sampler = PolicySampler(session.space, session.costs, 0)
+    sampler = PolicySampler(session.space, session.costs, monotone(session.sensitivities), 0)
 
     def meta_training() -> None:
         task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, 1e-6, 1e-6)

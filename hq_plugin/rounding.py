@@ -1,0 +1,169 @@
+"""Good integers to start from: rounding that makes up in later inputs for the error of earlier ones.
+
+Optimal brain quantization of each linear layer by itself (GPTQ, Frantar et al., arXiv:2210.17323, algorithm
+1), with the steps and zero points given. Training starts from the layer's own weight, moved as little as
+puts it on the integer that was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import torch_ao
+from hq_plugin.data import Batch
+from hq_plugin.precision import autocast
+from hq_plugin.quantization import dequantize_weight, per_channel, quantize_weight, weight_range, weight_rows
+
+#: Columns after which the error is carried over to the rest of the weight at once.
+_BLOCK = 128
+#: What is added to the diagonal, as a share of its mean (GPTQ, section 3.3).
+_DAMPING = 0.01
+#: Distance from the edge of an integer's interval at which a moved weight starts, in steps.
+_MARGIN = 0.02
+
+
+@torch.no_grad()
+def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Returns the mean outer product of the inputs of linear layers, float32 `[inputs, inputs]`, by name.
+
+    Args:
+        network: Any network; it runs as it is.
+        names: Linear layers. Those that never run are left out.
+        batches: A few batches.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            flat = x.reshape(-1, x.shape[-1]).float()
+            product = flat.T @ flat
+            sums[name] = product if name not in sums else sums[name].add_(product)
+            counts[name] = counts.get(name, 0) + len(flat)
+
+        return see
+
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
+    ]
+    try:
+        for batch in batches:
+            with autocast():
+                batch.run(network)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@torch.no_grad()
+def second_order_integers(
+    weight: Tensor, step: Tensor, zero: Tensor | None, bits: int, group_size: int, products: Tensor
+) -> Tensor:
+    """Rounds a weight column by column, each column's error made up for in those that follow.
+
+    Args:
+        weight: Float, `[outputs, inputs]`.
+        step: Positive float, one for each row of `weight_rows(weight, group_size)`.
+        zero: Zero points like `step`, or None.
+        bits: 1 to 8.
+        group_size: Inputs of a group; 0 for whole channels.
+        products: `[inputs, inputs]`, mean outer product of the inputs.
+
+    Returns:
+        int8, `[outputs, inputs]`.
+    """
+    outputs, inputs = weight.shape
+    size = group_size or inputs
+    steps = step.view(outputs, -1)
+    zeros = None if zero is None else zero.view(outputs, -1)
+    work, found = weight.float().clone(), torch.empty_like(weight, dtype=torch.int8)
+    upper = _inverse_factor(products)
+    for start in range(0, inputs, _BLOCK):
+        stop = min(start + _BLOCK, inputs)
+        part, errors = work[:, start:stop].clone(), torch.zeros_like(work[:, start:stop])
+        factor = upper[start:stop, start:stop]
+        for i in range(stop - start):
+            group = (start + i) // size
+            scale, offset = steps[:, group], None if zeros is None else zeros[:, group]
+            integers = quantize_weight(part[:, i], scale, bits, offset)
+            error = (part[:, i] - dequantize_weight(integers, scale, bits, offset)) / factor[i, i]
+            part[:, i:] -= error[:, None] * factor[i, i:]
+            errors[:, i], found[:, start + i] = error, integers
+        work[:, stop:] -= errors @ upper[start:stop, stop:]
+    return found
+
+
+def _inverse_factor(products: Tensor) -> Tensor:
+    """Returns the upper Cholesky factor of the inverse of the damped products."""
+    matrix = products.double().clone()
+    diagonal = matrix.diagonal()
+    diagonal.masked_fill_(diagonal == 0, 1.0)  # an input that is always 0
+    damping = _DAMPING
+    while True:
+        damped = matrix + damping * float(diagonal.mean()) * torch.eye(len(matrix), dtype=matrix.dtype).to(matrix)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not int(failed):
+                return upper.float()
+        damping *= 10
+
+
+@torch.no_grad()
+def inside(weight: Tensor, integers: Tensor, step: Tensor, zero: Tensor | None, bits: int) -> Tensor:
+    """Moves each weight as little as makes it round to a given integer.
+
+    Args:
+        weight: Float, `[rows, inputs]`.
+        integers: int8, the shape of `weight`.
+        step: `[rows]`.
+        zero: `[rows]` or None.
+        bits: 1 to 8.
+    """
+    scale = per_channel(step, weight)
+    middle = dequantize_weight(integers, step, bits, zero)
+    half = (0.5 - _MARGIN) * scale
+    low, high = weight_range(bits)
+    # Beyond the ends of the range everything rounds to the last integer.
+    below = torch.where(integers == low, torch.full_like(middle, -torch.inf), middle - half)
+    above = torch.where(integers == high, torch.full_like(middle, torch.inf), middle + half)
+    return torch.minimum(torch.maximum(weight, below), above)
+
+
+@torch.no_grad()
+def start_from_good_integers(network: nn.Module, batches: Iterable[Batch]) -> None:
+    """Moves the weights of a network with a fixed policy onto integers found to second order.
+
+    Args:
+        network: A prepared network whose linear layers have tables of one width; changed in place.
+        batches: A few batches; the float network's inputs are what counts.
+    """
+    layers = {
+        name: layer
+        for name, layer in torch_ao.qat_layers(network).items()
+        if isinstance(layer, nn.Linear) and not _is_embedding_too(network, layer)
+    }
+    with torch_ao.float_forward(network):
+        products = input_products(network, layers, batches)
+    for name, product in products.items():
+        layer: Any = layers[name]
+        quantizer = layer.weight_fake_quant
+        weight, block, bits = layer._parameters["weight"], quantizer.block, quantizer.bits
+        step, zero = block.step(bits), block.zero_point(bits)
+        integers = second_order_integers(weight, step, zero, bits, block.group_size, product)
+        rows = weight_rows(weight, block.group_size)
+        moved = inside(rows.float(), weight_rows(integers, block.group_size), step, zero, bits)
+        weight.copy_(moved.view_as(weight))
+
+
+def _is_embedding_too(network: nn.Module, layer: nn.Module) -> bool:
+    """Whether a layer's weight is tied to an embedding, which wants other integers than the layer."""
+    weight = layer._parameters["weight"]
+    return any(m._parameters.get("weight") is weight for m in network.modules() if isinstance(m, nn.Embedding))

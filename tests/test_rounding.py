@@ -1,0 +1,88 @@
+import pytest
+import torch
+from torch import nn
+
+from hq_plugin import HybridPolicy, LayerBits, torch_ao
+from hq_plugin.data import Batch
+from hq_plugin.quantization import (
+    dequantize_weight,
+    optimal_weight_qparams,
+    optimal_weight_step,
+    quantize_weight,
+    weight_range,
+    weight_rows,
+)
+from hq_plugin.rounding import input_products, inside, second_order_integers, start_from_good_integers
+
+
+def correlated(samples: int = 512, inputs: int = 192) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.randn(samples, 24) @ torch.randn(24, inputs) + 0.3 * torch.randn(samples, inputs)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [0, 32])
+def test_the_output_comes_closer_than_by_rounding_to_the_nearest(bits: int, group_size: int) -> None:
+    x = correlated()
+    weight = torch.randn(40, 192)
+    rows = weight_rows(weight, group_size)
+    step, zero = optimal_weight_qparams(rows, bits) if group_size else (optimal_weight_step(rows, bits), None)
+    integers = second_order_integers(weight, step, zero, bits, group_size, x.T @ x / len(x))
+    low, high = weight_range(bits)
+    assert low <= int(integers.min()) <= int(integers.max()) <= high
+    errors = []
+    for found in (weight_rows(integers, group_size), quantize_weight(rows, step, bits, zero)):
+        quantized = dequantize_weight(found, step, bits, zero).view_as(weight)
+        errors.append(float((x @ (quantized - weight).T).square().mean()))
+    assert errors[0] < 0.75 * errors[1]
+
+
+def test_without_correlation_it_is_rounding_to_the_nearest() -> None:
+    weight = torch.randn(8, 16)
+    step = optimal_weight_step(weight, 3)
+    assert torch.equal(
+        second_order_integers(weight, step, None, 3, 0, torch.eye(16)), quantize_weight(weight, step, 3)
+    )
+
+
+def test_a_singular_product_and_a_dead_input() -> None:
+    x = torch.zeros(4, 16)
+    x[:, :3] = 1.0
+    weight = torch.randn(8, 16)
+    step = optimal_weight_step(weight, 3)
+    integers = second_order_integers(weight, step, None, 3, 0, x.T @ x)
+    assert torch.equal(integers[:, 4:], quantize_weight(weight, step, 3)[:, 4:])
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_moved_weights_round_to_their_integers_and_move_no_further(bits: int) -> None:
+    torch.manual_seed(bits)
+    rows = torch.randn(20, 32)
+    step, zero = optimal_weight_qparams(rows, bits)
+    nearest = quantize_weight(rows, step, bits, zero)
+    low, high = weight_range(bits)
+    other = (nearest + torch.randint(-1, 2, nearest.shape)).clamp(low, high).to(torch.int8)
+    moved = inside(rows, other, step, zero, bits)
+    assert torch.equal(quantize_weight(moved, step, bits, zero), other)
+    kept = nearest == other
+    assert float((moved - rows)[kept].abs().max()) <= 0.021 * float(step.max())
+
+
+def test_a_network_starts_closer_to_float() -> None:
+    x = correlated(inputs=64)
+    model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8)).eval()
+    policy = HybridPolicy({"0": LayerBits(3, 16, 16), "2": LayerBits(3, 8)})
+    network = torch_ao.prepare(model, policy).eval()
+    network(x)
+    with torch.no_grad():
+        before = float((network(x) - model(x)).square().mean())
+        start_from_good_integers(network, [Batch((x,), {}, None, len(x))])
+        after = float((network(x) - model(x)).square().mean())
+    assert after < 0.8 * before
+
+
+def test_input_products() -> None:
+    x = correlated(samples=16, inputs=12)
+    model = nn.Sequential(nn.Linear(12, 5))
+    products = input_products(model, ["0"], [Batch((x[:8],), {}, None, 8), Batch((x[8:],), {}, None, 8)])
+    torch.testing.assert_close(products["0"], x.T @ x / 16)
