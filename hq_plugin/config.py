@@ -138,7 +138,7 @@ class Config:
     crossover: float = 0.6
     batch_size: int | None = None
     holdout: int | None = None
-    recalibration: int = 64
+    recalibration: int = 32
     calibration_batches: int | None = None
     sequence_length: int | None = None
     processor: Any = None

@@ -38,7 +38,7 @@ FUSED = (
 _TEXT_STEPS: dict[str, dict[str, int]] = {
     "smoke": {"meta_steps": 2, "search_evaluations": 6, "finetune_steps": 2, "holdout": 2},
     "fast": {"meta_steps": 12, "search_evaluations": 24, "finetune_steps": 60, "holdout": 4},
-    "balanced": {"meta_steps": 60, "search_evaluations": 100, "finetune_steps": 500, "holdout": 8},
+    "balanced": {"meta_steps": 40, "search_evaluations": 80, "finetune_steps": 300, "holdout": 8},
     "best": {"meta_steps": 400, "search_evaluations": 400, "finetune_steps": 4000, "holdout": 16},
 }
 

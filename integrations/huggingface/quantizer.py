@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 METHOD, VERSION = "hq", 1
 #: What safetensors calls the dtypes of a packed layer that no cast may change.
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.int32: "I32"}
+#: Buffers that tied layers share.
+_SHARED = ("weight_packed", "weight_step", "weight_zero")
 #: Buffer of a packed layer, and its name in a file.
 _STORED = {"weight_packed": "weight"}
 
@@ -129,11 +131,13 @@ class HqQuantizer(HfQuantizer):
             parent, _, child = found.rpartition(".")
             packed = PackedModule.skeleton(modules[found], bits)
             setattr(model.get_submodule(parent) if parent else model, child, packed)
-        heads = {name for name in lacking if not name.startswith(f"{prefix}.")}
-        if len(self._names) == 0 or set(lacking) - heads:
+        # A body alone has no place for its head; a whole model has one for every layer.
+        body = not hasattr(model, prefix)
+        wrong = [name for name in lacking if name.startswith(f"{prefix}.")] if body and prefix else lacking
+        if wrong or not self._names:
             raise ModelError(
                 f"The policy in config.json is for another model: {type(model).__name__} has no layer "
-                f"{', '.join(lacking[:5])}{' ...' if len(lacking) > 5 else ''}."
+                f"{', '.join((wrong or lacking)[:5])}{' ...' if len(wrong or lacking) > 5 else ''}."
             )
         self._untie(model)
         self._check_files(model, kwargs.get("checkpoint_files") or [])
@@ -194,7 +198,7 @@ class HqQuantizer(HfQuantizer):
         for name, owner in self.quantization_config.tied.items():
             if name in self._names and owner in self._names:
                 share_packed_weight(packed[self._names[owner]], packed[self._names[name]])
-                for buffer in ("weight_packed", "weight_step", "weight_zero"):
+                for buffer in _SHARED:
                     # Loaded once, for the owner; the other's are not expected in the file.
                     packed[self._names[name]]._non_persistent_buffers_set.add(buffer)
 
@@ -204,7 +208,7 @@ class HqQuantizer(HfQuantizer):
             if name in self._names and owner in self._names:
                 other = packed[self._names[name]]
                 share_packed_weight(packed[self._names[owner]], other)
-                other._non_persistent_buffers_set -= {"weight_packed", "weight_step", "weight_zero"}
+                other._non_persistent_buffers_set -= set(_SHARED)
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing and not getattr(model, "hf_device_map", None):
             raise ArtifactError(
@@ -219,12 +223,11 @@ class HqQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keeps the dtype of what is exact (packed integers, steps); other tensors take that of the model."""
         stored = str(next(iter(getattr(converter, "target_patterns", [""])), ""))
-        exact = ("weight_packed", "weight_step", "weight_zero", "activation_step", "activation_zero_point")
+        exact = (*_SHARED, "activation_step", "activation_zero_point")
         return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
 
     def get_weight_conversions(self) -> list[Any]:
         """Returns the renamings from the names of a file to those of the layers."""
-
         from transformers.core_model_loading import WeightRenaming
 
         return [
@@ -237,7 +240,7 @@ class HqQuantizer(HfQuantizer):
         """Returns what `save_pretrained` writes."""
         state = dict(model.state_dict())
         for name in self.quantization_config.tied:
-            for buffer in ("weight_packed", "weight_step", "weight_zero"):
+            for buffer in _SHARED:
                 state.pop(f"{name}.{buffer}", None)
         renamed = {}
         for name, tensor in state.items():

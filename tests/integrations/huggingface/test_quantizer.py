@@ -170,6 +170,9 @@ def test_a_policy_for_another_model(folder: Path) -> None:
     edit(folder, policy={name.replace("mlp", "ffn"): bits for name, bits in config["policy"].items()})
     with pytest.raises(ModelError, match=r"another model.*ffn"):
         AutoModelForCausalLM.from_pretrained(folder)
+    edit(folder, policy={**config["policy"], "tail": [4, 16]})
+    with pytest.raises(ModelError, match=r"another model.*tail"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def tamper(folder: Path, change) -> Path:  # type: ignore[no-untyped-def]

