@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -80,12 +80,8 @@ def unwrap(model: Any) -> Unwrapped:
         ModelError: The library knows that the model cannot be quantized.
     """
     if not isinstance(model, nn.Module):
-        for name, library in KNOWN.items():
-            if library in sys.modules:
-                opened = _adapter(name).unwrap(model)
-                if opened is not None:
-                    return opened
-        return Unwrapped(model, None, lambda packed: packed)
+        opened = next((o for o in (adapter.unwrap(model) for adapter in _imported()) if o is not None), None)
+        return opened or Unwrapped(model, None, lambda packed: packed)
     adapter = find(model)
     opened = None if adapter is None else adapter.unwrap(model)
     return opened or Unwrapped(model, None, lambda packed: packed)
@@ -93,12 +89,18 @@ def unwrap(model: Any) -> Unwrapped:
 
 def find(model: nn.Module) -> Adapter | None:
     """Returns the adapter of a model's library, or None."""
+    return next((adapter for adapter in _imported() if adapter.matches(model)), None)
+
+
+def _imported() -> Iterator[Adapter]:
+    """Yields the adapters of the libraries that are imported, and that ours fit."""
     for name, library in KNOWN.items():
         if library in sys.modules:
-            adapter = _adapter(name)
-            if adapter.matches(model):
-                return adapter
-    return None
+            try:
+                adapter = _adapter(name)
+            except ImportError:
+                continue  # another version of the library; its models are like any other
+            yield adapter
 
 
 def describe(model: nn.Module) -> dict[str, Any] | None:

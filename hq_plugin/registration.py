@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+from hq_plugin.errors import HQWarning
 
 #: Module of a library that holds its registry, to ours that registers there when it is imported.
 REGISTRIES = {"transformers.quantizers.auto": "hq_plugin.integrations.huggingface.quantizer"}
@@ -31,7 +34,7 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
-        importlib.import_module(self._ours)
+        _register(self._ours)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._loader, name)
@@ -56,10 +59,23 @@ class _Finder(MetaPathFinder):
         return spec
 
 
+def _register(ours: str) -> None:
+    """Imports a module of ours; a library that it does not fit must go on working without it."""
+    try:
+        importlib.import_module(ours)
+    except ImportError as error:
+        warnings.warn(
+            f"hq_plugin cannot register with this version of the library ({error}): its quantized models cannot be "
+            "loaded by it. Upgrade the library.",
+            HQWarning,
+            stacklevel=2,
+        )
+
+
 def install() -> None:
     """Registers now with what is imported already, and with the rest when it is."""
     for registry, ours in REGISTRIES.items():
         if registry in sys.modules:
-            importlib.import_module(ours)
+            _register(ours)
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())

@@ -35,8 +35,8 @@ class Setting:
 
 
 SETTINGS = {
-    "digits": Setting(float_epochs=16, meta_steps=300, finetune_steps=300),
-    "fashion-mnist": Setting(float_epochs=2, meta_steps=250, finetune_steps=200),
+    "digits": Setting(float_epochs=16, meta_steps=100, finetune_steps=400),
+    "fashion-mnist": Setting(float_epochs=2, meta_steps=50, finetune_steps=300),
 }
 
 
