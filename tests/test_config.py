@@ -7,7 +7,7 @@ from hq_plugin import Config, ConfigError
 
 def test_effort_sets_what_is_not_given() -> None:
     steps = Config(effort="fast", finetune_steps=7).steps
-    assert (steps.meta, steps.finetune) == (300, 7)
+    assert (steps.meta, steps.finetune) == (100, 7)
 
 
 def test_options_replace() -> None:
