@@ -23,7 +23,7 @@ from hq_plugin.errors import ConfigError
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
 
-#: Kinds of sites whose moments are taken.
+#: Kinds of sites whose inputs are seen.
 KINDS = ("linear", "embedding")
 
 
@@ -57,6 +57,29 @@ class SiteMoments:
         return 0.5 * float(rows @ squared @ columns)
 
 
+@dataclass(frozen=True)
+class WeightMoments:
+    """Second moments of the gradient of a weight that is read around its layer, so that no input is seen.
+
+    Attributes:
+        gradient: The weight's shape. Labels are drawn from the model, so gradients of different samples are
+            independent with mean 0, and the square of their sum stands for the sum of their squares.
+    """
+
+    gradient: Tensor
+
+    def loss(self, error: Tensor) -> float:
+        """Returns the loss of a change of the weight to second order, by the diagonal of the Fisher information.
+
+        Args:
+            error: Change of the weight, in its shape.
+        """
+        return 0.5 * float((self.gradient * error.float().square()).sum())
+
+
+Moments = SiteMoments | WeightMoments
+
+
 class _Sums:
     """Running sums at one site."""
 
@@ -86,22 +109,26 @@ class _Sums:
 
 def collect_moments(
     teacher: nn.Module, sites: Iterable[Site], batches: Iterable[Batch], seed: int
-) -> dict[str, SiteMoments]:
-    """Runs the float model forwards and backwards, and returns the moments of its linear sites by name.
+) -> dict[str, Moments]:
+    """Runs the float model forwards and backwards, and returns the moments of its sites by name.
 
     The gradient is that of the log-likelihood of labels drawn from the model's own distribution, as the
     Fisher information wants it (not that of true labels).
 
     Args:
         teacher: The float model, in eval mode; it is not changed.
-        sites: The sites; those of other kinds than `KINDS` are passed over.
+        sites: The sites; convolutions are passed over.
         batches: A few batches, on the model's device.
         seed: Seeds the labels.
 
     Raises:
         ConfigError: The model's output holds no class scores.
     """
-    sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS}
+    sites = list(sites)
+    sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
+    read = {site.name: _read_weight(teacher, site) for site in sites if site.kind == "held" or not site.called}
+    squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
+    positions = 0
     handles = []
     for name, sum_ in sums.items():
         module = teacher.get_submodule(name)
@@ -119,11 +146,29 @@ def collect_moments(
                 with torch.no_grad():
                     labels = torch.multinomial(flat.softmax(-1), 1, generator=generator).squeeze(1)
                 F.cross_entropy(flat, labels, reduction="sum").backward()
+                positions += len(flat)
+                for name, weight in read.items():
+                    if weight.grad is not None:
+                        squares[name] += weight.grad.float().square()
+                        weight.grad = None
     finally:
         for handle in handles:
             handle.remove()
-    found = {name: sum_.moments() for name, sum_ in sums.items()}
-    return {name: moments for name, moments in found.items() if moments is not None}
+        for weight in read.values():
+            weight.requires_grad_(False)
+            weight.grad = None
+    found: dict[str, Moments] = {name: WeightMoments(total / positions) for name, total in squares.items()}
+    for name, sum_ in sums.items():
+        moments = sum_.moments()
+        if moments is not None:
+            found[name] = moments
+    return found
+
+
+def _read_weight(teacher: nn.Module, site: Site) -> Tensor:
+    weight = teacher.get_submodule(site.name)._parameters["weight"]
+    assert weight is not None
+    return weight.requires_grad_(True)
 
 
 def _hook(sums: _Sums) -> Callable[..., Tensor]:
@@ -139,9 +184,7 @@ def _hook(sums: _Sums) -> Callable[..., Tensor]:
 
 
 @torch.no_grad()
-def fisher_losses(
-    network: nn.Module, space: SearchSpace, moments: Mapping[str, SiteMoments]
-) -> NDArray[np.float64]:
+def fisher_losses(network: nn.Module, space: SearchSpace, moments: Mapping[str, Moments]) -> NDArray[np.float64]:
     """Estimates what each weight width of each group costs alone.
 
     Args:

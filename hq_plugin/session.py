@@ -26,14 +26,14 @@ from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.meta_training import build_network, meta_train_network
-from hq_plugin.moments import SiteMoments, collect_moments, fisher_losses
+from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs, Result, versions
 from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
-from hq_plugin.sites import find_sites
+from hq_plugin.sites import find_sites, hold_parameters
 from hq_plugin.space import Genome, SearchSpace
 
 EvalFunction = Callable[[nn.Module], float]
@@ -120,15 +120,17 @@ class Session:
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
         teacher = copy.deepcopy(model).eval().requires_grad_(False)
+        teacher = hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
-        moments: dict[str, SiteMoments] = {}
+        moments: dict[str, Moments] = {}
         if config.sensitivities == "fisher":
             batches = _calibration_batches(teacher, data, config)
             moments = collect_moments(teacher, space.table, batches, config.seed)
-        importance = {name: m.inputs for name, m in moments.items() if m.kind == "linear"}
+        inputs = {name: seen for name, seen in moments.items() if isinstance(seen, SiteMoments)}
+        importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config)
         session.sensitivities = session._measure_sensitivities(moments)
@@ -225,7 +227,7 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
-    def _measure_sensitivities(self, moments: Mapping[str, SiteMoments]) -> Table:
+    def _measure_sensitivities(self, moments: Mapping[str, Moments]) -> Table:
         """Finds, on the network as it is, what each width of each group costs alone.
 
         Args:

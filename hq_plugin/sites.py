@@ -1,7 +1,7 @@
 """Finds the quantizable layers ("sites") of any `nn.Module`, by behaviour and not by exact type.
 
-A site is a Linear, Conv1d, Conv2d or Embedding, or a subclass of one, that really runs in a probe
-forward. What is left float is listed with its reason. Nothing here knows about bit widths.
+A site is a Linear, Conv1d, Conv2d or Embedding, or a subclass of one, or a held parameter, whose weight is
+used in a probe forward. What is left float is listed with its reason. Nothing here knows about bit widths.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from hq_plugin.errors import ConfigError, ModelError
+from hq_plugin.nn.held import HeldWeight, held_name, with_held_weights
+from hq_plugin.probe import probe
 
 #: Base class of each kind of site. Transposed and 3-D convolutions are not subclasses of these.
 KINDS: dict[str, type[nn.Module]] = {
@@ -25,7 +26,10 @@ KINDS: dict[str, type[nn.Module]] = {
     "conv1d": nn.Conv1d,
     "conv2d": nn.Conv2d,
     "embedding": nn.Embedding,
+    "held": HeldWeight,
 }
+#: Parameters of fewer elements are not worth a layer of their own.
+_SMALLEST_HELD = 256
 
 
 @dataclass(frozen=True)
@@ -34,13 +38,15 @@ class Site:
 
     Attributes:
         name: Qualified module name, the key in a policy.
-        kind: `"linear"`, `"conv1d"`, `"conv2d"` or `"embedding"`.
+        kind: `"linear"`, `"conv1d"`, `"conv2d"`, `"embedding"`, or `"held"` for a parameter of a module.
         weight_shape: Shape of the weight; axis 0 is the quantization channel.
         macs: Multiply-accumulates of one sample; 0 for an embedding.
         input_numel: Elements of the layer's input, of one sample.
         group: Sites of one group share one width. Sites with tied weights share a group.
         owner: The first site that uses the same weight tensor: itself, unless weights are tied.
         type_name: Name of the module's class, for reports.
+        called: Whether the layer itself runs. Otherwise its weight is read by other code, and there is no
+            input to quantize.
     """
 
     name: str
@@ -51,6 +57,7 @@ class Site:
     group: str
     owner: str
     type_name: str
+    called: bool = True
 
     @property
     def channels(self) -> int:
@@ -65,7 +72,7 @@ class Site:
     @property
     def quantizes_input(self) -> bool:
         """Whether the layer has a floating-point input to quantize."""
-        return self.kind != "embedding"
+        return self.called and self.kind not in ("embedding", "held")
 
 
 @dataclass(frozen=True)
@@ -154,16 +161,21 @@ def find_sites(
             candidates[name] = (kind, module)
         else:
             reasons[name] = reason
-    calls = _probe(model, candidates, run)
-    # A layer that holds a weight for others and never runs itself (T5's `shared`) is quantized with them.
+    seen = probe(model, candidates, {id(m.weight): m.weight for _, m in candidates.values()}, run)  # type: ignore[misc]
+    called, calls = set(seen.calls), seen.calls
+    # A layer that never runs itself is a site if its weight is used: by others (T5's `shared`), or because
+    # something reads it around the layer (BEiT's `F.linear(x, self.qkv.weight)`).
     used = {id(candidates[name][1].weight) for name in calls}
-    calls |= {name: (0, 0) for name, (_, m) in candidates.items() if name not in calls and id(m.weight) in used}
-    for name in list(candidates):
-        if name not in calls:
-            reasons[name] = (
-                "never called in the probe forward: unused with these inputs, "
-                "or bypassed (something reads its weight directly)"
-            )
+    for name, (kind, module) in list(candidates.items()):
+        if name in calls and kind != "held":
+            continue
+        if name not in calls and id(module.weight) in used:
+            calls[name] = (0, 0)
+        elif id(module.weight) in seen.reads:
+            calls[name] = (seen.reads[id(module.weight)], 0)
+        else:
+            calls.pop(name, None)
+            reasons[name] = "never used in the probe forward, with these inputs"
             del candidates[name]
     _reject_shared_weights(model, candidates, reasons)
 
@@ -183,6 +195,7 @@ def find_sites(
                 group=owner,
                 owner=owner,
                 type_name=type(module).__name__,
+                called=name in called,
             )
         )
     if not sites:
@@ -193,6 +206,42 @@ def find_sites(
     )
     total, rest = _count_bytes(model, sites)
     return SiteTable(tuple(sites), float_layers, total, rest)
+
+
+def hold_parameters(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
+    """Returns a copy of a model whose parameters that are matrices of products are layers of their own.
+
+    Layers are left as they are, since they are sites already; so is a parameter that two modules share.
+    Without any such parameter the model itself is returned.
+
+    Args:
+        model: A model; it is not changed.
+        run: Runs the model once on one batch.
+    """
+    places: dict[int, list[str]] = {}
+    parameters: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                layer = isinstance(module, tuple(KINDS.values())) or parametrize.is_parametrized(module)
+                places.setdefault(id(parameter), []).append("" if layer else f"{path}.{name}".lstrip("."))
+                parameters[id(parameter)] = parameter
+    watched = {
+        key: parameters[key]
+        for key, names in places.items()
+        if len(names) == 1 and names[0] and _may_be_held(parameters[key])
+    }
+    if not watched:
+        return model
+    reads = probe(model, {}, watched, run).reads
+    return with_held_weights(model, [held_name(places[key][0]) for key in watched if key in reads])
+
+
+def _may_be_held(parameter: Tensor) -> bool:
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
+        return False
+    # A leading 1 is the batch: position embeddings and the like.
+    return parameter.dim() > 1 and parameter.numel() >= _SMALLEST_HELD and 1 not in parameter.shape
 
 
 def _has_own_parameters(module: nn.Module) -> bool:
@@ -234,44 +283,6 @@ def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             some = ", ".join(name for name in names if name)[:200]
             raise ConfigError(f"exclude pattern {pattern!r} matches no module. Modules are: {some} ...")
-
-
-def _probe(
-    model: nn.Module, candidates: dict[str, tuple[str, nn.Module]], run: Callable[[nn.Module], Any]
-) -> dict[str, tuple[int, int]]:
-    """Runs the model once; returns, for each candidate called, its MACs and input elements of the batch."""
-    calls: dict[str, tuple[int, int]] = {}
-    handles = []
-
-    def record(name: str, kind: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            value = args[0] if args else next(iter(kwargs.values()))
-            macs, numel = calls.get(name, (0, 0))
-            calls[name] = macs + _macs(module, kind, output), numel + value.numel()
-
-        return hook
-
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for name, (kind, module) in candidates.items():
-            handles.append(module.register_forward_hook(record(name, kind), with_kwargs=True))
-        model.eval()
-        with torch.no_grad():
-            run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, training in modes:
-            module.training = training
-    return calls
-
-
-def _macs(module: nn.Module, kind: str, output: Tensor) -> int:
-    if kind == "embedding":
-        return 0
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    # Every output element is a dot product over weight[0]: in_features, or in_channels/groups * kernel.
-    return output.numel() * math.prod(weight.shape[1:])
 
 
 def _reject_shared_weights(

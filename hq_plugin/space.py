@@ -34,10 +34,10 @@ class Group:
     def group_size(self, site: Site) -> int:
         """Returns how many inputs of a site share a step: 0 where whole channels do.
 
-        Linear layers and embeddings have groups, where the group size divides their inputs.
+        Linear layers, embeddings and held parameters have groups, where the group size divides their inputs.
         """
         size = self.wanted_group_size
-        fits = size and site.kind in ("linear", "embedding") and site.weight_shape[-1] % size == 0
+        fits = size and site.kind in ("linear", "embedding", "held") and site.weight_shape[-1] % size == 0
         return size if fits else 0
 
     def bits(self, site: Site, weight: int, activation: int) -> LayerBits:

@@ -28,7 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hq_plugin.errors import ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
-from hq_plugin.nn import PackedModule, adopt, share_packed_weight
+from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_held_weights
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
 from hq_plugin.quantization import optimal_activation_qparams
 from hq_plugin.sites import KINDS, foldable
@@ -232,11 +232,13 @@ class QATMixin(nn.Module):
         weight: Tensor = self.weight_fake_quant(self._parameters["weight"])  # type: ignore[attr-defined]
         return weight
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the float layer's forward on a fake-quantized input and weight."""
-        if input.is_floating_point():
-            input = self.activation_fake_quant(input)
-        output: Tensor = super().forward(input, *args, **kwargs)  # type: ignore[misc]
+        if args and args[0].is_floating_point():
+            args = (self.activation_fake_quant(args[0]), *args[1:])
+        elif not args:
+            kwargs = {name: self.activation_fake_quant(value) for name, value in kwargs.items()}
+        output: Tensor = super().forward(*args, **kwargs)
         return output
 
 
@@ -285,7 +287,7 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
     Raises:
         PolicyError: The policy names a layer that the model lacks or that cannot be quantized.
     """
-    model = copy.deepcopy(model)
+    model = with_held_weights(copy.deepcopy(model), policy, inplace=True)
     modules = dict(model.named_modules())
     blocks: dict[int, WeightBlock] = {}
     for name, bits in policy.items():

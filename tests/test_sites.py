@@ -109,7 +109,7 @@ def test_a_duplicate_reference_is_one_site() -> None:
     assert [(site.name, site.macs) for site in table] == [("a", 32)]
 
 
-def test_bypassed_and_unused_layers_stay_float_and_say_why() -> None:
+def test_a_weight_that_is_read_is_a_site_without_an_input_and_an_unused_one_says_why() -> None:
     class Bypass(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -119,9 +119,12 @@ def test_bypassed_and_unused_layers_stay_float_and_say_why() -> None:
             return nn.functional.linear(self.used(x), self.read.weight)
 
     table = sites_of(Bypass(), torch.randn(2, 4))
-    assert [site.name for site in table] == ["used"]
+    assert [(site.name, site.macs, site.quantizes_input) for site in table] == [
+        ("used", 16, True),
+        ("read", 16, False),
+    ]
     reasons = {layer.name: layer.reason for layer in table.float_layers}
-    assert all("never called" in reasons[name] for name in ("read", "unused"))
+    assert "never used" in reasons["unused"]
 
 
 def test_weights_shared_with_something_else_stay_float() -> None:

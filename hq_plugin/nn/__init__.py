@@ -1,5 +1,6 @@
 """Packed layers: what a converted model is made of."""
 
+from hq_plugin.nn.held import HeldWeight, with_held_weights
 from hq_plugin.nn.packed import (
     PackedConv1d,
     PackedConv2d,
@@ -14,6 +15,7 @@ from hq_plugin.nn.packed import (
 )
 
 __all__ = [
+    "HeldWeight",
     "PackedConv1d",
     "PackedConv2d",
     "PackedEmbedding",
@@ -24,4 +26,5 @@ __all__ = [
     "packed_modules",
     "packed_type",
     "share_packed_weight",
+    "with_held_weights",
 ]

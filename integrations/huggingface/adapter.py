@@ -84,7 +84,7 @@ class HuggingFaceAdapter:
         assert isinstance(model, PreTrainedModel)
         proposed: dict[str, Any] = {"prepare_batch": inputs.split_batch, "train_float": False}
         if inputs.takes_text(model):
-            length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 512
+            length = inputs.positions(model) or 512
             causal = model.can_generate()
             proposed |= {"batch_size": 4 if causal else 16, "sequence_length": min(256 if causal else 128, length)}
             if causal:

@@ -51,7 +51,7 @@ def card(class_name: str, origin: str, config: Any) -> str:
         f"| inputs of a group that share a step | {', '.join(map(str, groups)) or 'all of a channel'} |",
         "| layers by activation width | "
         + ", ".join(
-            f"{n} {'float' if bits == 16 else f'of {bits} bits'}" for bits, n in sorted(activations.items())
+            f"{n} {'float' if bits == FLOAT_BITS else f'of {bits} bits'}" for bits, n in sorted(activations.items())
         )
         + " |",
         "",
@@ -80,7 +80,3 @@ def card(class_name: str, origin: str, config: Any) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _of(bits: int, layers: int) -> str:
-    return f"{layers} float" if bits == FLOAT_BITS else f"{layers} of {bits} bits"

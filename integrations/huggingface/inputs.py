@@ -98,7 +98,7 @@ def _writes(model: PreTrainedModel) -> bool:
     return takes_text(model) and model.can_generate() and not model.config.is_encoder_decoder
 
 
-def _positions(model: PreTrainedModel) -> int | None:
+def positions(model: PreTrainedModel) -> int | None:
     """Returns how many tokens a model takes, where its configuration bounds them."""
     config = model.config.get_text_config()
     for name in ("max_position_embeddings", "n_positions"):
@@ -109,7 +109,7 @@ def _positions(model: PreTrainedModel) -> int | None:
 
 
 def _check_length(model: PreTrainedModel, ids: Any) -> None:
-    most = _positions(model)
+    most = positions(model)
     if isinstance(ids, Tensor) and ids.dim() >= 1 and most is not None and ids.shape[-1] > most:
         raise DataError(
             f"Sequences of {ids.shape[-1]} tokens are longer than the {most} that the model takes. Truncate them, "
@@ -159,7 +159,7 @@ def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> 
     """Tokenizes: one stream cut into samples for causal models, one padded sample a text for others."""
     read = tokenizer(model, config)
     length = config.sequence_length or 128
-    most = _positions(model)
+    most = positions(model)
     if most is not None and length > most:
         raise DataError(f"sequence_length={length} is longer than the {most} tokens that the model takes.")
     if _writes(model):
@@ -207,7 +207,7 @@ def written(model: PreTrainedModel, config: Config) -> Tensor:
         HQWarning,
         stacklevel=5,
     )
-    length = min(config.sequence_length or 256, _positions(model) or 1 << 30)
+    length = min(config.sequence_length or 256, positions(model) or 1 << 30)
     settings = model.generation_config
     text = model.config.get_text_config()
     named = (settings.bos_token_id, text.bos_token_id, settings.eos_token_id)
@@ -243,7 +243,7 @@ def example(model: PreTrainedModel) -> dict[str, Any]:
     """Returns keyword inputs for two samples."""
     parameter = next(model.parameters())
     config = model.config
-    length = min(16, _positions(model) or 16)
+    length = min(16, positions(model) or 16)
     ids = torch.randint(config.get_text_config().vocab_size, (2, length)) if takes_text(model) else None
     if ids is not None:
         names = inspect.signature(model.forward).parameters

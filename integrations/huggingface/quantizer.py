@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
-from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight
+from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
 
@@ -115,14 +115,15 @@ class HqQuantizer(HfQuantizer):
         config = self.quantization_config
         with_linear_layers(model, inplace=True)
         prefix = model.base_model_prefix
+        policy = config.hybrid_policy()
+        # AutoModel loads the body of a model with a head, and the other way round.
+        places = {name: (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") for name in policy}
+        with_held_weights(model, [place for names in places.values() for place in names], inplace=True)
         modules = dict(model.named_modules())
         self._names: dict[str, str] = {}
         lacking = []
-        for name, bits in config.hybrid_policy().items():
-            # AutoModel loads the body of a model with a head, and the other way round.
-            found = next(
-                (n for n in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") if n in modules), None
-            )
+        for name, bits in policy.items():
+            found = next((place for place in places[name] if place in modules), None)
             weight = None if found is None else modules[found]._parameters.get("weight")
             if found is None or weight is None:
                 lacking.append(name)

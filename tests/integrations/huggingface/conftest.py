@@ -6,12 +6,18 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BeitConfig,
+    BeitForImageClassification,
     BertConfig,
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     T5Config,
@@ -106,7 +112,47 @@ def whisper() -> WhisperForConditionalGeneration:
     return WhisperForConditionalGeneration(config).eval()
 
 
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "num_local_experts": 4,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+
+
+def mixtral() -> MixtralForCausalLM:
+    """Experts that are 3-D parameters, `[experts, outputs, inputs]`."""
+    return MixtralForCausalLM(MixtralConfig(**SMALL)).eval()
+
+
+def gpt_oss() -> GptOssForCausalLM:
+    """Experts that are 3-D parameters, `[experts, inputs, outputs]`."""
+    return GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=16)).eval()
+
+
+def beit() -> BeitForImageClassification:
+    """Reads weights around their layers."""
+    config = BeitConfig(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        num_labels=5,
+    )
+    return BeitForImageClassification(config).eval()
+
+
 KINDS = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit, "t5": t5, "whisper": whisper}
+KINDS |= {"mixtral": mixtral, "gpt_oss": gpt_oss, "beit": beit}
 
 
 def build(kind: str) -> PreTrainedModel:

@@ -57,6 +57,18 @@ def test_layers_that_kernels_fuse_share_a_width(packed_llama: LlamaForCausalLM) 
         assert len({policy[f"{at}.mlp.{name}_proj"] for name in ("gate", "up")}) == 1
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_that_are_parameters_are_quantized(kind: str) -> None:
+    packed = hq.quantize(build(kind), "4.6bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=16)
+    policy = packed.hq.policy
+    for name in ("gate_up_proj", "down_proj"):
+        assert policy[f"model.layers.0.mlp.experts.held.{name}"].group_size == 64
+    left = sum(layer["parameters"] for layer in packed.hq.float_layers)
+    assert left < 0.02 * sum(parameter.numel() for parameter in build(kind).parameters())
+    ids = torch.tensor([[3, 4, 5]])
+    assert packed.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=1).shape[1] <= 6
+
+
 def test_it_generates(packed_llama: LlamaForCausalLM) -> None:
     ids = torch.tensor([[3, 4, 5]])
     out = packed_llama.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=1)
