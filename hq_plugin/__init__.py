@@ -9,7 +9,7 @@ The method is Wang et al., arXiv:2004.11506.
 """
 
 from hq_plugin import registration
-from hq_plugin.api import load_session, meta_train, quantize
+from hq_plugin.api import export, load_session, meta_train, quantize
 from hq_plugin.artifact import load, save
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
@@ -19,12 +19,15 @@ from hq_plugin.errors import (
     BudgetError,
     ConfigError,
     DataError,
+    ExportError,
     HQError,
     HQWarning,
+    KernelError,
     ModelError,
     PolicyError,
     TrainingError,
 )
+from hq_plugin.kernels import choose_kernels
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.session import Session
@@ -39,9 +42,11 @@ __all__ = [
     "Config",
     "ConfigError",
     "DataError",
+    "ExportError",
     "HQError",
     "HQWarning",
     "HybridPolicy",
+    "KernelError",
     "LayerBits",
     "ModelError",
     "PolicyError",
@@ -49,6 +54,8 @@ __all__ = [
     "Session",
     "TrainingError",
     "__version__",
+    "choose_kernels",
+    "export",
     "load",
     "load_session",
     "meta_train",

@@ -1,4 +1,4 @@
-"""The calls that users make: `quantize`, `meta_train` and `load_session`. The pipeline on one screen."""
+"""The calls that users make: `quantize`, `meta_train`, `load_session`, `export`. The pipeline on one screen."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hq_plugin import adapters
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
-from hq_plugin.errors import ModelError
+from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.session import EvalFunction, Session
 from hq_plugin.synthetic import synthetic_data
 
@@ -102,6 +102,30 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
         return config, _data(wrapper.model, data, config)
 
     return read_session(directory, wrapper.model, prepare, options)
+
+
+def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **options: Any) -> Any:
+    """Writes a packed model as an ONNX file that ONNX Runtime runs without this library, or PyTorch.
+
+    Args:
+        model: What `quantize` or `load` returned; it is not changed.
+        path: The file; it appears whole or not at all.
+        example_inputs: Inputs of one forward: a tensor, a tuple, or a dict of named inputs. Batch size, and
+            the length of token sequences, stay free. None takes what the library that the model is from
+            proposes.
+        **options: As for `hq_plugin.integrations.onnxruntime.export`.
+
+    Returns:
+        What became of each layer (`Exported`).
+
+    Raises:
+        ExportError: onnx is not installed, or an operator cannot be exported; the message names it.
+    """
+    try:
+        from hq_plugin.integrations.onnxruntime.export import export as write
+    except ImportError as error:
+        raise ExportError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
+    return write(model, path, example_inputs, **options)
 
 
 def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[str, Any]) -> Config:

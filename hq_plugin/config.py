@@ -42,6 +42,13 @@ EFFORTS: dict[str, Steps] = {
 }
 
 
+#: Weight widths that each target runs fast; `"storage"` only counts bytes.
+TARGETS: dict[str, tuple[int, ...]] = {
+    "storage": tuple(WEIGHT_BITS),
+    "torch": (1, 2, 3, 4, 8),
+    "onnxruntime": (2, 4, 8),
+}
+
 #: What options that are None become, unless an integration proposes something else.
 DEFAULTS: dict[str, Any] = {
     "group_size": 0,
@@ -63,6 +70,8 @@ class Config:
         effort: `"smoke"` (a handful of steps, for tests), `"fast"`, `"balanced"` or `"best"`; sets the
             step counts below that are None.
         seed: Seeds sampling of policies, data order, the search and the MetaQuantNet's initialisation.
+        target: What the model is for: `"storage"`, `"torch"` or `"onnxruntime"`; of `weight_bits` only the
+            widths remain that it runs fast, and zero points become what its kernels take.
         weight_bits: Widths among which each weight may choose, from 1 (binary) to 8.
         activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
@@ -70,6 +79,8 @@ class Config:
         group_size: Inputs of a channel of linear layers and embeddings that share one step and one zero
             point (32, 64, 128); 0 gives each channel one step and no zero point. None means 0, or what
             the integration proposes for a model (64 for language models).
+        zero_points: Zero points of groups: `"fractional"`, or `"whole"`, as ONNX Runtime's fast kernels want
+            them. None means fractional, but whole for `target="onnxruntime"`.
         pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
         groups: Lists of site names or shell patterns; the sites of one list share their widths.
         exclude: Site names or shell patterns that stay in floating point and do not count as sites.
@@ -114,9 +125,11 @@ class Config:
 
     effort: Effort = "balanced"
     seed: int = 0
+    target: Literal["storage", "torch", "onnxruntime"] = "storage"
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     activation_bits: tuple[int, ...] | int | None = None
     group_size: int | None = None
+    zero_points: Literal["fractional", "whole"] | None = None
     pinned: Mapping[str, int | tuple[int, int]] | None = None
     groups: tuple[tuple[str, ...], ...] = ()
     exclude: tuple[str, ...] = ()
@@ -147,17 +160,26 @@ class Config:
 
     def __post_init__(self) -> None:
         self._check_choice("effort", tuple(EFFORTS))
+        self._check_choice("target", tuple(TARGETS))
         self._check_choice("block", ("auto", "dense", "low_rank", "table"))
         for name, choices in (
             ("sensitivities", ("measured", "fisher")),
             ("rounding", ("nearest", "second_order")),
+            ("zero_points", ("fractional", "whole")),
         ):
             if getattr(self, name) is not None:
                 self._check_choice(name, choices)
         self._check_choice("finetune_from", ("generated", "float"))
         if not callable(self.loss):
             self._check_choice("loss", ("auto", "kl", "mse"))
-        object.__setattr__(self, "weight_bits", _widths("weight_bits", self.weight_bits, tuple(WEIGHT_BITS)))
+        widths = _widths("weight_bits", self.weight_bits, tuple(WEIGHT_BITS))
+        fast = tuple(bits for bits in widths if bits in TARGETS[self.target])
+        if not fast:
+            raise ConfigError(
+                f"weight_bits={self.weight_bits!r}: {self.target} runs none of them fast, but "
+                f'{", ".join(map(str, TARGETS[self.target]))}. Add one of these, or choose target="storage".'
+            )
+        object.__setattr__(self, "weight_bits", fast)
         if self.activation_bits is not None:
             widths = _widths("activation_bits", self.activation_bits, ACTIVATION_BITS)
             object.__setattr__(self, "activation_bits", widths)
@@ -204,6 +226,11 @@ class Config:
             "holdout": self.holdout,
         }
         return replace(preset, **{name: value for name, value in given.items() if value is not None})
+
+    @property
+    def whole_zero_points(self) -> bool:
+        """Whether the zero points of groups are whole numbers."""
+        return (self.zero_points or ("whole" if self.target == "onnxruntime" else "fractional")) == "whole"
 
     def filled(self, proposed: Mapping[str, Any] | None = None) -> Config:
         """Returns a copy in which what is None has a value.

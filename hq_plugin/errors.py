@@ -43,5 +43,13 @@ class ArtifactPathError(HQError, OSError):
     """A directory that cannot be written to or that holds something else."""
 
 
+class KernelError(HQError, ValueError):
+    """A kernel that does not exist, or a model that has nothing to run on one."""
+
+
+class ExportError(HQError, RuntimeError):
+    """A model that cannot be written for another runtime; the message names the operator or the layer."""
+
+
 class HQWarning(UserWarning):
     """Something works, but not as well as it could; the message says what to do."""

@@ -57,7 +57,7 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
 
 def float_network(teacher: nn.Module, policy: HybridPolicy, data: Data, config: Config) -> nn.Module:
     """Returns the float model prepared for one policy: what plain quantization-aware training starts from."""
-    network = torch_ao.prepare(teacher, policy)
+    network = torch_ao.prepare(teacher, policy, whole_zero_points=config.whole_zero_points)
     torch_ao.set_trainable(network, config.train_float is not False)
     device = next(p.device for p in teacher.parameters())
     calibrate_activations(network, data, config.filled().calibration_batches or 1, device)

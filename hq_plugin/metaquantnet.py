@@ -46,6 +46,7 @@ class WeightBlock(nn.Module):
         widths: The widths that can be asked for.
         group_size: Inputs that share a step and a zero point; 0 for one step a channel.
         importance: `[inputs]`, the weight of each input's squared error (its second moment, say).
+        whole: Whether zero points are whole numbers.
 
     Attributes:
         log_step: `[widths, rows]`, learned; steps are learned as logarithms so that they stay
@@ -54,16 +55,21 @@ class WeightBlock(nn.Module):
     """
 
     def __init__(
-        self, weight: Tensor, widths: tuple[int, ...], group_size: int = 0, importance: Tensor | None = None
+        self,
+        weight: Tensor,
+        widths: tuple[int, ...],
+        group_size: int = 0,
+        importance: Tensor | None = None,
+        whole: bool = False,
     ) -> None:
         super().__init__()
-        self.widths, self.group_size = widths, group_size
+        self.widths, self.group_size, self.whole = widths, group_size, whole
         rows = weight_rows(weight, group_size)
         if importance is not None:
             importance = weight_rows(importance.expand(weight.shape[0], -1), group_size)
         self.zero: nn.Parameter | None = None
         if group_size:
-            found = [optimal_weight_qparams(rows, bits, importance) for bits in widths]
+            found = [optimal_weight_qparams(rows, bits, importance, whole) for bits in widths]
             self.log_step = nn.Parameter(torch.stack([step for step, _ in found]).log())
             self.zero = nn.Parameter(torch.stack([zero for _, zero in found]))
         else:
@@ -82,7 +88,7 @@ class WeightBlock(nn.Module):
 
     def zero_point(self, bits: int) -> Tensor | None:
         """Returns the zero point of every row, in the precision that is stored, or None for whole channels."""
-        return None if self.zero is None else stored_zero(self.zero[self.index(bits)], bits)
+        return None if self.zero is None else stored_zero(self.zero[self.index(bits)], bits, self.whole)
 
     def weight(self, weight: Tensor, bits: int) -> Tensor:
         """Returns the float weight that is to be quantized to `bits`, in the shape of `weight`."""
@@ -100,7 +106,7 @@ class WeightBlock(nn.Module):
         row = self.index(bits)
         table = WeightBlock.__new__(WeightBlock)
         nn.Module.__init__(table)
-        table.widths, table.group_size = (bits,), self.group_size
+        table.widths, table.group_size, table.whole = (bits,), self.group_size, self.whole
         table.log_step = nn.Parameter(self.log_step[row : row + 1].clone())
         table.zero = None if self.zero is None else nn.Parameter(self.zero[row : row + 1].clone())
         return table
@@ -131,10 +137,11 @@ class _NetworkBlock(WeightBlock):
         widths: tuple[int, ...],
         group_size: int = 0,
         importance: Tensor | None = None,
+        whole: bool = False,
         *,
         hidden: int,
     ) -> None:
-        super().__init__(weight, widths, group_size, importance)
+        super().__init__(weight, widths, group_size, importance, whole)
         self.inner = nn.Linear(len(widths), hidden)
         self.register_buffer("scale", weight.detach().float().std(correction=0).clamp_min(1e-8))
         self.scale: Tensor
@@ -162,10 +169,11 @@ class DenseBlock(_NetworkBlock):
         widths: tuple[int, ...],
         group_size: int = 0,
         importance: Tensor | None = None,
+        whole: bool = False,
         *,
         hidden: int,
     ) -> None:
-        super().__init__(weight, widths, group_size, importance, hidden=hidden)
+        super().__init__(weight, widths, group_size, importance, whole, hidden=hidden)
         self.outer = nn.Linear(hidden, weight.numel(), bias=False)
         nn.init.zeros_(self.outer.weight)
 
@@ -183,11 +191,12 @@ class LowRankBlock(_NetworkBlock):
         widths: tuple[int, ...],
         group_size: int = 0,
         importance: Tensor | None = None,
+        whole: bool = False,
         *,
         hidden: int,
         rank: int,
     ) -> None:
-        super().__init__(weight, widths, group_size, importance, hidden=hidden)
+        super().__init__(weight, widths, group_size, importance, whole, hidden=hidden)
         channels, fan_in = weight.shape[0], weight[0].numel()
         rank = min(rank, channels, fan_in)
         self.gain = nn.Linear(hidden, channels, bias=False)
@@ -213,14 +222,14 @@ def build_block(
     importance: Tensor | None = None,
 ) -> WeightBlock:
     """Builds a block of a kind for one weight."""
-    weight = weight.detach()
+    weight, whole = weight.detach(), config.whole_zero_points
     block: WeightBlock
     if kind == "dense":
-        block = DenseBlock(weight, widths, group_size, importance, hidden=config.hidden)
+        block = DenseBlock(weight, widths, group_size, importance, whole, hidden=config.hidden)
     elif kind == "low_rank":
-        block = LowRankBlock(weight, widths, group_size, importance, hidden=config.hidden, rank=config.rank)
+        block = LowRankBlock(weight, widths, group_size, importance, whole, hidden=config.hidden, rank=config.rank)
     else:
-        block = WeightBlock(weight, widths, group_size, importance)
+        block = WeightBlock(weight, widths, group_size, importance, whole)
     return block.to(weight.device)
 
 

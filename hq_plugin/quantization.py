@@ -91,9 +91,21 @@ def load_zero(stored: Tensor, bits: int) -> Tensor:
     return stored.float() * zero_unit(bits)
 
 
-def stored_zero(zero: Tensor, bits: int) -> Tensor:
-    """Rounds zero points to the precision in which they are stored; the gradient passes straight through."""
-    return zero + (load_zero(store_zero(zero.detach(), bits), bits) - zero.detach())
+def stored_zero(zero: Tensor, bits: int, whole: bool = False) -> Tensor:
+    """Rounds zero points to the precision in which they are stored; the gradient passes straight through.
+
+    Args:
+        zero: Float, `[rows]`.
+        bits: 1 to 8.
+        whole: Round so that the zero point, with the half step of 1 and 2 bits, is one of the integers of
+            the weight (an even one at 8 bits), as kernels with integer zero points want it.
+    """
+    rounded = zero.detach()
+    if whole:
+        unit, (low, high) = max(1.0, zero_unit(bits)), weight_range(bits)
+        moved = ((rounded - weight_offset(bits)) / unit).round() * unit
+        rounded = moved.clamp(low, high // unit * unit) + weight_offset(bits)
+    return zero + (load_zero(store_zero(rounded, bits), bits) - zero.detach())
 
 
 def weight_rows(weight: Tensor, group_size: int) -> Tensor:
@@ -262,7 +274,9 @@ def _row_step(flat: Tensor, bits: int, importance: Tensor | None) -> Tensor:
     return best
 
 
-def optimal_weight_qparams(weight: Tensor, bits: int, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def optimal_weight_qparams(
+    weight: Tensor, bits: int, importance: Tensor | None = None, whole: bool = False
+) -> tuple[Tensor, Tensor]:
     """Searches, row by row, the step and zero point with the smallest squared error.
 
     The ends of a row's range are pulled in together, and then each by itself.
@@ -271,21 +285,22 @@ def optimal_weight_qparams(weight: Tensor, bits: int, importance: Tensor | None 
         weight: Float, `[rows, ...]`.
         bits: 1 to 8.
         importance: Non-negative, broadcastable to `[rows, inputs]`: the weight of each squared error.
+        whole: As for `stored_zero`.
 
     Returns:
         Step (positive) and zero point, float32 `[rows]` each, already rounded to the stored precision.
     """
-    found = [_row_qparams(rows, bits, weights) for rows, weights in _row_chunks(weight, importance)]
+    found = [_row_qparams(rows, bits, weights, whole) for rows, weights in _row_chunks(weight, importance)]
     return torch.cat([step for step, _ in found]), torch.cat([zero for _, zero in found])
 
 
-def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool) -> tuple[Tensor, Tensor]:
     low, high = flat.amin(1), flat.amax(1)
     levels, lowest = 2**bits - 1, weight_range(bits)[0] + weight_offset(bits)
 
     def qparams(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
         step = stored_step(((top - bottom) / levels).clamp_min(_SMALLEST_STEP))
-        return step, stored_zero(lowest - bottom / step, bits)
+        return step, stored_zero(lowest - bottom / step, bits, whole)
 
     best_low, best_high = low, high
     best_step, best_zero = qparams(low, high)

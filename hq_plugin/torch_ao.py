@@ -272,7 +272,13 @@ class _SwapToQAT:
         return prepared.train(module.training)
 
 
-def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNet | None = None) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    policy: HybridPolicy,
+    *,
+    metaquantnet: MetaQuantNet | None = None,
+    whole_zero_points: bool = False,
+) -> nn.Module:
     """Returns a copy of a float model that trains under a policy, by torch.ao's `prepare_qat`.
 
     Args:
@@ -280,6 +286,7 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
         policy: Widths of the layers to quantize; every other layer stays float.
         metaquantnet: Generates the weights and holds the activations' steps. None gives each layer its
             own learned steps, which is LSQ; activations are then calibrated on the first batch.
+        whole_zero_points: Without a MetaQuantNet, whether zero points of groups are whole numbers.
 
     Returns:
         The prepared model, in the mode (train or eval) of `model`.
@@ -305,7 +312,7 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
             weight = module._parameters["weight"]
             assert weight is not None
             # Tied weights share one block, or else they would not stay tied.
-            block = blocks.setdefault(id(weight), _table(weight, bits))
+            block = blocks.setdefault(id(weight), _table(weight, bits, whole_zero_points))
             steps = None if bits.activation == FLOAT_BITS else ActivationSteps((bits.activation,))
         module.qconfig = _qconfig(bits, block, steps)  # type: ignore[assignment]
     training = {name: module.training for name, module in model.named_modules()}
@@ -317,8 +324,8 @@ def prepare(model: nn.Module, policy: HybridPolicy, *, metaquantnet: MetaQuantNe
     return prepared
 
 
-def _table(weight: Tensor, bits: LayerBits) -> WeightBlock:
-    return WeightBlock(weight.detach(), (bits.weight,), bits.group_size).to(weight.device)
+def _table(weight: Tensor, bits: LayerBits, whole: bool) -> WeightBlock:
+    return WeightBlock(weight.detach(), (bits.weight,), bits.group_size, whole=whole).to(weight.device)
 
 
 def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps | None) -> tq.QConfig:

@@ -69,6 +69,7 @@ class PackedModule(nn.Module):
     _float_type: type[nn.Module]
     _cache_enabled: bool
     _cached: Tensor | None
+    _kernel: Any
 
     @classmethod
     def skeleton(
@@ -95,7 +96,7 @@ class PackedModule(nn.Module):
             packed._modules.pop(name, None)
         packed.bits, packed.weight_shape = bits, tuple(weight.shape)
         packed.weight_dtype = weight.dtype
-        packed._cache_enabled, packed._cached = True, None
+        packed._cache_enabled, packed._cached, packed._kernel = True, None, None
         device = weight.device
         length = packed_bytes(weight.numel(), bits.weight)
         packed.register_buffer("weight_packed", torch.zeros(length, dtype=torch.uint8, device=device))
@@ -163,18 +164,24 @@ class PackedModule(nn.Module):
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, self.weight_step.float(), self.bits.weight, zero)
         weight = weight.view(self.weight_shape).to(self.weight_dtype)
-        if self._cache_enabled and not torch.compiler.is_compiling():
+        if self._cache_enabled and self._kernel is None and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the float layer's forward on the quantized input and the dequantized weight."""
+        """Runs the float layer's forward on the quantized input and the dequantized weight, or a kernel."""
+        if self._kernel is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+            return self._kernel(args[0])
         if self.bits.activation != FLOAT_BITS:
             if args:
                 args = (self._quantize_input(args[0]), *args[1:])
             else:
                 kwargs = {name: self._quantize_input(value) for name, value in kwargs.items()}
         return super().forward(*args, **kwargs)
+
+    def set_kernel(self, kernel: Any) -> None:
+        """Sets what computes the layer, a `hq_plugin.kernels.Bound`; None is the layer's own forward."""
+        self._kernel, self._cached = kernel, None
 
     def _quantize_input(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
@@ -191,14 +198,16 @@ class PackedModule(nn.Module):
                 self._buffers[name] = before.to(after.device)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_step.device)).dtype
         self._cached = None
+        if self._kernel is not None:
+            self._kernel = self._kernel.again(self)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._cached = None
+        self.set_kernel(None)
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_kernel": None}
 
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""
@@ -218,6 +227,11 @@ PackedLinear = packed_type(nn.Linear)
 PackedConv1d = packed_type(nn.Conv1d)
 PackedConv2d = packed_type(nn.Conv2d)
 PackedEmbedding = packed_type(nn.Embedding)
+
+
+def is_plain(layer: PackedModule, base: type[nn.Module]) -> bool:
+    """Whether a packed layer computes what `base` does: a subclass with a forward of its own may do more."""
+    return isinstance(layer, base) and layer._float_type.forward is base.forward
 
 
 def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:

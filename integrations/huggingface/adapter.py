@@ -33,13 +33,20 @@ FUSED = (
     ("w1", "w3"),
     ("wi_0", "wi_1"),
 )
-#: Steps, evaluations and held-out sequences for models of text, whose steps cost seconds and not
+#: Steps, evaluations and held-out sequences for models that write text, whose steps cost seconds and not
 #: milliseconds, by effort.
-_TEXT_STEPS: dict[str, dict[str, int]] = {
+_CAUSAL_STEPS: dict[str, dict[str, int]] = {
     "smoke": {"meta_steps": 2, "search_evaluations": 6, "finetune_steps": 2, "holdout": 2},
     "fast": {"meta_steps": 12, "search_evaluations": 24, "finetune_steps": 60, "holdout": 4},
     "balanced": {"meta_steps": 40, "search_evaluations": 80, "finetune_steps": 300, "holdout": 8},
     "best": {"meta_steps": 400, "search_evaluations": 400, "finetune_steps": 4000, "holdout": 16},
+}
+#: The same for other models of text.
+_TEXT_STEPS: dict[str, dict[str, int]] = {
+    "smoke": {},
+    "fast": {"meta_steps": 40, "search_evaluations": 60, "finetune_steps": 200, "holdout": 64},
+    "balanced": {"meta_steps": 150, "search_evaluations": 150, "finetune_steps": 800, "holdout": 128},
+    "best": {"meta_steps": 600, "search_evaluations": 600, "finetune_steps": 4000, "holdout": 256},
 }
 
 
@@ -92,9 +99,11 @@ class HuggingFaceAdapter:
                     "activation_bits": (16,),
                     "group_size": 64,
                     "sensitivities": "fisher",
-                    **_TEXT_STEPS[config.effort],
+                    **_CAUSAL_STEPS[config.effort],
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
+            else:
+                proposed |= _TEXT_STEPS[config.effort]
         return proposed
 
     def fused(self, model: nn.Module) -> list[list[str]]:

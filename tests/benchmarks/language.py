@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hq_plugin
-from hq_plugin import Config, HybridPolicy
+from hq_plugin import Config, HybridPolicy, adapters
 from hq_plugin.distillation import kl_divergence
 from hq_plugin.session import Session
 
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--methods", nargs="+", default=["hybrid"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", help="folder where the hybrid model is saved, by save_pretrained")
     parser.add_argument("--set", nargs="*", default=[], help="further options of Config, name=value")
     options = parser.parse_args()
     given = {name: json.loads(value) for name, value in (part.split("=", 1) for part in options.set)}
@@ -142,18 +143,20 @@ def main() -> None:
     for method in options.methods:
         began = time.perf_counter()
         if method == "hybrid":
-            report(
-                method,
-                hq_plugin.quantize(model, options.budget, manual, config=config),
-                time.perf_counter() - began,
-            )
+            packed: Any = hq_plugin.quantize(model, options.budget, manual, config=config)
+            report(method, packed, time.perf_counter() - began)
+            if options.save:
+                packed.save_pretrained(options.save)
+                tokenizer.save_pretrained(options.save)
             continue
         if session is None:
             session = hq_plugin.meta_train(model, manual, config=config, meta_steps=0, block="table")
         policy = session.baselines(options.budget)[method]
         # As many steps as the hybrid's meta-training and fine-tuning take together.
-        filled = session.config.steps
-        steps = filled.finetune + hq_plugin.Config(effort=options.effort).steps.meta if "steps" in given else None
+        adapter = adapters.find(model)
+        assert adapter is not None
+        whole = config.filled(adapter.options(model, config)).steps
+        steps = whole.meta + whole.finetune
         report(method, session.finetune(policy, start="float", steps=steps), time.perf_counter() - began)
 
 

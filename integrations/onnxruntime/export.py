@@ -1,0 +1,247 @@
+"""Writes packed models as ONNX files: `torch.export` of the model with its layers in their exported form."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import adapters
+from hq_plugin.errors import ExportError, ModelError
+from hq_plugin.integrations.onnxruntime import graph
+from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
+from hq_plugin.integrations.onnxruntime.layers import OPSET, exported_layer, form
+from hq_plugin.nn import packed_modules
+from hq_plugin.policy import LayerBits
+
+#: Files above this size cannot be one protobuf message.
+_LARGEST = 2_000_000_000
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """What became of one packed layer.
+
+    Attributes:
+        name: Its name.
+        bits: Its widths.
+        width: Bits of an integer in the file: the next width that the runtime has.
+        operator: The runtime's operator.
+    """
+
+    name: str
+    bits: LayerBits
+    width: int
+    operator: str
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        path: The file.
+        size: Its bytes.
+        layers: What became of each packed layer.
+    """
+
+    path: Path
+    size: int
+    layers: tuple[ExportedLayer, ...]
+
+    @property
+    def widened(self) -> tuple[ExportedLayer, ...]:
+        """The layers whose integers are wider in the file than in the policy."""
+        return tuple(layer for layer in self.layers if layer.width != layer.bits.weight)
+
+    def __str__(self) -> str:
+        rows = [f"{self.path}: {self.size:,} bytes, {len(self.layers)} packed layers"]
+        rows += [
+            f"  {layer.name}: {layer.bits.weight} bits, {layer.width} in the file ({layer.operator})"
+            for layer in self.layers
+        ]
+        return "\n".join(rows)
+
+
+def export(
+    model: nn.Module,
+    path: str | Path,
+    example_inputs: Any = None,
+    *,
+    cache: bool | None = None,
+    accuracy_level: int = 4,
+) -> Exported:
+    """Writes a packed model as an ONNX file.
+
+    Linear layers with float inputs become `MatMulNBits` of 2, 4 or 8 bits, layers with quantized inputs
+    quantized operators with 4- and 8-bit integers; other widths are widened to the next of these. Weights
+    with fractional zero points need a small float product beside: `zero_points="whole"` avoids it.
+
+    Args:
+        model: What `quantize` or `load` returned; it is not changed.
+        path: The file; it appears whole or not at all.
+        example_inputs: Inputs of one forward: a tensor, a tuple, or a dict of named inputs. Batch size, and
+            the length of token sequences, stay free. None takes what the library that the model is from
+            proposes.
+        cache: Whether keys and values of earlier tokens are inputs and outputs (`past.0`, `present.0`, ...), so
+            that a language model generates token by token. None does it for models that generate text.
+        accuracy_level: Of `MatMulNBits`: 4 computes in 8-bit integers and is fastest, 1 in float32.
+
+    Returns:
+        What became of each layer.
+
+    Raises:
+        ModelError: The model holds no packed layer.
+        ExportError: An operator cannot be exported, or the file cannot be written.
+    """
+    if not packed_modules(model):
+        raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    causal = is_causal(model)
+    if cache and not causal:
+        raise ExportError(f"{type(model).__name__} does not generate text from a cache. Leave cache=None.")
+    prepared = _exported_form(model, accuracy_level)
+    layers = tuple(
+        ExportedLayer(name, layer.bits, *reversed(form(prepared.get_submodule(name))))
+        for name, layer in packed_modules(model).items()
+    )
+    if causal and cache is not False:
+        kwargs, shapes = causal_inputs(model)
+        prepared, args = CausalForward(prepared), ()
+    else:
+        args, kwargs = _inputs(model, example_inputs)
+        shapes = _dynamic(args, kwargs)
+    written = _translated(prepared, args, kwargs, shapes)
+    graph.strip(written)
+    graph.narrow_integers(written)
+    graph.fold_affine(written)
+    target = Path(path).expanduser()
+    _write(written, target)
+    return Exported(target, target.stat().st_size, layers)
+
+
+def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:
+    """Returns a copy of a model whose packed layers are in their exported form, tied ones once."""
+    if accuracy_level not in range(5):
+        raise ExportError(f"accuracy_level={accuracy_level!r} is not possible: give 0 to 4.")
+    holder = nn.Module()
+    holder.add_module("model", copy.deepcopy(model).eval().cpu())
+    forms: dict[int, nn.Module] = {}
+    for layer in packed_modules(holder).values():
+        forms[id(layer)] = exported_layer(layer, accuracy_level)
+    for parent in list(holder.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in forms:
+                parent._modules[name] = forms[id(child)]
+    return holder.get_submodule("model").requires_grad_(False)
+
+
+def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns arguments and named arguments of one forward, for a batch of at least two."""
+    if given is None:
+        adapter = adapters.find(model)
+        if adapter is None:
+            raise ExportError("example_inputs are needed: a tensor, a tuple, or a dict, as the forward takes them.")
+        args, kwargs = adapter.example_inputs(model)
+    elif isinstance(given, Mapping):
+        args, kwargs = (), dict(given)
+    else:
+        args, kwargs = (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
+    kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    # A batch of one would be taken for a constant.
+    return tuple(_doubled(value) for value in args), {name: _doubled(value) for name, value in kwargs.items()}
+
+
+def _doubled(value: Any) -> Any:
+    single = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
+    return torch.cat([value, value]) if single else value
+
+
+def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | tuple[Any, ...]:
+    """Returns which sizes stay free: the batch, and the length of token sequences."""
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return None
+        free = {0: torch.export.Dim.AUTO}
+        if value.dim() == 2 and not value.is_floating_point():
+            free[1] = torch.export.Dim.AUTO
+        return free
+
+    if kwargs:
+        return {name: of(value) for name, value in kwargs.items()}
+    return tuple(of(value) for value in args)
+
+
+def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> onnx.ModelProto:
+    names = _output_names(model, args, kwargs)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=shapes,
+                opset_version=OPSET,
+                output_names=names,
+                verbose=False,
+            )
+        assert program is not None
+        proto: onnx.ModelProto = program.model_proto
+    except ImportError as error:
+        raise ExportError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
+    except Exception as error:  # whatever torch.export or a translation raises
+        raise ExportError(f"The model cannot be exported: {_reason(error)}") from error
+    return proto
+
+
+def _output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
+    """Returns the names of the outputs where the model gives them."""
+    if isinstance(model, CausalForward):
+        return ["logits", *(f"present.{i}" for i in range(len(kwargs["past"])))]
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """Returns the innermost cause in one line, with the operator and the layer where they are known."""
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 20:
+        causes.append(cause)
+    text = "\n".join(str(one) for one in causes)
+    lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
+    first = lines[0] if lines else type(causes[-1]).__name__
+    operator = re.search(r"(?:aten|torch_vision|torchvision|prims)[.:]+[\w.]+", text)
+    layer = re.search(r"nn_module_stack[^\n]*?'([\w.]+)'|File \"[^\"]*\", line \d+, in (\w+)", text)
+    found = f" (operator {operator.group(0)})" if operator else ""
+    found += f" (at {layer.group(1) or layer.group(2)})" if layer else ""
+    return f"{first}{found}. Replace that operator in the model, or leave the layer out of the exported part."
+
+
+def _write(model: onnx.ModelProto, target: Path) -> None:
+    if model.ByteSize() > _LARGEST:
+        raise ExportError(f"The model has {model.ByteSize():,} bytes; a single ONNX file holds two gigabytes.")
+    staging: str | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, staging = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(model.SerializeToString())
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(staging, 0o644)
+        os.replace(staging, target)
+    except OSError as error:
+        if staging is not None:
+            Path(staging).unlink(missing_ok=True)
+        raise ExportError(f"{target} could not be written: {error}. Choose a writable place with room.") from error

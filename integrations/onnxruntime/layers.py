@@ -1,0 +1,327 @@
+"""Packed layers in the form in which they are exported: integers, and the runtime's operators on them.
+
+A plain Linear with a float input becomes `MatMulNBits`, one with a quantized input a product of dequantized
+integers, which the runtime fuses into an integer one, as it does for convolutions. Every other layer keeps its
+own forward and reads a weight that is dequantized in the graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from hq_plugin.nn import PackedModule, adopt, is_plain
+from hq_plugin.packing import unpack_bits
+from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.quantization import load_zero, weight_offset
+
+#: Version of the default operators that are written by hand.
+OPSET = 21
+#: Widths of `MatMulNBits`.
+NBITS = (2, 4, 8)
+#: Blocks of `MatMulNBits`.
+_BLOCKS = (256, 128, 64, 32, 16)
+
+
+def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
+    """Returns a layer in the form in which it is exported.
+
+    Args:
+        layer: The packed layer; it is not changed.
+        accuracy_level: Of `MatMulNBits`: 4 lets it compute in 8-bit integers, 1 in float32.
+    """
+    if is_plain(layer, nn.Linear) and layer.bits.activation == FLOAT_BITS:
+        return NBitsLinear(layer, accuracy_level)
+    if is_plain(layer, nn.Linear) and not layer.bits.group_size:
+        return IntegerLinear(layer)
+    if is_plain(layer, nn.Embedding) and layer.padding_idx is None and layer.max_norm is None:
+        return IntegerEmbedding(layer)
+    return _dequantizing(layer)
+
+
+def form(module: nn.Module) -> tuple[str, int]:
+    """Returns the operator that an exported layer becomes, and the width of its integers in the file."""
+    if isinstance(module, NBitsLinear):
+        return "MatMulNBits", module.width
+    if isinstance(module, IntegerEmbedding):
+        return "Gather, DequantizeLinear", module.width
+    integers = next(name for name in dict(module.named_buffers(recurse=False)) if name.startswith("weight_int"))
+    return "DequantizeLinear", int(integers.removeprefix("weight_int"))
+
+
+class NBitsLinear(nn.Module):
+    """A Linear with integer weights and a float input.
+
+    Attributes:
+        width: Bits of an integer: 2, 4 or 8.
+        packed: uint8 `[outputs, blocks, block * width / 8]`, the first integer in the lowest bits.
+        scales: float32 `[outputs * blocks]`.
+        zeros: uint8, packed like the integers, rows padded to bytes.
+        correction: float32 `[blocks, outputs]`, where zero points are not whole: what is left of them, times the
+            step.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor
+    correction: Tensor | None
+
+    def __init__(self, layer: PackedModule, accuracy_level: int) -> None:
+        super().__init__()
+        integers, step, offset = affine(layer)
+        rows, inputs = integers.shape
+        groups = step.shape[1]
+        own = inputs // groups
+        # A block of the runtime lies inside a group; a channel without such a divisor is padded.
+        self.block = next((size for size in _BLOCKS if own % size == 0), 32)
+        if groups > 1 and own % self.block:
+            raise ValueError(f"Groups of {own} inputs have no block of {_BLOCKS}.")
+        blocks = -(-inputs // self.block)
+        per_group = max(blocks // groups, 1)
+        step, offset = (part.repeat_interleave(per_group, dim=1) for part in (step, offset))
+        low, high = int(integers.min()), int(integers.max())
+        # value = (integer + offset) * step = (unsigned - zero) * step
+        self.width = next(bits for bits in NBITS if -(2 ** (bits - 1)) <= low and high < 2 ** (bits - 1))
+        middle = 2 ** (self.width - 1)
+        zero = middle - offset
+        whole = zero.round().clamp(0, 2**self.width - 1)
+        rest = (zero - whole) * step
+        unsigned = (integers.int() + middle).to(torch.uint8)
+        padded = nn.functional.pad(unsigned, (0, blocks * self.block - inputs), value=middle)
+        self.inputs, self.rows, self.accuracy_level = inputs, rows, accuracy_level
+        self.register_buffer("packed", _pack(padded, self.width).view(rows, blocks, -1))
+        self.register_buffer("scales", step.contiguous().view(-1))
+        self.register_buffer("zeros", _pack(whole.to(torch.uint8), self.width).view(-1))
+        self.register_buffer("correction", rest.T.contiguous() if bool(rest.any()) else None)
+        self.bias = _bias(layer)
+        self._dtype = layer.weight_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the float weight where code asks for its dtype, device or shape."""
+        return torch.empty(self.rows, self.inputs, dtype=self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies by the weight; only inside an export."""
+        attributes: dict[str, Any] = {
+            "K": self.inputs,
+            "N": self.rows,
+            "bits": self.width,
+            "block_size": self.block,
+            "accuracy_level": self.accuracy_level,
+        }
+        shape = (*x.shape[:-1], self.rows)
+        tensors = (x, self.packed, self.scales, self.zeros)
+        y: Tensor = ops.symbolic(
+            "com.microsoft::MatMulNBits", tensors, attributes, dtype=x.dtype, shape=shape, version=1
+        )
+        if self.correction is not None:
+            sums = x.unflatten(-1, (-1, self.block)).sum(-1)
+            y = y - sums @ self.correction
+        return y if self.bias is None else y + self.bias
+
+
+class IntegerLinear(nn.Module):
+    """A Linear whose input is quantized: the product of two dequantized tensors, which the runtime fuses."""
+
+    scale: Tensor
+    zero: Tensor
+
+    def __init__(self, layer: PackedModule) -> None:
+        super().__init__()
+        integers, step, _ = dequantizer(layer, transposed=True)
+        self.shape = integers.shape
+        self._name = f"weight_int{_storage_width(integers)}"
+        self.register_buffer(self._name, integers)
+        self.register_buffer("scale", step)
+        self.register_buffer("zero", torch.zeros_like(step, dtype=torch.int8))
+        self.input = InputQuantizer(layer)
+        self.bias = _bias(layer)
+        self.dtype = layer.weight_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the float weight where code asks for its dtype, device or shape."""
+        return torch.empty(self.shape[::-1], dtype=self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies by the weight; only inside an export."""
+        weight = _dequantized(getattr(self, self._name), self.scale, self.zero, axis=1)
+        y = self.input(x) @ weight
+        return y if self.bias is None else y + self.bias
+
+
+class IntegerEmbedding(nn.Module):
+    """An Embedding that gathers integers and then scales them."""
+
+    scale: Tensor
+    offset: Tensor | None
+
+    def __init__(self, layer: PackedModule) -> None:
+        super().__init__()
+        integers, step, offset = affine(layer)
+        self.width = _storage_width(integers)
+        self._name = f"weight_int{self.width}"
+        self.register_buffer(self._name, integers)
+        self.register_buffer("scale", step)
+        self.register_buffer("offset", offset if bool(offset.any()) else None)
+        self._dtype = layer.weight_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the float weight where code asks for its dtype, device or shape."""
+        return torch.empty(getattr(self, self._name).shape, dtype=self._dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Looks rows up."""
+        integers = nn.functional.embedding(ids, getattr(self, self._name)).to(self._dtype)
+        step = nn.functional.embedding(ids, self.scale)
+        values = integers.unflatten(-1, (step.shape[-1], -1))
+        if self.offset is not None:
+            values = values + nn.functional.embedding(ids, self.offset).unsqueeze(-1)
+        return (values * step.unsqueeze(-1)).flatten(-2)
+
+
+class InputQuantizer(nn.Module):
+    """Quantizes and dequantizes a layer's input; nothing where the input stays float."""
+
+    step: Tensor
+    zero: Tensor
+
+    def __init__(self, layer: PackedModule) -> None:
+        super().__init__()
+        self.bits = layer.bits.activation
+        if self.bits != FLOAT_BITS:
+            self.register_buffer("step", layer.activation_step.detach().float().clone())
+            self.register_buffer("zero", layer.activation_zero_point.to(torch.uint8))
+            step, zero = float(layer.activation_step), int(layer.activation_zero_point)
+            self.low, self.high = -zero * step, (2**self.bits - 1 - zero) * step
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the quantized input as floats."""
+        if self.bits == FLOAT_BITS:
+            return x
+        if self.bits < 8:  # the runtime's integers are wider
+            x = x.clamp(self.low, self.high)
+        quantized = ops.symbolic(
+            "QuantizeLinear", (x, self.step, self.zero), dtype=torch.uint8, shape=x.shape, version=OPSET
+        )
+        return _dequantized(quantized, self.step, self.zero)
+
+
+class _Dequantizing(nn.Module):
+    """Mixin of a layer that keeps its own forward, on a weight that is dequantized in the graph."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, dequantized in the graph."""
+        made: Any = self
+        weight = _dequantized(getattr(made, made._name), made.scale, made.zero, axis=0)
+        if made.rest is not None:
+            weight = weight + made.rest
+        return weight.view(made.weight_shape)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the float layer's forward on the quantized input."""
+        made: Any = self
+        if args:
+            args = (made.input(args[0]), *args[1:])
+        return super().forward(*args, **kwargs)
+
+
+def _dequantizing(layer: PackedModule) -> nn.Module:
+    float_type: Any = layer._float_type
+    made: Any = adopt(layer, _dequantizing_type(float_type))
+    made._buffers = {
+        name: buffer for name, buffer in layer._buffers.items() if not name.startswith(("weight_", "activation_"))
+    }
+    integers, step, rest = dequantizer(layer)
+    made._name = f"weight_int{_storage_width(integers)}"
+    made.register_buffer(made._name, integers)
+    made.register_buffer("scale", step)
+    made.register_buffer("zero", torch.zeros_like(step, dtype=torch.int8))
+    made.register_buffer("rest", rest)
+    made.input = InputQuantizer(layer)
+    result: nn.Module = made
+    return result
+
+
+@cache
+def _dequantizing_type(float_type: Any) -> type[nn.Module]:
+    name = f"Exported{float_type.__name__}"
+    return type(name, (_Dequantizing, float_type), {"__module__": __name__})
+
+
+def affine(layer: PackedModule) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what a weight of two dimensions is made of: `(integer + offset) * step`.
+
+    Returns:
+        int8 `[rows, inputs]`; float32 `[rows, groups]` steps and offsets.
+    """
+    integers = unpack_bits(layer.weight_packed, layer.bits.weight, layer.weight_shape).flatten(1)
+    rows = integers.shape[0]
+    step = layer.weight_step.float().view(rows, -1)
+    offset = torch.full_like(step, weight_offset(layer.bits.weight))
+    if layer.bits.group_size:
+        offset = offset - load_zero(layer.weight_zero, layer.bits.weight).view(rows, -1)
+    elif weight_offset(layer.bits.weight):
+        return integers * 2 + 1, step / 2, torch.zeros_like(step)
+    return integers, step, offset
+
+
+def dequantizer(layer: PackedModule, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Returns a weight as `integers * step + rest`, with one step a channel.
+
+    Args:
+        layer: The packed layer.
+        transposed: Whether channels are axis 1 of the result.
+
+    Returns:
+        int8 in the weight's shape, float32 `[channels]`, and what is to be added, or None. A weight with groups
+        has a row of its own for each: `[rows * groups, group size]`.
+    """
+    integers, step, offset = affine(layer)
+    if step.shape[1] == 1:
+        integers = integers if transposed else integers.view(layer.weight_shape)
+        rest = offset * step if bool(offset.any()) else None
+    else:
+        if transposed:
+            raise ValueError("A weight with groups has no channels to transpose.")
+        integers, rest = integers.reshape(step.numel(), -1), (offset * step).reshape(-1, 1)
+    integers = integers.T.contiguous() if transposed else integers.contiguous()
+    return integers, step.reshape(-1).contiguous(), rest
+
+
+def _dequantized(integers: Tensor, step: Tensor, zero: Tensor, axis: int | None = None) -> Tensor:
+    made: Tensor = ops.symbolic(
+        "DequantizeLinear",
+        (integers, step, zero),
+        {} if axis is None else {"axis": axis},
+        dtype=torch.float32,
+        shape=integers.shape,
+        version=OPSET,
+    )
+    return made
+
+
+def _storage_width(integers: Tensor) -> int:
+    """Returns the narrowest width of an ONNX integer that holds a weight's."""
+    low, high = int(integers.min()), int(integers.max())
+    return 4 if low >= -8 and high < 8 else 8
+
+
+def _pack(values: Tensor, width: int) -> Tensor:
+    """Packs uint8 `[rows, n]` into bytes, the first value in the lowest bits, rows padded to whole bytes."""
+    per_byte = 8 // width
+    padded = nn.functional.pad(values, (0, -values.shape[1] % per_byte))
+    parts = padded.unflatten(1, (-1, per_byte)).int()
+    shifts = torch.arange(per_byte, dtype=torch.int32) * width
+    return (parts << shifts).sum(-1).to(torch.uint8)
+
+
+def _bias(layer: PackedModule) -> nn.Parameter | None:
+    return layer._parameters.get("bias")
