@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
+import logging
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,9 @@ def export(
     else:
         args, kwargs = _inputs(model, example_inputs)
         shapes = _dynamic(args, kwargs)
+        config: Any = getattr(prepared, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # the copy's: a cache is not a tensor
     written = _translated(prepared, args, kwargs, shapes)
     graph.strip(written)
     graph.narrow_integers(written)
@@ -183,49 +189,100 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> onnx.ModelProto:
-    names = _output_names(model, args, kwargs)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model,
-                args,
-                kwargs=kwargs,
-                dynamo=True,
-                dynamic_shapes=shapes,
-                opset_version=OPSET,
-                output_names=names,
-                verbose=False,
+    names = ["logits", *(f"present.{i}" for i in range(len(kwargs["past"])))] if "past" in kwargs else None
+    with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        warnings.simplefilter("ignore")
+        with _Where(model) as where:
+            try:
+                program = torch.export.export(
+                    model,
+                    args,
+                    kwargs,
+                    dynamic_shapes=shapes,
+                    strict=False,
+                    prefer_deferred_runtime_asserts_over_guards=True,
+                )
+            except Exception as error:  # whatever the model's own code makes of symbolic sizes
+                raise ExportError(_message(error, where.layer)) from error
+        try:
+            translated = torch.onnx.export(
+                program, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, output_names=names, verbose=False
             )
-        assert program is not None
-        proto: onnx.ModelProto = program.model_proto
-    except ImportError as error:
-        raise ExportError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
-    except Exception as error:  # whatever torch.export or a translation raises
-        raise ExportError(f"The model cannot be exported: {_reason(error)}") from error
+        except Exception as error:  # whatever a translation raises
+            raise ExportError(_message(error, _layer_of(program, error))) from error
+    assert translated is not None
+    proto: onnx.ModelProto = translated.model_proto
     return proto
 
 
-def _output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str] | None:
-    """Returns the names of the outputs where the model gives them."""
-    if isinstance(model, CausalForward):
-        return ["logits", *(f"present.{i}" for i in range(len(kwargs["past"])))]
-    return None
+class _Where:
+    """Inside, follows which layer of a model is running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.running = model, [""]
+        self.handles: list[Any] = []
+
+    @property
+    def layer(self) -> str:
+        """The innermost layer that was entered and not left."""
+        return self.running[-1]
+
+    def __enter__(self) -> _Where:
+        for name, module in self.model.named_modules():
+            self.handles.append(module.register_forward_pre_hook(lambda *_, name=name: self.running.append(name)))
+            self.handles.append(module.register_forward_hook(lambda *_: self._left()))
+        return self
+
+    def _left(self) -> None:
+        self.running.pop()
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
 
 
-def _reason(error: BaseException) -> str:
-    """Returns the innermost cause in one line, with the operator and the layer where they are known."""
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, the exporter's logs and its prints of whole graphs are off: the error says what matters."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch._export", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _layer_of(program: torch.export.ExportedProgram, error: BaseException) -> str:
+    """Returns the layer of the node that a translation stopped at."""
+    found = re.search(r"Error when translating node %(\w+)", "\n".join(str(one) for one in _causes(error)))
+    for node in program.graph.nodes:
+        # The node may stem from one of a longer name: `bessel_j0` from `special_bessel_j0`.
+        if found and node.name.endswith(found.group(1)):
+            stack = list(node.meta.get("nn_module_stack", {}).values())
+            return str(stack[-1][0]) if stack else ""
+    return ""
+
+
+def _causes(error: BaseException) -> list[BaseException]:
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and len(causes) < 20:
         causes.append(cause)
-    text = "\n".join(str(one) for one in causes)
-    lines = [line.strip() for line in str(causes[-1]).splitlines() if line.strip()]
-    first = lines[0] if lines else type(causes[-1]).__name__
-    operator = re.search(r"(?:aten|torch_vision|torchvision|prims)[.:]+[\w.]+", text)
-    layer = re.search(r"nn_module_stack[^\n]*?'([\w.]+)'|File \"[^\"]*\", line \d+, in (\w+)", text)
-    found = f" (operator {operator.group(0)})" if operator else ""
-    found += f" (at {layer.group(1) or layer.group(2)})" if layer else ""
-    return f"{first}{found}. Replace that operator in the model, or leave the layer out of the exported part."
+    return causes
+
+
+def _message(error: BaseException, layer: str) -> str:
+    """Returns the innermost cause in one line, with the layer where it is known."""
+    last = _causes(error)[-1]
+    lines = [line.strip() for line in str(last).splitlines() if line.strip()]
+    at = f" at layer {layer!r}" if layer else ""
+    return (
+        f"The model cannot be exported{at}: {lines[0] if lines else type(last).__name__}. Replace that "
+        "operation, or export the part of the model without it."
+    )
 
 
 def _write(model: onnx.ModelProto, target: Path) -> None:

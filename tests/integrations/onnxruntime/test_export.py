@@ -1,0 +1,217 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hq_plugin as hq
+from hq_plugin import ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
+from hq_plugin.integrations.onnxruntime.causal import generate
+from tests.integrations.huggingface.conftest import SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
+
+
+def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool = False) -> nn.Module:
+    prepared = torch_ao.prepare(model, HybridPolicy(bits), whole_zero_points=whole).eval()
+    with torch.no_grad():
+        prepared(x)
+    return torch_ao.convert(prepared)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def run(path: Path, *inputs: Tensor) -> np.ndarray:
+    made = session(path)
+    feed = {entry.name: value.numpy() for entry, value in zip(made.get_inputs(), inputs, strict=True)}
+    found: np.ndarray = made.run(None, feed)[0]
+    return found
+
+
+def error(path: Path, model: nn.Module, *inputs: Tensor) -> float:
+    with torch.no_grad():
+        expected = model(*inputs).numpy()
+    return float(np.linalg.norm(run(path, *inputs) - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("group", [0, 32])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_weights_of_every_width(bits: int, whole: bool, group: int, tmp_path: Path) -> None:
+    torch.manual_seed(bits)
+    model = nn.Sequential(nn.Linear(96, 40), nn.ReLU(), nn.Linear(40, 7)).eval()
+    x = torch.randn(4, 96)
+    small = packed(model, {"0": LayerBits(bits, 16, group), "2": LayerBits(bits, 16)}, x, whole)
+    found = hq.export(small, tmp_path / "m.onnx", x, accuracy_level=1)
+    assert error(tmp_path / "m.onnx", small, x) < 1e-5
+    assert error(tmp_path / "m.onnx", small, torch.randn(1, 96)) < 1e-5
+    assert [layer.operator for layer in found.layers] == ["MatMulNBits"] * 2
+    assert all(layer.width in (2, 4, 8) and layer.width >= layer.bits.weight for layer in found.layers)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    # Steps, biases and what is left of fractional zero points, but no weight.
+    assert max(int(np.prod(t.dims)) for t in floats) <= 96 * 40 // 32
+    assert sum(node.op_type == "ReduceSum" for node in graph.node) == int(group > 0 and not whole and bits < 7)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.second, self.head = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.second(torch.relu(self.bn(self.first(x)))))
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("activation", [4, 8, 16])
+def test_convolutions_with_and_without_quantized_inputs(activation: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(4, 3, 12, 12)
+    for _ in range(3):
+        model(x)
+    bits = {"first": LayerBits(8, activation), "second": LayerBits(3, activation), "head": LayerBits(2, activation)}
+    small = packed(model.eval(), bits, x)
+    hq.export(small, tmp_path / "m.onnx", x, accuracy_level=1)
+    # A tie may round to the other side: x * (1 / step) here, x / step there.
+    assert error(tmp_path / "m.onnx", small, torch.randn(5, 3, 12, 12)) < (1e-5 if activation == 16 else 0.03)
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert "BatchNormalization" not in kinds
+    assert kinds.count("QuantizeLinear") == (0 if activation == 16 else 3)
+    assert {t.data_type for t in graph.initializer if "second" in t.name and "weight_int" in t.name} == {
+        onnx.TensorProto.INT4
+    }
+
+
+def test_a_factor_that_is_not_positive_keeps_its_batchnorm(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.bn.weight[3] = -1
+    small = packed(model, {"first": LayerBits(8, 16)}, x)
+    hq.export(small, tmp_path / "m.onnx", x)
+    assert error(tmp_path / "m.onnx", small, x) < 1e-5
+    assert "BatchNormalization" in [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+
+
+def test_the_file_runs_with_onnxruntime_alone_and_is_small(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512)).eval()
+    x = torch.randn(3, 512)
+    small = packed(model, {"0": LayerBits(4, 16, 64), "2": LayerBits(2, 16, 64)}, x, whole=True)
+    found = hq.export(small, tmp_path / "m.onnx", x, accuracy_level=1)
+    # Integers, float32 steps and zero points of the same width; biases.
+    expected = sum(512 * 512 * bits // 8 + 512 * 8 * 4 + 512 * 8 * bits // 8 for bits in (4, 2)) + 2 * 512 * 4
+    assert expected <= found.size <= expected + 4000
+    np.save(tmp_path / "x.npy", x.numpy())
+    code = (
+        "import sys\nsys.modules['torch'] = sys.modules['hq_plugin'] = None\nimport numpy as np, onnxruntime\n"
+        f"made = onnxruntime.InferenceSession({str(tmp_path / 'm.onnx')!r})\n"
+        f"x = np.load({str(tmp_path / 'x.npy')!r})\n"
+        f"np.save({str(tmp_path / 'y.npy')!r}, made.run(None, {{made.get_inputs()[0].name: x}})[0])\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
+    np.testing.assert_allclose(np.load(tmp_path / "y.npy"), small(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_targets_restrict_widths_and_zero_points() -> None:
+    model = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    data = [torch.randn(8, 128)]
+    small = hq.quantize(
+        model,
+        "5bit",
+        data,
+        config=SMOKE,
+        target="onnxruntime",
+        group_size=32,
+        activation_bits=16,
+    )
+    result: hq.Result = small.hq  # type: ignore[assignment]
+    assert {bits.weight for bits in result.policy.values()} <= {2, 4, 8}
+    with pytest.raises(hq.ConfigError, match="onnxruntime runs none of them fast, but 2, 4, 8"):
+        hq.Config(target="onnxruntime", weight_bits=(3, 5))
+    with pytest.raises(hq.ConfigError, match="target"):
+        hq.Config(target="tensorrt")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("build", [bert, vit])
+def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    small = hq.quantize(build(), "5bit", config=SMOKE)
+    hq.export(small, tmp_path / "m.onnx")
+    made = session(tmp_path / "m.onnx")
+    if build is bert:
+        ids = torch.randint(3, 60, (3, 11))
+        feed = {entry.name: np.ones((3, 11), dtype=np.int64) for entry in made.get_inputs()}
+        feed["input_ids"] = ids.numpy()
+        expected = small(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+    else:
+        pixels = torch.randn(3, 3, 32, 32)
+        feed, expected = {made.get_inputs()[0].name: pixels.numpy()}, small(pixel_values=pixels)[0]
+    found = torch.tensor(made.run(None, feed)[0])
+    assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+def test_a_language_model_generates_with_a_cache(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    small = hq.quantize(
+        build(), "5.2bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=16, target="onnxruntime"
+    )
+    hq.export(small, tmp_path / "m.onnx", accuracy_level=1)
+    made = session(tmp_path / "m.onnx")
+    ids = torch.tensor([[3, 4, 5], [6, 7, 8]])
+    found = generate(made, ids.numpy(), 6)
+    expected = small.generate(  # type: ignore[operator]
+        ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=1
+    )
+    assert np.array_equal(found, expected.numpy())
+    assert generate(made, ids[:1].numpy(), 6, stop=int(found[0, 3])).shape == (1, 4)
+    hq.export(small, tmp_path / "plain.onnx", {"input_ids": ids}, cache=False)
+    assert [entry.name for entry in session(tmp_path / "plain.onnx").get_inputs()] == ["input_ids"]
+
+
+def test_an_operator_that_cannot_be_exported_is_named_with_its_layer(tmp_path: Path) -> None:
+    class Bessel(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(x)
+
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if float(x.sum()) > 0 else -x
+
+    for odd, operator in ((Bessel(), "bessel_j0"), (Branch(), "data-dependent")):
+        model = nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.ReLU(), odd)).eval()
+        small = packed(model, {"0": LayerBits(4, 16)}, torch.randn(2, 8))
+        with pytest.raises(ExportError, match=rf"layer '1\.1'.*{operator}"):
+            hq.export(small, tmp_path / "m.onnx", torch.randn(2, 8))
+        assert not list(tmp_path.iterdir())
+
+
+def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 8)).eval(), torch.randn(2, 8)
+    with pytest.raises(ModelError, match="no packed layer"):
+        hq.export(model, tmp_path / "m.onnx", x)
+    small = packed(model, {"0": LayerBits(4, 16)}, x)
+    with pytest.raises(ExportError, match="example_inputs are needed"):
+        hq.export(small, tmp_path / "m.onnx")
+    with pytest.raises(ExportError, match="accuracy_level=7"):
+        hq.export(small, tmp_path / "m.onnx", x, accuracy_level=7)
+    with pytest.raises(ExportError, match="does not generate"):
+        hq.export(small, tmp_path / "m.onnx", x, cache=True)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match="could not be written"):
+        hq.export(small, tmp_path / "file" / "m.onnx", x)
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    for name in [name for name in sys.modules if name.startswith("hq_plugin.integrations.onnxruntime")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ExportError, match=r"hq-plugin\[onnx\]"):
+        hq.export(small, tmp_path / "m.onnx", x)
