@@ -128,8 +128,10 @@ def export(
             config.use_cache = False  # the copy's: a cache is not a tensor
     written = _translated(prepared, args, kwargs, shapes)
     graph.strip(written)
-    graph.narrow_integers(written)
     graph.fold_affine(written)
+    graph.quantize_before_clip(written)
+    graph.integer_convolutions(written)
+    graph.narrow_integers(written)
     target = Path(path).expanduser()
     _write(written, target)
     return Exported(target, target.stat().st_size, layers)

@@ -1,14 +1,14 @@
-"""What is done to an exported graph: integers in their own width, affine maps folded into convolutions."""
+"""What is done to an exported graph: integers in their own width, and convolutions that run on them."""
 
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
-
-_NARROW = {4: TensorProto.INT4}
 
 
 def strip(model: onnx.ModelProto) -> None:
@@ -25,12 +25,13 @@ def narrow_integers(model: onnx.ModelProto) -> None:
     graph = model.graph
     casts = []
     for tensor in list(graph.initializer):
-        match = re.search(r"weight_int(\d)$", tensor.name)
-        if match is None or int(match.group(1)) not in _NARROW:
+        if not re.search(r"weight_int\d$", tensor.name):
             continue
         values = numpy_helper.to_array(tensor)
+        if values.min() < -8 or values.max() > 7:
+            continue
         narrow = helper.make_tensor(
-            f"{tensor.name}.packed", _NARROW[int(match.group(1))], values.shape, values.reshape(-1).tolist()
+            f"{tensor.name}.packed", TensorProto.INT4, values.shape, values.reshape(-1).tolist()
         )
         casts.append(helper.make_node("Cast", [narrow.name], [tensor.name], to=TensorProto.INT8))
         graph.initializer.remove(tensor)
@@ -39,51 +40,158 @@ def narrow_integers(model: onnx.ModelProto) -> None:
         graph.node.insert(0, cast)
 
 
+class _Graph:
+    """A graph with its nodes by what they write and read, and its constants."""
+
+    def __init__(self, graph: onnx.GraphProto) -> None:
+        self.graph = graph
+        self.producers = {name: node for node in graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
+        self._constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def only_reader(self, name: str) -> onnx.NodeProto | None:
+        """Returns the node that reads a value, if there is one alone."""
+        nodes = self.readers.get(name, [])
+        return nodes[0] if len(nodes) == 1 else None
+
+    def constant(self, name: str) -> NDArray[Any] | None:
+        """Returns the value of a constant, or None."""
+        return numpy_helper.to_array(self._constants[name]) if name in self._constants else None
+
+    def add_constant(self, name: str, value: NDArray[Any]) -> str:
+        """Adds a constant; returns its name."""
+        self.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(value), name))
+        return name
+
+    def convolutions(self) -> list[tuple[onnx.NodeProto, onnx.NodeProto]]:
+        """Returns each convolution with integer weights, and what dequantizes them."""
+        found = []
+        for node in self.graph.node:
+            weight = self.producers.get(node.input[1]) if node.op_type == "Conv" else None
+            if weight is not None and weight.op_type == "DequantizeLinear":
+                found.append((node, weight))
+        return found
+
+
 def fold_affine(model: onnx.ModelProto) -> None:
     """Folds a BatchNorm that follows a convolution with integer weights into its steps and its bias.
 
-    Exact: the step of a channel takes over the factor. A channel whose factor is not positive keeps its layer,
-    since a step must be positive.
+    Exact: the step of a channel takes over the size of the factor, and its integers the sign. A channel that
+    holds -128 and whose sign turns has no such integers; its BatchNorm stays.
     """
-    graph = model.graph
-    producers = {name: node for node in graph.node for name in node.output}
-    readers: dict[str, list[onnx.NodeProto]] = {}
-    for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node)
-    constants = {tensor.name: tensor for tensor in graph.initializer}
-    for norm in [node for node in graph.node if node.op_type == "BatchNormalization"]:
-        conv = producers.get(norm.input[0])
-        if conv is None or conv.op_type != "Conv" or len(readers[conv.output[0]]) != 1:
+    graph = _Graph(model.graph)
+    for conv, weight in graph.convolutions():
+        norm = graph.only_reader(conv.output[0])
+        if norm is None or norm.op_type != "BatchNormalization" or len(graph.readers[weight.output[0]]) != 1:
             continue
-        weight = producers.get(conv.input[1])
-        if weight is None or weight.op_type != "DequantizeLinear" or len(readers[weight.output[0]]) != 1:
+        names = [*weight.input[:2], *norm.input[1:5], *conv.input[2:3]]
+        values = [graph.constant(name) for name in names]
+        if any(value is None for value in values):
             continue
-        names = [weight.input[1], *norm.input[1:5], *conv.input[2:3]]
-        if any(name not in constants for name in names):
-            continue
-        step, scale, shift, mean, variance, *bias = (numpy_helper.to_array(constants[name]) for name in names)
+        integers, step, scale, shift, mean, variance, *bias = (np.asarray(value) for value in values)
         epsilon = next((float(entry.f) for entry in norm.attribute if entry.name == "epsilon"), 1e-5)
         factor = scale / np.sqrt(variance + np.float32(epsilon))
-        if not (factor > 0).all():
+        sign = np.sign(factor).astype(np.int16).reshape(-1, *(1,) * (integers.ndim - 1))
+        turned = integers.astype(np.int16) * sign
+        if turned.max() > 127:
             continue
         old = bias[0] if bias else np.float32(0)
-        prefix = conv.name or conv.output[0]
-        new_step = numpy_helper.from_array((step * factor).astype(np.float32), f"{prefix}.folded_step")
-        new_bias = numpy_helper.from_array(
-            ((old - mean) * factor + shift).astype(np.float32), f"{prefix}.folded_bias"
-        )
-        graph.initializer.extend([new_step, new_bias])
-        weight.input[1] = new_step.name
-        inputs = [*conv.input[:2], new_bias.name]
-        del conv.input[:]
-        conv.input.extend(inputs)
+        new_step = np.where(factor == 0, 1, step * np.abs(factor)).astype(np.float32)
+        new_bias = ((old - mean) * factor + shift).astype(np.float32)
+        if (sign != 1).any():
+            weight.input[0] = graph.add_constant(_renamed(weight.input[0]), turned.astype(np.int8))
+        weight.input[1] = graph.add_constant(f"{conv.output[0]}.step", new_step)
+        _set_inputs(conv, [*conv.input[:2], graph.add_constant(f"{conv.output[0]}.bias", new_bias)])
         conv.output[0] = norm.output[0]
-        graph.node.remove(norm)
-    _drop_unused(graph)
+        model.graph.node.remove(norm)
+    _drop_unused(model.graph)
+
+
+def _renamed(name: str) -> str:
+    """Returns another name that still says what it is to `narrow_integers`."""
+    return f"turned.{name}"
+
+
+def _set_inputs(node: onnx.NodeProto, names: list[str]) -> None:
+    del node.input[:]
+    node.input.extend(names)
+
+
+def quantize_before_clip(model: onnx.ModelProto) -> None:
+    """Lets a convolution's result be quantized before it is clipped, where it is quantized after.
+
+    The runtime computes a convolution in integers only if it is quantized right after it. Rounding to the same
+    integers before and after clipping changes nothing, since both keep the order of values.
+    """
+    graph = _Graph(model.graph)
+    for conv, _ in graph.convolutions():
+        clip = graph.only_reader(conv.output[0])
+        quantize = None if clip is None else graph.only_reader(clip.output[0])
+        if clip is None or clip.op_type not in ("Clip", "Relu") or quantize is None:
+            continue
+        if quantize.op_type != "QuantizeLinear":
+            continue
+        qparams = list(quantize.input[1:3])
+        first, again = f"{conv.output[0]}.quantized", f"{conv.output[0]}.dequantized"
+        at = next(i for i, node in enumerate(model.graph.node) if node is clip or node == clip)
+        nodes = [
+            helper.make_node("QuantizeLinear", [conv.output[0], *qparams], [first]),
+            helper.make_node("DequantizeLinear", [first, *qparams], [again]),
+        ]
+        clip.input[0] = again
+        for node in reversed(nodes):
+            model.graph.node.insert(at, node)
+
+
+def integer_convolutions(model: onnx.ModelProto) -> None:
+    """Computes convolutions in integers whose result stays float, which the runtime does not by itself.
+
+    `ConvInteger` and one multiplication by the steps; not for depthwise convolutions, for which it is slow.
+    """
+    graph = _Graph(model.graph)
+    for conv, weight in graph.convolutions():
+        x = graph.producers.get(conv.input[0])
+        after = graph.only_reader(conv.output[0])
+        settings = {entry.name: entry for entry in conv.attribute}
+        if x is None or x.op_type != "DequantizeLinear" or (after and after.op_type == "QuantizeLinear"):
+            continue
+        if "group" in settings and settings["group"].i != 1:
+            continue
+        step_in, zero, step = (graph.constant(name) for name in (*x.input[1:3], weight.input[1]))
+        bias = graph.constant(conv.input[2]) if len(conv.input) > 2 else np.zeros(1, np.float32)
+        if step_in is None or zero is None or step is None or bias is None or zero.dtype != np.uint8:
+            continue
+        rank = len(settings["kernel_shape"].ints) if "kernel_shape" in settings else 2
+        shape = (-1, *(1,) * rank)
+        name = conv.output[0]
+        scale = graph.add_constant(f"{name}.scale", (step_in * step).reshape(shape).astype(np.float32))
+        shift = graph.add_constant(f"{name}.shift", bias.reshape(shape).astype(np.float32))
+        integer = helper.make_node("ConvInteger", [x.input[0], weight.input[0], x.input[2]], [f"{name}.integer"])
+        integer.attribute.extend(conv.attribute)
+        nodes = [
+            integer,
+            helper.make_node("Cast", [f"{name}.integer"], [f"{name}.float"], to=TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{name}.float", scale], [f"{name}.scaled"]),
+            helper.make_node("Add", [f"{name}.scaled", shift], [name]),
+        ]
+        at = next(i for i, node in enumerate(model.graph.node) if node == conv)
+        model.graph.node.remove(conv)
+        for node in reversed(nodes):
+            model.graph.node.insert(at, node)
+    _drop_unused(model.graph)
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:
-    used = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
+    outputs = {entry.name for entry in graph.output}
+    while True:
+        used = {name for node in graph.node for name in node.input} | outputs
+        idle = [node for node in graph.node if not used.intersection(node.output)]
+        if not idle:
+            break
+        for node in idle:
+            graph.node.remove(node)
     for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
         graph.initializer.remove(tensor)
