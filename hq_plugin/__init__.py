@@ -9,7 +9,7 @@ The method is Wang et al., arXiv:2004.11506.
 """
 
 from hq_plugin import registration
-from hq_plugin.api import export, load_session, meta_train, quantize
+from hq_plugin.api import export, load_session, meta_train, profile, quantize
 from hq_plugin.artifact import load, save
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
@@ -29,6 +29,7 @@ from hq_plugin.errors import (
 )
 from hq_plugin.kernels import choose_kernels
 from hq_plugin.policy import HybridPolicy, LayerBits
+from hq_plugin.profiles import Profile
 from hq_plugin.result import Result
 from hq_plugin.session import Session
 
@@ -50,6 +51,7 @@ __all__ = [
     "LayerBits",
     "ModelError",
     "PolicyError",
+    "Profile",
     "Result",
     "Session",
     "TrainingError",
@@ -59,6 +61,7 @@ __all__ = [
     "load",
     "load_session",
     "meta_train",
+    "profile",
     "quantize",
     "save",
 ]

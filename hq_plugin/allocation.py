@@ -203,8 +203,9 @@ class Repair:
         for column in self._columns:
             possible, loss, cost = self._changes(genome, column, -1)
             saved = -cost[broken].sum(axis=0)
+            # A step that saves nothing is the last resort: the one after it may.
             score = np.where(
-                possible & (saved > 0),
+                possible & (saved >= 0),
                 np.maximum(loss, 1e-12) * noise[:, column] / np.maximum(saved, 1e-15),
                 np.inf,
             )

@@ -1,7 +1,8 @@
-"""The calls that users make: `quantize`, `meta_train`, `load_session`, `export`. The pipeline on one screen."""
+"""The calls that users make: `quantize`, `meta_train`, `load_session`, `profile`, `export`."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import ExportError, ModelError
-from hq_plugin.session import EvalFunction, Session
+from hq_plugin.profiles import Profile, measure_profile
+from hq_plugin.session import EvalFunction, Session, search_space
+from hq_plugin.sites import hold_parameters
 from hq_plugin.synthetic import synthetic_data
 
 
@@ -102,6 +105,36 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
         return config, _data(wrapper.model, data, config)
 
     return read_session(directory, wrapper.model, prepare, options)
+
+
+def profile(
+    model: nn.Module, data: Any = None, *, batch: int = 1, config: Config | None = None, **options: Any
+) -> Profile:
+    """Measures how long each layer of a model takes at each width on this machine, for budgets of latency.
+
+    Args:
+        model: A float model; it is not changed.
+        data: As for `quantize`; sizes matter, values do not.
+        batch: Samples of a forward.
+        config: Options.
+        **options: Any field of `Config`; `target` chooses between PyTorch and ONNX Runtime, `weight_bits` and
+            `activation_bits` what is measured.
+
+    Returns:
+        A profile: `profile.save("laptop.json")`, `quantize(..., profile="laptop.json")`.
+
+    Raises:
+        DataError: The data cannot be used.
+        ModelError: There is nothing to quantize.
+        ExportError: The target is ONNX Runtime, and the model cannot be exported.
+    """
+    wrapper = adapters.unwrap(model)
+    config = _config(wrapper, config, options)
+    prepared = _data(wrapper.model, data, config)
+    teacher = copy.deepcopy(wrapper.model).eval().requires_grad_(False)
+    held = hold_parameters(teacher, prepared.holdout[0].run)
+    space = search_space(held, prepared, config)
+    return measure_profile(held, space, prepared.holdout[0], batch, config.target, config.progress)
 
 
 def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **options: Any) -> Any:

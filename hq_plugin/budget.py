@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from typing import Any
 
 from hq_plugin.errors import BudgetError
 
 _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
-_FORMS = '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps"'
+_SECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
+_JOULES = {"nj": 1e-3, "uj": 1.0, "mj": 1e3}
+_FORMS = '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps", "8ms", "50uJ"'
 
 
 @dataclass(frozen=True)
@@ -26,15 +29,24 @@ class Budget:
         size: Bytes of the whole model on disk, what stays float counted.
         size_fraction: The same as a fraction of the float model's bytes, in (0, 1].
         bitops: Multiply-accumulates × weight bits × activation bits, of one sample, summed over sites.
+        latency_ms: Milliseconds of one forward of `batch` samples on this machine, or on the one that the
+            option `profile` is of.
+        energy_uj: Microjoules of one sample, by `hq_plugin.cost.ENERGY`.
+        batch: Samples of the forward that `latency_ms` limits.
     """
 
     weight_bits: float | None = None
     size: float | None = None
     size_fraction: float | None = None
     bitops: float | None = None
+    latency_ms: float | None = None
+    energy_uj: float | None = None
+    batch: int = 1
 
     def __post_init__(self) -> None:
-        limits = {field.name: getattr(self, field.name) for field in fields(self)}
+        limits = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "batch"}
+        if not isinstance(self.batch, int) or isinstance(self.batch, bool) or self.batch < 1:
+            raise BudgetError(f"Budget batch={self.batch!r} must be a whole number of at least 1.")
         if all(value is None for value in limits.values()):
             raise BudgetError(f"A Budget needs at least one limit of {', '.join(limits)}.")
         for name, value in limits.items():
@@ -49,7 +61,7 @@ class Budget:
 
     @classmethod
     def parse(cls, budget: str | Budget) -> Budget:
-        """Reads the short forms: `"3bit"`, `"250KB"`, `"4MB"`, `"12%"`, `"1.5GBitOps"`.
+        """Reads the short forms: `"3bit"`, `"250KB"`, `"4MB"`, `"12%"`, `"1.5GBitOps"`, `"8ms"`, `"50uJ"`.
 
         Several limits may be joined by `+` or a comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
         of 1000, KiB, MiB and GiB of 1024. Case and spaces do not matter.
@@ -61,7 +73,7 @@ class Budget:
             return budget
         if not isinstance(budget, str):
             raise BudgetError(f"A budget is a string or a Budget, not {type(budget).__name__}. Try {_FORMS}.")
-        limits: dict[str, float] = {}
+        limits: dict[str, Any] = {}
         for part in re.split(r"[+,]", budget):
             name, value = cls._parse_limit(part, budget)
             if name in limits:
@@ -80,6 +92,10 @@ class Budget:
                 return "size_fraction", value / 100
             if unit in _BYTES:
                 return "size", value * _BYTES[unit]
+            if unit in _SECONDS:
+                return "latency_ms", value * _SECONDS[unit]
+            if unit in _JOULES:
+                return "energy_uj", value * _JOULES[unit]
             bitops = re.fullmatch(r"([kmgt]?)bitops?", unit)
             if bitops:
                 return "bitops", value * _PREFIX[bitops[1]]
@@ -95,6 +111,10 @@ class Budget:
             parts.append(f"{self.size_fraction * 100:g}%")
         if self.bitops is not None:
             parts.append(f"{format_count(self.bitops)}BitOps")
+        if self.latency_ms is not None:
+            parts.append(f"{self.latency_ms:g}ms" + (f" for {self.batch} samples" if self.batch > 1 else ""))
+        if self.energy_uj is not None:
+            parts.append(f"{self.energy_uj:g}uJ")
         return " + ".join(parts)
 
 

@@ -47,6 +47,14 @@ class Effort(StrEnum):
     best = "best"
 
 
+class Target(StrEnum):
+    """What a quantized model is for."""
+
+    storage = "storage"
+    torch = "torch"
+    onnxruntime = "onnxruntime"
+
+
 class DemoData(StrEnum):
     """Data sets of the demo."""
 
@@ -80,7 +88,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def quantize(
     model: Annotated[str, typer.Argument(help=_MODEL)],
-    budget: Annotated[str, typer.Argument(help='"3bit", "250KB", "12%", "1.5GBitOps", or several joined by +.')],
+    budget: Annotated[
+        str, typer.Argument(help='"3bit", "250KB", "12%", "1.5GBitOps", "8ms", or several joined by +.')
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the quantized model.")],
     data: Annotated[str | None, typer.Option(help=_DATA)] = None,
     checkpoint: Annotated[Path | None, typer.Option(help="Float weights, a .safetensors file.")] = None,
@@ -92,6 +102,8 @@ def quantize(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     weight_bits: Annotated[str | None, typer.Option(help="Widths for weights, such as 2,3,4,8.")] = None,
     activation_bits: Annotated[str | None, typer.Option(help="Widths for activations; 16 is float.")] = None,
+    target: Annotated[Target, typer.Option(help="Use widths that this runs fast.")] = Target.storage,
+    profile: Annotated[Path | None, typer.Option(help="Times of layers, from hq-plugin profile.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a model saved there before.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -104,10 +116,8 @@ def quantize(
 
     with _errors(debug):
         _check_out(out, overwrite)
-        options: dict[str, Any] = {"effort": effort.value, "seed": seed}
-        for name, text in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-            if text is not None:
-                options[name] = _widths(name, text)
+        options: dict[str, Any] = {"effort": effort.value, "seed": seed, "target": target.value, "profile": profile}
+        options |= _width_options(weight_bits, activation_bits)
         float_model = _load_model(model, model_arg or [], checkpoint, pretrained)
         batches = None if data is None else _load_data(data, float_model, test=False)
         packed = hq_plugin.quantize(float_model, budget, batches, **options)
@@ -121,8 +131,71 @@ def quantize(
 
 
 @app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help=_MODEL)],
+    out: Annotated[Path, typer.Option(help="The file, JSON.")],
+    data: Annotated[str | None, typer.Option(help=_DATA)] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="An argument for the model, such as num_classes=10; repeatable.")
+    ] = None,
+    target: Annotated[Target, typer.Option(help="What to measure.")] = Target.torch,
+    batch: Annotated[int, typer.Option(help="Samples of a forward.")] = 1,
+    weight_bits: Annotated[str | None, typer.Option(help="Widths for weights, such as 2,3,4,8.")] = None,
+    activation_bits: Annotated[str | None, typer.Option(help="Widths for activations; 16 is float.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Measure how long each layer takes at each width on this machine, for budgets such as 8ms.
+
+    Example: hq-plugin profile resnet18 --target onnxruntime --out laptop.json
+    """
+    import hq_plugin
+
+    with _errors(debug):
+        options = {"target": target.value, **_width_options(weight_bits, activation_bits)}
+        float_model = _load_model(model, model_arg or [], None, False)
+        batches = None if data is None else _load_data(data, float_model, test=False)
+        measured = hq_plugin.profile(float_model, batches, batch=batch, **options)
+        measured.save(out)
+        rows = [
+            (name, *(f"{key}: {ms:.3f}" for key, ms in times.items())) for name, times in measured.layers.items()
+        ]
+        for row in rows:
+            print("  ".join(row))
+        print(f"{measured.machine}; {measured.rest:.3f} ms of the model are no layer's; saved to {out}")
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="A saved model.")],
+    out: Annotated[Path, typer.Option(help="The ONNX file.")],
+    model: Annotated[
+        str | None, typer.Option(help=f"{_MODEL} Not needed for timm and Hugging Face models.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"Gives the example inputs. {_DATA}")] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="An argument for the model, such as num_classes=10; repeatable.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a saved model as an ONNX file for ONNX Runtime.
+
+    Example: hq-plugin export small --out small.onnx
+    """
+    import hq_plugin
+
+    with _errors(debug):
+        loaded, inputs = _load_saved(directory, model, model_arg or [], data)
+        print(hq_plugin.export(loaded, out, None if inputs is None else inputs))
+
+
+@app.command()
 def inspect(
     directory: Annotated[Path, typer.Argument(help="A directory that quantize or hq_plugin.save wrote.")],
+    kernels: Annotated[bool, typer.Option(help="Measure which kernel each layer runs fastest on, here.")] = False,
+    model: Annotated[
+        str | None, typer.Option(help=f"For --kernels. {_MODEL} Not needed for timm and Hugging Face models.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help=f"For --kernels: example inputs. {_DATA}")] = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -131,6 +204,9 @@ def inspect(
 
     with _errors(debug):
         info = read_info(directory)
+        if kernels:
+            _print_kernels(*_load_saved(directory, model, [], data))
+            return
     if as_json:
         sites = [{**dataclasses.asdict(site), "bits": str(site.bits)} for site in info.sites]
         print(json.dumps({"sites": sites, "architecture": info.architecture, "file_bytes": info.file_bytes}))
@@ -310,6 +386,41 @@ def _load_data(reference: str, model: Any, *, test: bool) -> Any:
     if "y" in found and len(found["y"]) != len(found["x"]):
         raise DataError(f"{path} has {len(found['x'])} inputs in x, but {len(found['y'])} labels in y.")
     return TensorDataset(found["x"].float(), *(labels.long() for name, labels in found.items() if name == "y"))
+
+
+def _load_saved(directory: Path, model: str | None, arguments: list[str], data: str | None) -> tuple[Any, Any]:
+    """Returns a saved model, and example inputs for it as a tuple or dict, or None."""
+    import hq_plugin
+    from hq_plugin import adapters
+    from hq_plugin.data import prepare_data
+
+    skeleton = None if model is None else _load_model(model, arguments, None, False)
+    loaded = hq_plugin.load(directory, skeleton)
+    if data is not None:
+        batch = prepare_data(_load_data(data, loaded, test=True), loaded, hq_plugin.Config().filled()).holdout[0]
+        return loaded, batch.kwargs or batch.args
+    adapter = adapters.find(loaded)
+    if adapter is None:
+        raise ConfigError("Example inputs are needed: give --data.")
+    args, kwargs = adapter.example_inputs(loaded)
+    return loaded, kwargs or args
+
+
+def _print_kernels(loaded: Any, inputs: Any) -> None:
+    from hq_plugin.kernels import REFERENCE, choose_kernels, machine
+
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+    rows = [
+        (name, choice.kernel, f"{choice.milliseconds[choice.kernel]:.3f}", f"{choice.milliseconds[REFERENCE]:.3f}")
+        for name, choice in choose_kernels(loaded, *args, **kwargs).items()
+    ]
+    _print_table(("layer", "kernel", "ms", f"ms {REFERENCE}"), rows)
+    print(machine())
+
+
+def _width_options(weight_bits: str | None, activation_bits: str | None) -> dict[str, Any]:
+    given = (("weight_bits", weight_bits), ("activation_bits", activation_bits))
+    return {name: _widths(name, text) for name, text in given if text is not None}
 
 
 def _print_result(result: Any) -> None:

@@ -120,6 +120,8 @@ class Config:
         processor: Tokenizer or image processor, where `data` is text or pictures.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
             `hq_plugin.data` do not fit.
+        profile: Times of layers on a machine, where a budget limits latency: a `hq_plugin.profiles.Profile` or
+            the path of one. None measures this machine.
         progress: Progress bars on stderr; None shows them on a terminal.
     """
 
@@ -156,6 +158,7 @@ class Config:
     sequence_length: int | None = None
     processor: Any = None
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
+    profile: Any = None
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -256,7 +259,13 @@ class Config:
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON values; functions are written as their names."""
         data = asdict(
-            replace(self, prepare_batch=None, processor=None, loss="auto" if callable(self.loss) else self.loss)
+            replace(
+                self,
+                prepare_batch=None,
+                processor=None,
+                profile=None,
+                loss="auto" if callable(self.loss) else self.loss,
+            )
         )
         data["prepare_batch"] = _name_of(self.prepare_batch)
         data["loss"] = _name_of(self.loss)
@@ -267,7 +276,7 @@ class Config:
     def from_json(cls, data: Mapping[str, Any]) -> Config:
         """Reads what `to_json` wrote. Functions are not restored: pass them again as options."""
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
-        values["prepare_batch"] = values["processor"] = None
+        values["prepare_batch"] = values["processor"] = values["profile"] = None
         if values.get("loss") not in ("auto", "kl", "mse"):
             values["loss"] = "auto"
         pinned = values.get("pinned")

@@ -23,6 +23,11 @@ from hq_plugin.space import Genome, SearchSpace
 
 Table = NDArray[np.float64]
 
+#: Picojoules at 45 nm (M. Horowitz, "Computing's energy problem", ISSCC 2014, figure 1.1.9): an 8-bit integer
+#: multiplication, a 32-bit integer addition, and reading one bit from DRAM (1.3 nJ and more for 64 bits).
+#: A multiplication is taken to grow with the product of its widths.
+ENERGY = {"multiply_8bit": 0.2, "add_32bit": 0.1, "dram_bit": 20.0}
+
 
 @dataclass(frozen=True)
 class Resource:
@@ -69,6 +74,8 @@ class CostTable:
         activation_bytes: Steps and zero points of quantized inputs.
         bitops: Multiply-accumulates × weight bits × activation bits of one sample; an input that stays
             float counts as 16 bits.
+        energy: Microjoules of one sample: multiplications, additions, and each weight read once.
+        latency: Milliseconds of one forward, once a profile is known; `latency_rest` is what no width changes.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -81,6 +88,9 @@ class CostTable:
         self.weight_bytes = np.full(shape, np.inf)
         self.activation_bytes = np.full(shape, np.inf)
         self.bitops = np.full(shape, np.inf)
+        self.energy = np.full(shape, np.inf)
+        self.latency: Table | None = None
+        self.latency_rest = 0.0
         for g, group in enumerate(space.groups):
             for w in range(len(group.weight_bits)):
                 for a in range(len(group.activation_bits)):
@@ -90,6 +100,12 @@ class CostTable:
                         ACTIVATION_QPARAM_BYTES for _, bits in chosen if bits.activation != FLOAT_BITS
                     )
                     self.bitops[g, w, a] = sum(site.macs * bits.weight * bits.activation for site, bits in chosen)
+                    macs = sum(site.macs for site, _ in chosen)
+                    self.energy[g, w, a] = 1e-6 * (
+                        ENERGY["multiply_8bit"] * self.bitops[g, w, a] / 64
+                        + ENERGY["add_32bit"] * macs
+                        + ENERGY["dram_bit"] * 8 * self.weight_bytes[g, w, a]
+                    )
 
     @staticmethod
     def site_bytes(site: Site, bits: LayerBits) -> int:
@@ -105,6 +121,8 @@ class CostTable:
             weight_bits=weight_bytes * 8 / self.space.table.weights,
             size=round(size),
             bitops=float(self.bitops[at].sum()),
+            energy_uj=float(self.energy[at].sum()),
+            latency_ms=None if self.latency is None else float(self.latency[at].sum()) + self.latency_rest,
         )
 
     def layers(self, policy: HybridPolicy) -> list[LayerReport]:
@@ -142,6 +160,13 @@ class CostTable:
             resources.append(Resource(name, cost, size - rest, rest))
         if budget.bitops is not None:
             resources.append(Resource("bitops", self.bitops, budget.bitops))
+        if budget.energy_uj is not None:
+            resources.append(Resource("energy_uj", self.energy, budget.energy_uj))
+        if budget.latency_ms is not None:
+            if self.latency is None:
+                raise BudgetError(f"Budget {budget} needs a profile of a machine: see hq_plugin.profiles.")
+            rest = self.latency_rest
+            resources.append(Resource("latency_ms", self.latency, budget.latency_ms - rest, rest))
         for resource in resources:
             smallest = float(resource.cost.min(axis=(1, 2)).sum())
             if smallest > resource.capacity:
@@ -156,11 +181,22 @@ class CostTable:
         elif resource.name == "bitops":
             what = f"{format_count(smallest)}BitOps"
             ask = f"Budget(bitops={np.ceil(smallest):.0f})"
+        elif resource.name == "energy_uj":
+            what, ask = f"{smallest:.4g} microjoules", f"Budget(energy_uj={smallest * 1.01:.4g})"
+        elif resource.name == "latency_ms":
+            total = smallest + resource.base
+            what = f"{total:.3g} ms ({resource.base:.3g} of them in what stays float)"
+            ask = f'"{total * 1.02:.3g}ms"'
         else:
             total = smallest + resource.base
             stays = f"{format_bytes(resource.base)} of them stay float"
             what = f"{format_bytes(total)} ({total / table.float_bytes:.1%} of the float model; {stays})"
             ask = f'"{np.ceil(total):.0f}B"'
+        if resource.name == "latency_ms":
+            return (
+                f"Budget {budget} cannot be met: the fastest policy of this search space takes {what}. Ask for "
+                f"{ask}, or choose another target."
+            )
         lower = [f"{min(self.space.weight_bits) - 1}-bit weights"] if min(self.space.weight_bits) > 1 else []
         if resource.name == "bitops" and min(self.space.activation_bits) > 2:
             lower.append(f"activations below {min(self.space.activation_bits)} bits (activation_bits=...)")

@@ -20,11 +20,15 @@ class Costs:
         weight_bits: Mean effective bits a weight over all sites, steps and zero points counted.
         size: Bytes of the whole model on disk, what stays float counted.
         bitops: Multiply-accumulates × weight bits × activation bits of one sample.
+        energy_uj: Microjoules of one sample, by `hq_plugin.cost.ENERGY`.
+        latency_ms: Milliseconds of one forward, where a profile is known.
     """
 
     weight_bits: float
     size: int
     bitops: float
+    energy_uj: float = 0.0
+    latency_ms: float | None = None
 
 
 @dataclass(frozen=True)

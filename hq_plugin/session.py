@@ -21,13 +21,15 @@ from hq_plugin import adapters, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
-from hq_plugin.cost import CostTable, Table
+from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function
 from hq_plugin.finetune import finetune_network, float_network, generated_network
+from hq_plugin.kernels import choose_kernels
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.profiles import first_samples, with_latency
 from hq_plugin.result import Baseline, Costs, Result, versions
 from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
@@ -123,6 +125,8 @@ class Session:
         teacher = hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
+        if budget is not None:
+            with_latency(costs, budget, teacher, data.holdout[0].to(_device(teacher)), config)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
         moments: dict[str, Moments] = {}
@@ -133,6 +137,7 @@ class Session:
         importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config)
+        session.costs = costs
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
@@ -156,8 +161,7 @@ class Session:
         Raises:
             BudgetError: The budget cannot be read or met.
         """
-        budget = Budget.parse(budget)
-        resources = self.costs.resources(budget)
+        resources = self._resources(budget)
         began = time.perf_counter()
         with evaluating(self.network):
             samples = self.scorer.samples
@@ -186,6 +190,13 @@ class Session:
                 "search_overhead": found.seconds - found.scoring_seconds,
             },
         )
+
+    def _resources(self, budget: str | Budget) -> list[Resource]:
+        """Turns a budget into limits; measures the machine first, where latency is limited."""
+        budget = Budget.parse(budget)
+        batch = self.data.holdout[0].to(_device(self.teacher))
+        with_latency(self.costs, budget, self.teacher, batch, self.config)
+        return self.costs.resources(budget)
 
     def _rerank(self, leaders: Sequence[Scored], seeds: Mapping[str, list[Genome]]) -> dict[str, Baseline]:
         """Measures the leaders and the baselines on all held-out data; keeps the best of each kind."""
@@ -219,7 +230,7 @@ class Session:
         Raises:
             BudgetError: The budget cannot be read or met.
         """
-        resources = self.costs.resources(Budget.parse(budget))
+        resources = self._resources(budget)
         planned = dynamic_programming(monotone(self.sensitivities), resources)
         policies = {"dynamic_programming": self.space.policy(planned)}
         uniform = best_uniform(self.space, self.costs, resources)
@@ -310,6 +321,10 @@ class Session:
         tuned = time.perf_counter()
         # accelerate may have trained on another device than the one that the model came from.
         packed = torch_ao.convert(network).to(self.device)
+        if config.target == "torch" or (config.target == "storage" and budget is not None and budget.latency_ms):
+            batch = self.data.holdout[0].to(self.device)
+            batch = first_samples(batch, budget.batch if budget is not None and budget.latency_ms else batch.size)
+            choose_kernels(packed, *batch.args, **batch.kwargs)
         seconds = {
             **self.seconds,
             **found.seconds,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from sklearn.datasets import load_digits
@@ -61,3 +63,11 @@ def trained(batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
 def tiny() -> nn.Module:
     torch.manual_seed(0)
     return TinyNet().eval()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests keep their measurements of kernels to themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HQ_PLUGIN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -44,6 +44,31 @@ def test_inspect(saved: Path) -> None:
     assert [site["name"] for site in data["sites"]] == ["stem", "depthwise", "pointwise", "head"]
 
 
+def test_profile_and_a_budget_of_latency(tmp_path: Path) -> None:
+    widths = ["--weight-bits", "4,8", "--activation-bits", "8"]
+    result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths)
+    assert result.exit_code == 0, result.output
+    assert len(hq.Profile.load(tmp_path / "p.json").layers) == 4
+    arguments = ["--data", DATA, "--effort", "smoke", "--profile", tmp_path / "p.json", "--out", tmp_path / "small"]
+    result = call("quantize", MODEL, "1000s", *arguments, "--target", "torch", *widths)
+    assert result.exit_code == 0, result.output
+
+
+def test_export_and_kernels_of_a_saved_model(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = call("export", saved, "--out", tmp_path / "m.onnx", "--model", MODEL, "--data", DATA)
+    assert result.exit_code == 0, result.output
+    assert all(f"{name}: " in result.stdout for name in ("stem", "depthwise", "pointwise", "head"))
+    assert (tmp_path / "m.onnx").stat().st_size > 1000
+    monkeypatch.setenv("HQ_PLUGIN_CACHE", str(tmp_path))
+    result = call("inspect", saved, "--kernels", "--model", MODEL, "--data", DATA)
+    assert result.exit_code == 0, result.output
+    assert "int8" in result.stdout or "dequantized" in result.stdout
+    assert (tmp_path / "kernels.json").exists()
+    result = call("export", saved, "--out", tmp_path / "m.onnx", "--model", MODEL)
+    assert result.exit_code == 2
+    assert "--data" in result.stderr
+
+
 def test_evaluate_agrees_with_the_model(saved: Path) -> None:
     result = call("evaluate", saved, "--model", MODEL, "--data", DATA, "--json")
     assert result.exit_code == 0, result.output

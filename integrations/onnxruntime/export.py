@@ -119,22 +119,37 @@ def export(
     )
     if causal and cache is not False:
         kwargs, shapes = causal_inputs(model)
-        prepared, args = CausalForward(prepared), ()
+        written = _improved(_translated(CausalForward(prepared), (), kwargs, shapes))
     else:
         args, kwargs = _inputs(model, example_inputs)
-        shapes = _dynamic(args, kwargs)
-        config: Any = getattr(prepared, "config", None)
-        if hasattr(config, "use_cache"):
-            config.use_cache = False  # the copy's: a cache is not a tensor
-    written = _translated(prepared, args, kwargs, shapes)
+        written = _improved(_translated(_without_cache(prepared), args, kwargs, _dynamic(args, kwargs)))
+    target = Path(path).expanduser()
+    _write(written, target)
+    return Exported(target, target.stat().st_size, layers)
+
+
+def to_onnx(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, accuracy_level: int
+) -> onnx.ModelProto:
+    """Returns a packed model, for inputs of these sizes alone, without a cache."""
+    prepared = _without_cache(_exported_form(model, accuracy_level))
+    return _improved(_translated(prepared, args, kwargs, None))
+
+
+def _without_cache(model: nn.Module) -> nn.Module:
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "use_cache"):
+        config.use_cache = False  # the copy's: a cache is not a tensor
+    return model
+
+
+def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
     graph.strip(written)
     graph.fold_affine(written)
     graph.quantize_before_clip(written)
     graph.integer_convolutions(written)
     graph.narrow_integers(written)
-    target = Path(path).expanduser()
-    _write(written, target)
-    return Exported(target, target.stat().st_size, layers)
+    return written
 
 
 def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:

@@ -1,0 +1,329 @@
+"""How long each layer takes at each width on a machine, measured once: latency as a cost like any other.
+
+Each distinct layer is timed alone at each of its widths. Their sum is not yet the time of the model: what stays
+float comes on top, and a runtime fuses layers. Both are taken from the whole model, timed at its widest and at its
+narrowest policy.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import torch_ao
+from hq_plugin.budget import Budget
+from hq_plugin.config import Config
+from hq_plugin.cost import CostTable, Table
+from hq_plugin.data import Batch
+from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
+from hq_plugin.kernels import choose_kernels, machine, measure, median_milliseconds
+from hq_plugin.nn import PackedModule
+from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.progress import progress
+from hq_plugin.quantization import weight_range, weight_rows
+from hq_plugin.result import versions
+from hq_plugin.sites import Site
+from hq_plugin.space import SearchSpace
+from hq_plugin.storage import write_text
+
+FORMAT, VERSION = "hq_plugin profile", 1
+#: The slope of the model's time over the sum of its layers' is believed within these bounds.
+_SLOPE = (0.25, 4.0)
+#: Sums of the widest and the narrowest policy must differ by this factor to tell a slope.
+_DIFFERENT = 1.15
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Times of the layers of a model on a machine.
+
+    Attributes:
+        target: `"torch"` or `"onnxruntime"`.
+        batch: Samples of a forward.
+        machine: Processor, threads and version of torch.
+        date: When it was measured, ISO 8601.
+        versions: Versions of the libraries.
+        rest: Milliseconds of the model that no width changes.
+        slope: Milliseconds of the model for each millisecond of its layers alone.
+        layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width.
+    """
+
+    target: str
+    batch: int
+    machine: str
+    date: str
+    versions: dict[str, str]
+    rest: float
+    slope: float
+    layers: dict[str, dict[str, float]]
+
+    def table(self, space: SearchSpace) -> Table:
+        """Returns milliseconds, `[groups, weight widths, activation widths]`.
+
+        A narrower width never counts more than a wider one: where it is slower, the wider one counts as much.
+
+        Raises:
+            ConfigError: The profile lacks a layer or a width of the space.
+        """
+        shape = (len(space.groups), *(int(size) + 1 for size in space.top.max(axis=0)))
+        times = np.full(shape, np.inf)
+        for g, group in enumerate(space.groups):
+            for w in range(len(group.weight_bits)):
+                for a in range(len(group.activation_bits)):
+                    times[g, w, a] = sum(self._time(site, group.bits(site, w, a)) for site in group.sites)
+        finite = np.where(np.isfinite(times), times, 0.0)
+        for axis in (1, 2):
+            finite = np.maximum.accumulate(finite, axis=axis)
+        return np.where(np.isfinite(times), self.slope * finite, np.inf)
+
+    def _time(self, site: Site, bits: LayerBits) -> float:
+        try:
+            return self.layers[signature(site)][width(bits)]
+        except KeyError:
+            raise ConfigError(
+                f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "
+                "widths: hq-plugin profile."
+            ) from None
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the profile as JSON; the file appears whole or not at all."""
+        target = Path(path).expanduser()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_text(target, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1))
+        return target
+
+    @classmethod
+    def load(cls, path: str | Path) -> Profile:
+        """Reads what `save` wrote.
+
+        Raises:
+            ArtifactError: The file is missing, damaged, or of a newer version.
+        """
+        source = Path(path).expanduser()
+        try:
+            data = json.loads(source.read_text())
+            if data["format"] != FORMAT or not 1 <= int(data["version"]) <= VERSION:
+                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+            made = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+            numbers = [made.rest, made.slope, *(ms for times in made.layers.values() for ms in times.values())]
+            if not all(isinstance(number, (int, float)) and 0 <= number < np.inf for number in numbers):
+                raise ValueError("a time is not a positive number")
+        except OSError as error:
+            raise ArtifactError(f"{source} cannot be read: {error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ArtifactError(f"{source} is not a profile that this hq_plugin reads: {error!r}") from error
+        return made
+
+    def warn_if_foreign(self) -> None:
+        """Warns where the profile is of another machine or of other versions than these."""
+        here = machine()
+        different = [f"machine ({self.machine}; this is {here})"] if self.machine != here else []
+        different += [
+            f"{name} {then} (now {versions().get(name)})"
+            for name, then in self.versions.items()
+            if versions().get(name) != then
+        ]
+        if different:
+            warnings.warn(
+                f"The profile of {self.date} is of another {', '.join(different)}. Times may differ; measure here "
+                "with hq-plugin profile, or ignore this if the model is for that machine.",
+                HQWarning,
+                stacklevel=3,
+            )
+
+
+def signature(site: Site) -> str:
+    """Returns what tells layers of different speed apart."""
+    return f"{site.type_name} {list(site.weight_shape)} macs={site.macs} inputs={site.input_numel}"
+
+
+def width(bits: LayerBits) -> str:
+    """Returns the key of a layer's widths."""
+    return f"{bits.weight},{bits.activation}" + (f",{bits.group_size}" if bits.group_size else "")
+
+
+@torch.no_grad()
+def measure_profile(
+    teacher: nn.Module, space: SearchSpace, batch: Batch, samples: int, target: str, show: bool | None = None
+) -> Profile:
+    """Measures a model on this machine.
+
+    Args:
+        teacher: The float model, in eval mode.
+        space: Gives the layers and their widths.
+        batch: Inputs; the first `samples` of them are run.
+        samples: Samples of a forward.
+        target: `"torch"` (also for `"storage"`) or `"onnxruntime"`.
+        show: Whether to show progress; None does on a terminal.
+
+    Raises:
+        ExportError: The target is ONNX Runtime, and the model cannot be exported.
+    """
+    layer_time, model_time = _timers(target)
+    part = first_samples(batch, samples)
+    inputs = _inputs(teacher, space, part)
+    layers: dict[str, dict[str, float]] = {}
+    with progress(show) as bars:
+        task = bars.task("profile", len(space.table))
+        for group in space.groups:
+            for site in group.sites:
+                times = layers.setdefault(signature(site), {})
+                for w in range(len(group.weight_bits)):
+                    for a in range(len(group.activation_bits)):
+                        bits = group.bits(site, w, a)
+                        if width(bits) not in times:
+                            x = inputs.get(site.name)
+                            module = teacher.get_submodule(site.name)
+                            times[width(bits)] = 0.0 if x is None else layer_time(random_layer(module, bits), x)
+                task.advance()
+    made = Profile(
+        "onnxruntime" if target == "onnxruntime" else "torch",
+        samples,
+        machine(),
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions(),
+        0.0,
+        1.0,
+        layers,
+    )
+    sums, totals = [], []
+    times_of = made.table(space)
+    for genome in (space.top, np.zeros_like(space.top)):
+        sums.append(float(times_of[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()))
+        policy = space.policy(genome)
+        packed = torch_ao.convert(torch_ao.prepare(teacher, policy, whole_zero_points=True))
+        totals.append(model_time(packed, part))
+    slope, rest = _line(sums, totals)
+    return Profile(**{**vars(made), "rest": rest, "slope": slope})
+
+
+def _line(sums: list[float], totals: list[float]) -> tuple[float, float]:
+    """Returns slope and rest of the model's time over the sum of its layers'."""
+    slope = 1.0
+    if max(sums) > _DIFFERENT * min(sums):
+        slope = min(max((totals[0] - totals[1]) / (sums[0] - sums[1]), _SLOPE[0]), _SLOPE[1])
+    rest = max(float(np.mean([total - slope * part for total, part in zip(totals, sums, strict=True)])), 0.0)
+    if rest == 0.0:
+        slope = sum(totals) / max(sum(sums), 1e-9)
+    return slope, rest
+
+
+def with_latency(
+    costs: CostTable, budget: Budget, teacher: nn.Module, batch: Batch, config: Config
+) -> Profile | None:
+    """Gives a cost table the latency of its choices, where a budget limits it.
+
+    The profile is the one of the configuration, or is measured now.
+
+    Args:
+        costs: Changed in place.
+        budget: A budget.
+        teacher: The float model, in eval mode.
+        batch: Inputs to measure on.
+        config: Gives `profile`, `target` and `progress`.
+
+    Returns:
+        The profile, or None where no latency is limited.
+    """
+    if budget.latency_ms is None:
+        return None
+    given = config.profile
+    if given is None:
+        profile = measure_profile(teacher, costs.space, batch, budget.batch, config.target, config.progress)
+    else:
+        profile = given if isinstance(given, Profile) else Profile.load(given)
+        profile.warn_if_foreign()
+        if profile.batch != budget.batch:
+            raise ConfigError(
+                f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
+                "for that, or give Budget(latency_ms=..., batch=...)."
+            )
+    costs.latency, costs.latency_rest = profile.table(costs.space), profile.rest
+    return profile
+
+
+LayerTimer = Callable[[PackedModule, Tensor], float]
+ModelTimer = Callable[[nn.Module, Batch], float]
+
+
+def _timers(target: str) -> tuple[LayerTimer, ModelTimer]:
+    if target == "onnxruntime":
+        from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
+
+        return layer_milliseconds, model_milliseconds
+    return _torch_layer, _torch_model
+
+
+def _torch_layer(layer: PackedModule, x: Tensor) -> float:
+    return min(measure(layer, x).milliseconds.values())
+
+
+def _torch_model(model: nn.Module, batch: Batch) -> float:
+    choose_kernels(model, *batch.args, **batch.kwargs)
+    return median_milliseconds(lambda: batch.run(model))
+
+
+def random_layer(module: nn.Module, bits: LayerBits) -> PackedModule:
+    """Returns a packed layer of a float layer's shape with random integers, to be timed."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    low, high = weight_range(bits.weight)
+    integers = torch.randint(low, high + 1, weight.shape, dtype=torch.int8, device=weight.device)
+    rows = weight_rows(weight, bits.group_size).shape[0]
+    offset = 0.5 if bits.weight <= 2 else 0.0  # a whole zero point, as fast kernels have
+    zero = torch.full((rows,), offset, device=weight.device) if bits.group_size else None
+    quantized = bits.activation != FLOAT_BITS
+    return PackedModule.from_integers(
+        module,
+        integers,
+        torch.full((rows,), 0.01, device=weight.device),
+        bits,
+        torch.tensor(0.05) if quantized else None,
+        torch.tensor(2 ** (bits.activation - 1)) if quantized else None,
+        zero=zero,
+    )
+
+
+def first_samples(batch: Batch, samples: int) -> Batch:
+    """Returns the first samples of a batch, repeated where it has fewer."""
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch.size:
+            return value
+        index = torch.arange(samples, device=value.device) % batch.size
+        return value[index]
+
+    kwargs: Mapping[str, Any] = {name: of(value) for name, value in batch.kwargs.items()}
+    return Batch(tuple(of(value) for value in batch.args), dict(kwargs), None, samples)
+
+
+def _inputs(teacher: nn.Module, space: SearchSpace, batch: Batch) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(value, Tensor):
+                inputs.setdefault(name, value.detach())
+
+        return see
+
+    handles = [
+        teacher.get_submodule(site.name).register_forward_pre_hook(hook(site.name), with_kwargs=True)
+        for site in space.table
+    ]
+    try:
+        batch.run(teacher)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs

@@ -1,0 +1,54 @@
+"""How long a layer and a model take in ONNX Runtime, for profiles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from hq_plugin.data import Batch
+from hq_plugin.integrations.onnxruntime.export import to_onnx
+from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
+from hq_plugin.kernels import median_milliseconds
+from hq_plugin.nn import PackedModule
+
+#: Times by what decides them: a layer's shape and settings, its operator, the width of its integers, its input.
+_known: dict[tuple[Any, ...], float] = {}
+
+
+def layer_milliseconds(layer: PackedModule, x: Tensor) -> float:
+    """Times a packed layer alone."""
+    operator, width = form(exported_layer(layer, 4))
+    # Integers of 4 bits are widened once on loading, except in MatMulNBits.
+    runs = width if operator == "MatMulNBits" else 8
+    settings = super(PackedModule, layer).extra_repr()
+    key = (
+        type(layer).__name__,
+        settings,
+        operator,
+        runs,
+        layer.bits.activation,
+        layer.bits.group_size,
+        tuple(x.shape),
+    )
+    if key not in _known:
+        _known[key] = _milliseconds(nn.Sequential(layer), (x,), {})
+    return _known[key]
+
+
+def model_milliseconds(model: nn.Module, batch: Batch) -> float:
+    """Times a packed model on a batch."""
+    return _milliseconds(model, batch.args, batch.kwargs)
+
+
+def _milliseconds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    content = to_onnx(model, args, kwargs, accuracy_level=4)
+    session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+    feed = {entry.name: np.asarray(value) for entry, value in zip(session.get_inputs(), values, strict=True)}
+    return median_milliseconds(lambda: session.run(None, feed))

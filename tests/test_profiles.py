@@ -1,0 +1,165 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import hq_plugin as hq
+from hq_plugin import ArtifactError, Budget, BudgetError, ConfigError, HQWarning, Profile
+from hq_plugin.data import Batch, prepare_data
+from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
+from hq_plugin.kernels import kernel_of
+from hq_plugin.nn import packed_modules
+from hq_plugin.policy import LayerBits
+from hq_plugin.profiles import first_samples, random_layer, signature, width
+from hq_plugin.session import search_space
+from hq_plugin.sites import find_sites
+from tests.conftest import TinyNet
+
+
+@pytest.fixture
+def options() -> dict[str, object]:
+    return {"effort": "smoke", "progress": False, "weight_bits": (2, 4, 8), "activation_bits": (8, 16)}
+
+
+@pytest.fixture
+def made(trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]) -> Profile:
+    return hq.profile(trained, batches, batch=4, target="torch", **options)
+
+
+def slow_and_fast(profile: Profile) -> Profile:
+    """A profile whose times are 1 ms for each bit of weight and activation."""
+    layers = {
+        name: {key: float(sum(map(int, key.split(",")[:2]))) for key in times}
+        for name, times in profile.layers.items()
+    }
+    return Profile(**{**vars(profile), "layers": layers, "rest": 5.0, "slope": 2.0})
+
+
+def test_every_layer_and_width_is_measured(made: Profile) -> None:
+    assert len(made.layers) == 4
+    assert all(set(times) == {f"{w},{a}" for w in (2, 4, 8) for a in (8, 16)} for times in made.layers.values())
+    assert all(ms > 0 for times in made.layers.values() for ms in times.values())
+    assert (made.batch, made.target) == (4, "torch")
+
+
+def test_a_profile_is_saved_and_read(made: Profile, tmp_path: Path) -> None:
+    assert Profile.load(made.save(tmp_path / "folder" / "p.json")) == made
+
+
+def test_latency_is_a_budget_that_is_kept(
+    made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
+) -> None:
+    profile = slow_and_fast(made)
+    # 4 layers of 2+8 bits cost 10 each: 2 * 40 + 5 at least, 2 * 96 + 5 at most.
+    budget = Budget(latency_ms=125, batch=4)
+    small = hq.quantize(trained, budget, batches, profile=profile, **options)  # type: ignore[arg-type]
+    result: hq.Result = small.hq  # type: ignore[assignment]
+    spent = 2 * sum(bits.weight + bits.activation for bits in result.policy.values()) + 5
+    assert result.costs.latency_ms == spent <= 125
+    assert result.used == {"latency_ms": pytest.approx(spent / 125)}
+    assert spent >= 0.97 * 125
+    # The model runs on the kernels that were promised.
+    kernels = {kernel_of(layer) for layer in packed_modules(small).values()}
+    assert kernels <= {"dequantized", "int8", "bfloat16", "int4", "int8_weight"}
+    with pytest.raises(BudgetError, match=r'takes 85 ms \(5 of them in what stays float\). Ask for "86.7ms"'):
+        hq.quantize(trained, Budget(latency_ms=80, batch=4), batches, profile=profile, **options)  # type: ignore[arg-type]
+
+
+def test_without_a_profile_this_machine_is_measured(
+    trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
+) -> None:
+    small = hq.quantize(trained, "1000s", batches, target="torch", **options)
+    assert 0 < small.hq.costs.latency_ms < 1e6  # type: ignore[union-attr]
+
+
+def test_a_wider_width_never_counts_less(
+    made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]]
+) -> None:
+    layers = {name: {**times, "2,8": 100.0} for name, times in made.layers.items()}
+    profile = Profile(**{**vars(made), "layers": layers, "slope": 1.0})
+    config = hq.Config(weight_bits=(2, 4, 8), activation_bits=(8, 16)).filled()
+    space = search_space(trained, prepare_data(batches, trained, config), config)
+    table = profile.table(space)
+    assert np.all(np.diff(table, axis=1) >= 0)
+    assert np.all(np.diff(table, axis=2) >= 0)
+    assert np.all(table >= 100)
+
+
+def test_a_profile_of_something_else(
+    made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
+) -> None:
+    foreign = Profile(**{**vars(slow_and_fast(made)), "machine": "another", "versions": {"torch": "1.0"}})
+    with pytest.warns(HQWarning, match=r"another machine \(another.*torch 1.0 \(now"):
+        hq.quantize(trained, Budget(latency_ms=180, batch=4), batches, profile=foreign, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="4 samples a forward, the budget of 1"):
+        hq.quantize(trained, "180ms", batches, profile=made, **options)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"no time for 'stem' at W3.*hq-plugin profile"):
+        hq.quantize(
+            trained,
+            Budget(latency_ms=180, batch=4),
+            batches,
+            profile=made,
+            **{**options, "weight_bits": (3, 8)},  # type: ignore[arg-type]
+        )
+
+
+def test_a_damaged_file(made: Profile, tmp_path: Path) -> None:
+    good = made.save(tmp_path / "p.json")
+    data = json.loads(good.read_text())
+    layer = next(iter(data["layers"]))
+    for wrong in (
+        "{",
+        "[]",
+        json.dumps({**data, "format": "other"}),
+        json.dumps({**data, "version": 99}),
+        json.dumps({**data, "layers": {layer: {"2,8": "fast"}}}),
+        json.dumps({**data, "layers": {layer: {"2,8": -1}}}),
+        json.dumps({**data, "rest": None}),
+    ):
+        good.write_text(wrong)
+        with pytest.raises(ArtifactError):
+            Profile.load(good)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        Profile.load(tmp_path / "nothing.json")
+
+
+def test_energy_is_a_budget(
+    trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
+) -> None:
+    session = hq.meta_train(trained, batches, **options)  # type: ignore[arg-type]
+    narrow, wide = (session.costs.costs(session.space.top * index).energy_uj for index in (0, 1))
+    # By hand, for all at 8 bits and float inputs, which count as 16.
+    sites = list(session.space.table)
+    picojoules = sum(site.macs * (0.2 * 8 * 16 / 64 + 0.1) for site in sites)
+    picojoules += float(session.costs.weight_bytes[:, -1, -1].sum()) * 8 * 20
+    assert wide == pytest.approx(picojoules * 1e-6)
+    budget = Budget(energy_uj=(narrow + wide) / 2)
+    assert session.search(budget).costs.energy_uj <= (narrow + wide) / 2
+    with pytest.raises(BudgetError, match="microjoules"):
+        session.search(Budget(energy_uj=narrow / 2))
+    assert Budget.parse("50uJ") == Budget(energy_uj=50)
+    assert Budget.parse("8 ms + 3bit") == Budget(weight_bits=3, latency_ms=8)
+    with pytest.raises(BudgetError, match="batch"):
+        Budget(latency_ms=1, batch=0)
+
+
+def test_layers_and_models_are_timed_in_onnxruntime(trained: nn.Module) -> None:
+    x = torch.randn(2, 1, 8, 8)
+    layer = random_layer(trained.get_submodule("stem"), LayerBits(4, 8))
+    assert layer_milliseconds(layer, x) > 0
+    assert layer_milliseconds(layer, x) == layer_milliseconds(layer, x)
+    small = hq.quantize(trained, "5bit", [x], effort="smoke", progress=False)
+    assert model_milliseconds(small, Batch((x,), {}, None, 2)) > 0
+
+
+def test_samples_are_repeated_and_names_tell_layers_apart() -> None:
+    batch = Batch((torch.arange(3).view(3, 1),), {"scale": torch.tensor(2.0)}, None, 3)
+    taken = first_samples(batch, 5)
+    assert taken.args[0].flatten().tolist() == [0, 1, 2, 0, 1]
+    assert taken.kwargs["scale"].dim() == 0
+    sites = list(find_sites(TinyNet().eval(), lambda m: m(torch.randn(2, 1, 8, 8)), 2))
+    assert len({signature(site) for site in sites}) == 4
+    assert (width(LayerBits(3, 8)), width(LayerBits(3, 16, 64))) == ("3,8", "3,16,64")
