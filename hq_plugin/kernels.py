@@ -35,10 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_plugin.errors import HQWarning, KernelError
-from hq_plugin.nn import PackedModule, is_plain, packed_modules
-from hq_plugin.packing import unpack_bits
+from hq_plugin.nn import PackedModule, affine_weight, is_plain, packed_modules
 from hq_plugin.policy import FLOAT_BITS
-from hq_plugin.quantization import load_zero, weight_offset
 from hq_plugin.storage import write_text
 
 #: The kernel that every layer has: its own forward.
@@ -87,10 +85,6 @@ class Bound:
         return None if self.kernel.refuses(layer) else Bound(self.kernel, layer)
 
 
-def _integers(layer: PackedModule) -> Tensor:
-    return unpack_bits(layer.weight_packed, layer.bits.weight, layer.weight_shape)
-
-
 def _not_a_float_linear(layer: PackedModule) -> str | None:
     if not is_plain(layer, nn.Linear):
         return "it is not a plain Linear layer"
@@ -136,11 +130,8 @@ class _Int4(Kernel):
         group = _int4_group(layer)
         assert group is not None
         # The kernel's weight is (integer - 8) * scale + zero; ours (integer [+ 1/2] - zero) * step.
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(_integers(layer).int() + 8, 1)
-        step = layer.weight_step.float().view(rows, -1)
-        offset = torch.full_like(step, weight_offset(layer.bits.weight))
-        if layer.bits.group_size:
-            offset = offset - load_zero(layer.weight_zero, layer.bits.weight).view(rows, -1)
+        integers, step, offset = affine_weight(layer)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
         pairs = torch.stack([step, offset * step], dim=-1)  # [rows, groups, 2]
         pairs = pairs.repeat_interleave(inputs // group // pairs.shape[1], dim=1)
         pairs, bias = pairs.transpose(0, 1).contiguous().bfloat16(), _bias(layer)
@@ -237,11 +228,9 @@ class _Int8(Kernel):
 
 
 def _whole(layer: PackedModule) -> tuple[Tensor, Tensor]:
-    """Returns a weight a channel as int8 integers and float32 steps, without the half step of 1 and 2 bits."""
-    integers, step = _integers(layer), layer.weight_step.float()
-    if weight_offset(layer.bits.weight):
-        return integers * 2 + 1, step / 2
-    return integers, step
+    """Returns a weight of whole channels as int8 integers in its shape and float32 steps."""
+    integers, step, _ = affine_weight(layer)
+    return integers.view(layer.weight_shape), step.view(-1)
 
 
 def _bias(layer: PackedModule) -> Tensor | None:

@@ -22,6 +22,7 @@ from hq_plugin.quantization import (
     fake_quantize_activation,
     load_zero,
     store_zero,
+    weight_offset,
     weight_rows,
 )
 
@@ -227,6 +228,24 @@ PackedLinear = packed_type(nn.Linear)
 PackedConv1d = packed_type(nn.Conv1d)
 PackedConv2d = packed_type(nn.Conv2d)
 PackedEmbedding = packed_type(nn.Embedding)
+
+
+def affine_weight(layer: PackedModule) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns what a packed weight is made of, for other runtimes: `(integer + offset) * step`.
+
+    Returns:
+        Integers, int8 `[rows, inputs]`; steps and offsets, float32 `[rows, groups]`, one group for a whole
+        channel. Offsets of whole channels are 0: at 1 and 2 bits, integers are odd and steps halved instead.
+    """
+    integers = unpack_bits(layer.weight_packed, layer.bits.weight, layer.weight_shape).flatten(1)
+    rows, offset = integers.shape[0], weight_offset(layer.bits.weight)
+    step = layer.weight_step.float().view(rows, -1)
+    if layer.bits.group_size:
+        zero = load_zero(layer.weight_zero, layer.bits.weight).view(rows, -1)
+        return integers, step, offset - zero
+    if offset:
+        return integers * 2 + 1, step / 2, torch.zeros_like(step)
+    return integers, step, torch.zeros_like(step)
 
 
 def is_plain(layer: PackedModule, base: type[nn.Module]) -> bool:

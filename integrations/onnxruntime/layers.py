@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from hq_plugin.nn import PackedModule, adopt, is_plain
-from hq_plugin.packing import unpack_bits
+from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS
-from hq_plugin.quantization import load_zero, weight_offset
 
 #: Version of the default operators that are written by hand.
 OPSET = 21
@@ -72,7 +70,7 @@ class NBitsLinear(nn.Module):
 
     def __init__(self, layer: PackedModule, accuracy_level: int) -> None:
         super().__init__()
-        integers, step, offset = affine(layer)
+        integers, step, offset = affine_weight(layer)
         rows, inputs = integers.shape
         groups = step.shape[1]
         own = inputs // groups
@@ -163,7 +161,7 @@ class IntegerEmbedding(nn.Module):
 
     def __init__(self, layer: PackedModule) -> None:
         super().__init__()
-        integers, step, offset = affine(layer)
+        integers, step, offset = affine_weight(layer)
         self.width = _storage_width(integers)
         self._name = f"weight_int{self.width}"
         self.register_buffer(self._name, integers)
@@ -256,23 +254,6 @@ def _dequantizing_type(float_type: Any) -> type[nn.Module]:
     return type(name, (_Dequantizing, float_type), {"__module__": __name__})
 
 
-def affine(layer: PackedModule) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns what a weight of two dimensions is made of: `(integer + offset) * step`.
-
-    Returns:
-        int8 `[rows, inputs]`; float32 `[rows, groups]` steps and offsets.
-    """
-    integers = unpack_bits(layer.weight_packed, layer.bits.weight, layer.weight_shape).flatten(1)
-    rows = integers.shape[0]
-    step = layer.weight_step.float().view(rows, -1)
-    offset = torch.full_like(step, weight_offset(layer.bits.weight))
-    if layer.bits.group_size:
-        offset = offset - load_zero(layer.weight_zero, layer.bits.weight).view(rows, -1)
-    elif weight_offset(layer.bits.weight):
-        return integers * 2 + 1, step / 2, torch.zeros_like(step)
-    return integers, step, offset
-
-
 def dequantizer(layer: PackedModule, transposed: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
     """Returns a weight as `integers * step + rest`, with one step a channel.
 
@@ -284,7 +265,7 @@ def dequantizer(layer: PackedModule, transposed: bool = False) -> tuple[Tensor, 
         int8 in the weight's shape, float32 `[channels]`, and what is to be added, or None. A weight with groups
         has a row of its own for each: `[rows * groups, group size]`.
     """
-    integers, step, offset = affine(layer)
+    integers, step, offset = affine_weight(layer)
     if step.shape[1] == 1:
         integers = integers if transposed else integers.view(layer.weight_shape)
         rest = offset * step if bool(offset.any()) else None

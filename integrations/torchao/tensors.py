@@ -1,0 +1,76 @@
+"""A packed model with torchao's tensors as its weights: the same integers, steps and zero points."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.quantization import IntxUnpackedToInt8Tensor
+
+from hq_plugin.errors import ModelError
+from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain, packed_modules
+from hq_plugin.policy import FLOAT_BITS
+
+
+def to_torchao(model: nn.Module) -> nn.Module:
+    """Returns a copy whose packed Linear and Embedding layers hold torchao tensors, of equal value.
+
+    Layers of other kinds, and those with quantized inputs, stay packed as they are: torchao has no tensor for
+    static activations of any width.
+
+    Args:
+        model: What `quantize` or `load` returned; it is not changed.
+
+    Raises:
+        ModelError: No layer of the model fits torchao's tensors.
+    """
+    holder = nn.Module()
+    holder.add_module("model", copy.deepcopy(model))
+    made: dict[int, nn.Module] = {}
+    weights: dict[int, nn.Parameter] = {}
+    for layer in packed_modules(holder).values():
+        plain = is_plain(layer, nn.Linear) or is_plain(layer, nn.Embedding)
+        if plain and layer.bits.activation == FLOAT_BITS:
+            weight = weights.setdefault(layer.weight_packed.data_ptr(), _weight(layer))
+            made[id(layer)] = _layer(layer, weight)
+    if not made:
+        raise ModelError(
+            "No layer fits torchao's tensors: they are for Linear and Embedding layers with float inputs. Quantize "
+            "with activation_bits=16."
+        )
+    for parent in list(holder.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in made:
+                parent._modules[name] = made[id(child)]
+    return holder.get_submodule("model")
+
+
+def _weight(layer: PackedModule) -> nn.Parameter:
+    integers, step, offset = affine_weight(layer)
+    # Odd integers of 1 and 2 bits need one bit more.
+    least, most = int(integers.min()), int(integers.max())
+    bits = next(b for b in range(layer.bits.weight, 9) if -(2 ** (b - 1)) <= least and most < 2 ** (b - 1))
+    zero = -offset
+    whole = bool((zero == zero.round()).all()) and bool((zero.abs() < 128).all())
+    tensor = IntxUnpackedToInt8Tensor(
+        qdata=integers,
+        scale=step.to(layer.weight_dtype),
+        zero_point=zero.to(torch.int8) if whole else zero.to(layer.weight_dtype),
+        target_dtype=getattr(torch, f"int{bits}"),
+        block_size=(1, integers.shape[1] // step.shape[1]),
+        dtype=layer.weight_dtype,
+        activation_quantization=None,
+    )
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _layer(layer: PackedModule, weight: nn.Parameter) -> nn.Module:
+    made: Any = adopt(layer, layer._float_type)
+    made._buffers = {
+        name: buffer for name, buffer in layer._buffers.items() if not name.startswith(("weight_", "activation_"))
+    }
+    made.register_parameter("weight", weight)
+    result: nn.Module = made
+    return result
