@@ -36,7 +36,7 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
         return NBitsLinear(layer, accuracy_level)
     if is_plain(layer, nn.Linear) and not layer.bits.group_size:
         return IntegerLinear(layer)
-    if is_plain(layer, nn.Embedding) and layer.padding_idx is None and layer.max_norm is None:
+    if is_plain(layer, nn.Embedding) and layer.max_norm is None:
         return IntegerEmbedding(layer)
     return _dequantizing(layer)
 
