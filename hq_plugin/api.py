@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.profiles import Profile, measure_profile
-from hq_plugin.session import EvalFunction, Session, search_space
-from hq_plugin.sites import hold_parameters
+from hq_plugin.session import EvalFunction, Session, search_space, teacher_of
 from hq_plugin.synthetic import synthetic_data
 
 
@@ -131,10 +129,9 @@ def profile(
     wrapper = adapters.unwrap(model)
     config = _config(wrapper, config, options)
     prepared = _data(wrapper.model, data, config)
-    teacher = copy.deepcopy(wrapper.model).eval().requires_grad_(False)
-    held = hold_parameters(teacher, prepared.holdout[0].run)
-    space = search_space(held, prepared, config)
-    return measure_profile(held, space, prepared.holdout[0], batch, config.target, config.progress)
+    teacher = teacher_of(wrapper.model, prepared)
+    space = search_space(teacher, prepared, config)
+    return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
 
 
 def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **options: Any) -> Any:

@@ -121,8 +121,7 @@ class Session:
             limits_bitops = budget is not None and budget.bitops is not None
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
-        teacher = copy.deepcopy(model).eval().requires_grad_(False)
-        teacher = hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
+        teacher = teacher_of(model, data)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         if budget is not None:
@@ -371,6 +370,15 @@ class Session:
 def _calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
     device = _device(teacher)
     return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
+
+
+def teacher_of(model: nn.Module, data: Data) -> nn.Module:
+    """Returns the frozen copy of a float model that everything is measured against.
+
+    Parameters that are matrices of products are layers of their own in it.
+    """
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    return hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

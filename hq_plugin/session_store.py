@@ -6,7 +6,6 @@ whether it is the same.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.errors import ArtifactError, HQError, ModelError
 from hq_plugin.meta_training import build_network
-from hq_plugin.session import Session, search_space
+from hq_plugin.session import Session, search_space, teacher_of
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
 
 FORMAT, VERSION = "hq_plugin session", 1
@@ -72,14 +71,14 @@ def read_session(
         ModelError: The session is for another model.
     """
     content = read_json(directory, FORMAT, VERSION)
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    if content.get("model") != fingerprint(teacher.state_dict()):
-        raise ModelError(
-            f"{directory} was made from another float model, or from other weights. Load the same checkpoint."
-        )
     tensors = read_tensors(directory, content.get("sha256"))
     try:
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
+        teacher = teacher_of(model, data)
+        if content.get("model") != fingerprint(teacher.state_dict()):
+            raise ModelError(
+                f"{directory} was made from another float model, or from other weights. Load the same checkpoint."
+            )
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
         space = search_space(teacher, data, config)
         network = build_network(teacher, space, data, config)

@@ -147,7 +147,7 @@ def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
     graph.strip(written)
     graph.fold_affine(written)
     graph.quantize_before_clip(written)
-    graph.integer_convolutions(written)
+    graph.integer_products(written)
     graph.narrow_integers(written)
     return written
 

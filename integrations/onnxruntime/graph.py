@@ -146,42 +146,105 @@ def quantize_before_clip(model: onnx.ModelProto) -> None:
             model.graph.node.insert(at, node)
 
 
-def integer_convolutions(model: onnx.ModelProto) -> None:
-    """Computes convolutions in integers whose result stays float, which the runtime does not by itself.
+def integer_products(model: onnx.ModelProto) -> None:
+    """Computes in integers what is a product of matrices and whose result stays float.
 
-    `ConvInteger` and one multiplication by the steps; not for depthwise convolutions, for which it is slow.
+    The runtime does so by itself for some, but not for `Gemm`, which it makes of `MatMul` and `Add`, and not for
+    convolutions of one pixel, which are products over channels: `MatMulInteger` and one multiplication by the
+    steps, which it fuses. Larger convolutions stay: `ConvInteger` was slower than the float one here.
     """
     graph = _Graph(model.graph)
-    for conv, weight in graph.convolutions():
-        x = graph.producers.get(conv.input[0])
-        after = graph.only_reader(conv.output[0])
-        settings = {entry.name: entry for entry in conv.attribute}
-        if x is None or x.op_type != "DequantizeLinear" or (after and after.op_type == "QuantizeLinear"):
+    for node in list(model.graph.node):
+        if node.op_type not in ("Conv", "Gemm", "MatMul"):
             continue
-        if "group" in settings and settings["group"].i != 1:
+        x, weight = (graph.producers.get(name) for name in node.input[:2])
+        if x is None or weight is None or {x.op_type, weight.op_type} != {"DequantizeLinear"}:
             continue
-        step_in, zero, step = (graph.constant(name) for name in (*x.input[1:3], weight.input[1]))
-        bias = graph.constant(conv.input[2]) if len(conv.input) > 2 else np.zeros(1, np.float32)
-        if step_in is None or zero is None or step is None or bias is None or zero.dtype != np.uint8:
+        step_in, zero, step, integers = (
+            graph.constant(name) for name in (*x.input[1:3], weight.input[1], weight.input[0])
+        )
+        bias = graph.constant(node.input[2]) if len(node.input) > 2 else None
+        if any(value is None for value in (step_in, step, integers, zero)) or (
+            bias is None and len(node.input) > 2
+        ):
             continue
-        rank = len(settings["kernel_shape"].ints) if "kernel_shape" in settings else 2
-        shape = (-1, *(1,) * rank)
-        name = conv.output[0]
-        scale = graph.add_constant(f"{name}.scale", (step_in * step).reshape(shape).astype(np.float32))
-        shift = graph.add_constant(f"{name}.shift", bias.reshape(shape).astype(np.float32))
-        integer = helper.make_node("ConvInteger", [x.input[0], weight.input[0], x.input[2]], [f"{name}.integer"])
-        integer.attribute.extend(conv.attribute)
-        nodes = [
-            integer,
-            helper.make_node("Cast", [f"{name}.integer"], [f"{name}.float"], to=TensorProto.FLOAT),
-            helper.make_node("Mul", [f"{name}.float", scale], [f"{name}.scaled"]),
-            helper.make_node("Add", [f"{name}.scaled", shift], [name]),
-        ]
-        at = next(i for i, node in enumerate(model.graph.node) if node == conv)
-        model.graph.node.remove(conv)
-        for node in reversed(nodes):
-            model.graph.node.insert(at, node)
+        assert step_in is not None
+        assert step is not None
+        assert integers is not None
+        if node.op_type == "Conv":
+            after = graph.only_reader(node.output[0])
+            if (after and after.op_type == "QuantizeLinear") or not _is_product(node, integers):
+                continue
+            matrix, order = integers.reshape(integers.shape[:2]).T, [0, *range(2, integers.ndim), 1]
+        elif _settings(node, "transA", 0) or _settings(node, "transB", 0):
+            continue
+        else:
+            matrix, order = integers, []
+        _replace(model.graph, node, _integer_product(graph, node, x, matrix, step_in * step, bias, order))
     _drop_unused(model.graph)
+
+
+def _settings(node: onnx.NodeProto, name: str, default: Any) -> Any:
+    return next((helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default)
+
+
+def _is_product(conv: onnx.NodeProto, integers: NDArray[Any]) -> bool:
+    """Whether a convolution sees one pixel at a time, all channels together."""
+    return (
+        all(size == 1 for size in integers.shape[2:])
+        and _settings(conv, "group", 1) == 1
+        and all(stride == 1 for stride in _settings(conv, "strides", []))
+        and not any(_settings(conv, "pads", []))
+    )
+
+
+def _integer_product(
+    graph: _Graph,
+    node: onnx.NodeProto,
+    x: onnx.NodeProto,
+    matrix: NDArray[Any],
+    step: NDArray[Any],
+    bias: NDArray[Any] | None,
+    order: list[int],
+) -> list[onnx.NodeProto]:
+    """Returns the nodes that compute `node` from the integers that `x` dequantizes.
+
+    Args:
+        graph: The graph.
+        node: What is replaced.
+        x: What dequantizes its input.
+        matrix: int8 `[inputs, outputs]`.
+        step: `[outputs]`, product of the input's and the weight's.
+        bias: `[outputs]`, or None.
+        order: Permutation that puts channels last, or nothing where they are.
+    """
+    name = node.output[0]
+    # A name that says what it is to `narrow_integers`.
+    weight = graph.add_constant(f"{name}.weight_int8", matrix)
+    scale = graph.add_constant(f"{name}.scale", step.reshape(-1).astype(np.float32))
+    source, last, nodes = x.input[0], name, []
+    if order:
+        source, last = f"{name}.last", f"{name}.result"
+        nodes.append(helper.make_node("Transpose", [x.input[0]], [source], perm=order))
+    nodes += [
+        helper.make_node("MatMulInteger", [source, weight, x.input[2]], [f"{name}.integer"]),
+        helper.make_node("Cast", [f"{name}.integer"], [f"{name}.float"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", [f"{name}.float", scale], [last if bias is None else f"{name}.scaled"]),
+    ]
+    if bias is not None:
+        shift = graph.add_constant(f"{name}.shift", bias.reshape(-1).astype(np.float32))
+        nodes.append(helper.make_node("Add", [f"{name}.scaled", shift], [last]))
+    if order:
+        back = [0, len(order) - 1, *range(1, len(order) - 1)]
+        nodes.append(helper.make_node("Transpose", [last], [name], perm=back))
+    return nodes
+
+
+def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
+    at = next(i for i, other in enumerate(graph.node) if other == node)
+    graph.node.remove(node)
+    for new in reversed(nodes):
+        graph.node.insert(at, new)
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:

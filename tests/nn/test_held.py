@@ -84,6 +84,13 @@ def test_training_reaches_a_held_weight(mixture: Mixture) -> None:
     assert torch.isfinite(packed(X)).all()
 
 
+def test_a_session_with_held_weights_is_saved_and_loaded(mixture: Mixture, tmp_path: Path) -> None:
+    session = hq_plugin.meta_train(mixture, [X], effort="smoke", progress=False)
+    session.save(tmp_path / "session")
+    loaded = hq_plugin.load_session(tmp_path / "session", mixture, [X])
+    assert loaded.search("5bit").policy == session.search("5bit").policy
+
+
 def test_names_that_are_nothing_to_hold_are_passed_over(mixture: Mixture) -> None:
     assert with_held_weights(mixture, ["inner", "experts.held.nothing", "nowhere.held.up"]) is mixture
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import hq_plugin as hq
 from hq_plugin import ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
 from hq_plugin.integrations.onnxruntime.causal import generate
+from hq_plugin.packing import pack_bits
 from tests.integrations.huggingface.conftest import SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
 
 
@@ -85,21 +86,62 @@ def test_convolutions_with_and_without_quantized_inputs(activation: int, tmp_pat
     graph = onnx.load(tmp_path / "m.onnx").graph
     kinds = [node.op_type for node in graph.node]
     assert "BatchNormalization" not in kinds
-    assert kinds.count("QuantizeLinear") == (0 if activation == 16 else 3)
+    # Of three inputs, one after a clip and before it.
+    assert kinds.count("QuantizeLinear") == (0 if activation == 16 else 4)
+    assert kinds.count("MatMulInteger") == (0 if activation == 16 else 1)
     assert {t.data_type for t in graph.initializer if "second" in t.name and "weight_int" in t.name} == {
         onnx.TensorProto.INT4
     }
 
 
-def test_a_factor_that_is_not_positive_keeps_its_batchnorm(tmp_path: Path) -> None:
+def test_batchnorm_is_folded_whatever_its_sign(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model.bn.weight[3], model.bn.weight[4] = -1, 0
+    small = packed(model, {"first": LayerBits(7, 16)}, x)
+    hq.export(small, tmp_path / "m.onnx", x)
+    assert error(tmp_path / "m.onnx", small, x) < 1e-5
+    assert "BatchNormalization" not in [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+
+
+def test_a_sign_that_no_integer_can_take_keeps_its_batchnorm(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, x = Net().eval(), torch.randn(2, 3, 8, 8)
     with torch.no_grad():
         model.bn.weight[3] = -1
     small = packed(model, {"first": LayerBits(8, 16)}, x)
+    integers = torch.full((16, 3, 3, 3), -128, dtype=torch.int8)
+    small.first.weight_packed = pack_bits(integers, 8)
+    small.first.set_kernel(None)
     hq.export(small, tmp_path / "m.onnx", x)
     assert error(tmp_path / "m.onnx", small, x) < 1e-5
     assert "BatchNormalization" in [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+
+
+class Pointwise(nn.Module):
+    """Convolutions of one pixel whose result stays float, with and without a stride and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.plain = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1, bias=False)
+        self.strided, self.head = nn.Conv2d(8, 8, 1, stride=2), nn.Linear(8, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        x = x + self.plain(x)
+        return self.head(torch.tanh(self.strided(x)).flatten(2).transpose(1, 2))
+
+
+def test_products_run_in_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Pointwise().eval(), torch.randn(2, 3, 8, 8)
+    small = packed(model, {name: LayerBits(5, 8) for name in ("stem", "plain", "strided", "head")}, x)
+    hq.export(small, tmp_path / "m.onnx", x)
+    assert error(tmp_path / "m.onnx", small, torch.randn(3, 3, 8, 8)) < 0.02
+    kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
+    assert kinds.count("MatMulInteger") == 2
+    assert kinds.count("Conv") == 2
 
 
 def test_the_file_runs_with_onnxruntime_alone_and_is_small(tmp_path: Path) -> None:
