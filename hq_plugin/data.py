@@ -61,15 +61,17 @@ class Batch:
             ) from error
 
     def take(self, count: int) -> Batch:
-        """Returns the first `count` samples: of every tensor whose first dimension is that of the samples."""
-        if count >= self.size:
-            return self
+        """Returns the first `count` samples."""
+        return self if count >= self.size else self.part(0, count)
+
+    def part(self, start: int, stop: int) -> Batch:
+        """Returns some samples: of every tensor whose first dimension is that of the samples."""
 
         def cut(tensor: Tensor) -> Tensor:
-            return tensor[:count] if tensor.dim() and tensor.shape[0] == self.size else tensor
+            return tensor[start:stop] if tensor.dim() and tensor.shape[0] == self.size else tensor
 
         args, kwargs, labels = _map((self.args, self.kwargs, self.labels), cut)
-        return Batch(args, kwargs, labels, count)
+        return Batch(args, kwargs, labels, stop - start)
 
     def to(self, device: torch.device) -> Batch:
         """Returns the batch on a device."""

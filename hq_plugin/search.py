@@ -3,7 +3,8 @@
 Section 3.3 of arXiv:2004.11506. The population starts from the exact dynamic-programming solution of
 additive sensitivities and from the best uniform policies. Offspring are made by mutation and uniform
 crossover and are repaired into the budget, so that no candidate ever exceeds it. The score of a
-candidate is given from outside (`scoring.py`); the lower the better.
+candidate is given from outside (`scoring.py`); the lower the better. A generation is scored at once, so that
+several processes can share it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from hq_plugin.policy import HybridPolicy
 from hq_plugin.progress import progress
 from hq_plugin.space import Genome, SearchSpace
 
-Score = Callable[[HybridPolicy], float]
+#: Scores policies; the lower the better.
+Score = Callable[[Sequence[HybridPolicy]], list[float]]
 
 #: How often a candidate that was scored before is mutated again before it is given up.
 _RETRIES = 4
@@ -75,7 +77,7 @@ def additive_sensitivities(
 
     Args:
         space: The search space.
-        score: Scores a policy; lower is better.
+        score: Scores policies; lower is better.
         show: Whether to show a progress bar.
         weights: `[groups, weight widths]`, what weight widths cost where that is known; None measures it.
 
@@ -92,23 +94,26 @@ def additive_sensitivities(
     columns = (0, 1) if weights is None else (1,)
     if weights is not None:
         rise = (weights, rise[1])
-    evaluations = int(top[:, list(columns)].sum())
-    base = score(space.policy(top))
+    (base,) = score([space.policy(top)])
     if not np.isfinite(base):
         raise TrainingError(
             f"The loss of the widest policy on held-out data is {base} before step 0. Look at the data, the model "
             "(does its own output hold NaN?) and the loss function."
         )
     with progress(show) as bars:
-        bar = bars.task("sensitivities", total=evaluations)
+        bar = bars.task("sensitivities", total=int(top[:, list(columns)].sum()))
         for row in range(shape[0]):
+            places = [(column, index) for column in columns for index in range(int(top[row, column]))]
+            policies = []
+            for column, index in places:
+                genome = top.copy()
+                genome[row, column] = index
+                policies.append(space.policy(genome))
+            for (column, index), value in zip(places, score(policies) if policies else [], strict=True):
+                rise[column][row, index] = min(value - base, 1e6)
             for column in columns:
                 rise[column][row, top[row, column]] = 0.0
-                for index in range(int(top[row, column])):
-                    genome = top.copy()
-                    genome[row, column] = index
-                    rise[column][row, index] = min(score(space.policy(genome)) - base, 1e6)
-                    bar.advance()
+            bar.advance(len(places))
     table: Table = rise[0][:, :, None] + rise[1][:, None, :]
     return table
 
@@ -171,7 +176,7 @@ def genetic_search(
         space: The search space.
         resources: The limits.
         sensitivities: Additive losses, from `additive_sensitivities`.
-        score: Scores a policy; lower is better. It is called once for each policy.
+        score: Scores policies; lower is better. Each policy is given to it once.
         config: Gives the number of evaluations, the population, crossover and seed.
         uniform: The best uniform genomes inside the budget.
     """
@@ -206,19 +211,24 @@ def genetic_search(
         warnings.simplefilter("ignore", LossTooLargeWarning)  # the worst score is meant to be large
         bar = bars.task("search", total=budget)
         stale = 0
-        while len(known) < budget and stale < _STALE * population:
-            candidate: Any = optimizer.ask()
-            stale += 1
-            key = _key(candidate.genome)
-            if key not in known:
-                stale = 0
-                began_scoring = time.perf_counter()
-                value = score(space.policy(candidate.genome))
-                scoring += time.perf_counter() - began_scoring
-                known[key] = Scored(candidate.genome, value if np.isfinite(value) else float("inf"))
-                bar.advance(best=min(scored.score for scored in known.values()))
-            # A large finite number, since nevergrad compares losses by arithmetic.
-            optimizer.tell(candidate, min(known[key].score, 1e30))
+        while len(known) < budget and stale < _STALE:
+            generation: list[Any] = [optimizer.ask() for _ in range(population)]
+            new: dict[bytes, Genome] = {}
+            for candidate in generation:
+                if _key(candidate.genome) not in known and len(known) + len(new) < budget:
+                    new.setdefault(_key(candidate.genome), candidate.genome)
+            stale = 0 if new else stale + 1
+            began_scoring = time.perf_counter()
+            values = score([space.policy(genome) for genome in new.values()]) if new else []
+            scoring += time.perf_counter() - began_scoring
+            for (key, genome), value in zip(new.items(), values, strict=True):
+                known[key] = Scored(genome, value if np.isfinite(value) else float("inf"))
+            if new:
+                bar.advance(len(new), best=min(scored.score for scored in known.values()))
+            for candidate in generation:
+                if _key(candidate.genome) in known:
+                    # A large finite number, since nevergrad compares losses by arithmetic.
+                    optimizer.tell(candidate, min(known[_key(candidate.genome)].score, 1e30))
     evaluations = list(known.values())
     best = sorted(evaluations, key=lambda scored: scored.score)[: min(_LEADERS, max(1, budget // 6))]
     return SearchResult(

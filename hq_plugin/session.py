@@ -24,6 +24,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function
+from hq_plugin.distribution import map_split
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.kernels import choose_kernels
 from hq_plugin.meta_training import build_network, meta_train_network
@@ -165,8 +166,8 @@ class Session:
         with evaluating(self.network):
             samples = self.scorer.samples
 
-            def score(policy: HybridPolicy) -> float:
-                return self.scorer.score(self.network, policy, samples=samples).distance
+            def score(policies: Sequence[HybridPolicy]) -> list[float]:
+                return self._distances(policies, samples)
 
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
@@ -196,6 +197,10 @@ class Session:
         batch = self.data.holdout[0].to(_device(self.teacher))
         with_latency(self.costs, budget, self.teacher, batch, self.config)
         return self.costs.resources(budget)
+
+    def _distances(self, policies: Sequence[HybridPolicy], samples: int) -> list[float]:
+        """Scores policies, split over processes where there are several."""
+        return map_split(lambda policy: self.scorer.score(self.network, policy, samples=samples).distance, policies)
 
     def _rerank(self, leaders: Sequence[Scored], seeds: Mapping[str, list[Genome]]) -> dict[str, Baseline]:
         """Measures the leaders and the baselines on all held-out data; keeps the best of each kind."""
@@ -246,8 +251,8 @@ class Session:
         weights = fisher_losses(self.network, self.space, moments) if moments else None
         samples = self.scorer.samples // QUICK
 
-        def score(policy: HybridPolicy) -> float:
-            return self.scorer.score(self.network, policy, samples=samples).distance
+        def score(policies: Sequence[HybridPolicy]) -> list[float]:
+            return self._distances(policies, samples)
 
         with evaluating(self.network):
             return additive_sensitivities(self.space, score, self.config.progress, weights)

@@ -22,6 +22,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError
 
 JSON_FILE, TENSOR_FILE = "hq.json", "model.safetensors"
@@ -42,7 +43,7 @@ def write_directory(
 
     Args:
         directory: Where; it may exist if it is empty, or of the same kind with `overwrite`.
-        kind: Name of the format, which reading checks.
+        kind: Name of the format, which reading checks. Of several processes only the first writes.
         version: Version of the format.
         content: JSON values.
         tensors: Tensors by name, none of them sharing memory.
@@ -52,6 +53,9 @@ def write_directory(
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
     target = Path(directory).expanduser()
+    if not is_first():
+        wait_for_all()
+        return target
     _check_target(target, kind, overwrite)
     staging: Path | None = None
     try:
@@ -76,6 +80,7 @@ def write_directory(
     finally:
         if staging is not None:
             shutil.rmtree(staging, ignore_errors=True)
+        wait_for_all()
     return target
 
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
+from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.progress import progress
 
@@ -87,7 +88,9 @@ def train(task: Task) -> None:
     """
     if task.steps == 0:
         return
-    accelerator = Accelerator()
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = Accelerator(kwargs_handlers=[unused])
+    warn_if_alone()
     network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
     _set_modes(network, task.batch_statistics)
     optimizer = torch.optim.Adam(_parameter_groups(task))
@@ -103,13 +106,14 @@ def train(task: Task) -> None:
             if step and step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, copy.deepcopy(network.state_dict()))
-            batch = next(batches).to(accelerator.device)
+            batch, weight = share_of_batch(next(batches).to(accelerator.device))
             task.before_step(step)
             with accelerator.autocast():
                 with torch.no_grad():
                     target = batch.run(teacher)
-                loss = task.loss(batch.run(wrapped), target)
-            value = float(loss.detach())
+                loss = task.loss(batch.run(wrapped), target) * weight
+            # The mean over processes, so that all of them see the same and stop together.
+            value = float(accelerator.reduce(loss.detach(), "mean"))
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
                 break

@@ -1,6 +1,7 @@
 """The search against exhaustive search, on a score that is not additive."""
 
 import itertools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -21,7 +22,11 @@ def build(**options: object) -> tuple[SearchSpace, CostTable]:
     return space, CostTable(space)
 
 
-def interacting(policy: HybridPolicy) -> float:
+def each(function: Callable[[HybridPolicy], float]) -> Callable[[Sequence[HybridPolicy]], list[float]]:
+    return lambda policies: [function(policy) for policy in policies]
+
+
+def interacting_one(policy: HybridPolicy) -> float:
     """Errors that add up, plus one that appears only when neighbours are both narrow."""
     widths = [bits.weight for bits in policy.values()]
     weights = (3.0, 1.0, 2.0, 4.0)
@@ -30,13 +35,16 @@ def interacting(policy: HybridPolicy) -> float:
     return alone + together
 
 
+interacting = each(interacting_one)
+
+
 @pytest.mark.parametrize("bits", [3.2, 4.0, 5.5])
 def test_finds_the_best_of_all_policies(bits: float) -> None:
     space, costs = build(weight_bits=(2, 3, 4, 5, 6, 8))
     resources = costs.resources(Budget(weight_bits=bits))
     everything = itertools.product(*(range(top + 1) for top in space.top[:, 0]))
     genomes = [np.stack([np.array(g), np.zeros(4, dtype=int)], 1) for g in everything]
-    best = min(interacting(space.policy(g)) for g in genomes if resources[0].used(g) <= 1)
+    best = min(interacting_one(space.policy(g)) for g in genomes if resources[0].used(g) <= 1)
     config = Config(search_evaluations=120, seed=1)
     sensitivities = additive_sensitivities(space, interacting)
     found = genetic_search(
@@ -52,10 +60,10 @@ def test_no_candidate_ever_exceeds_the_budget_and_none_is_scored_twice() -> None
 
     def score(policy: HybridPolicy) -> float:
         seen.append(policy)
-        return interacting(policy)
+        return interacting_one(policy)
 
     sensitivities = additive_sensitivities(space, interacting)
-    found = genetic_search(space, resources, sensitivities, score, Config(search_evaluations=80), [])
+    found = genetic_search(space, resources, sensitivities, each(score), Config(search_evaluations=80), [])
     assert 5 < len(seen) == len(set(seen)) == len(found.evaluations) <= 80
     assert all(r.used(space.genome(policy)) <= 1 for policy in seen for r in resources)
     scores = [scored.score for scored in found.leaders]
@@ -82,9 +90,9 @@ def test_not_finite_is_the_worst() -> None:
     sensitivities = additive_sensitivities(space, interacting)
 
     def sometimes(policy: HybridPolicy) -> float:
-        return float("nan") if policy["stem"].weight < 4 else interacting(policy)
+        return float("nan") if policy["stem"].weight < 4 else interacting_one(policy)
 
-    found = genetic_search(space, resources, sensitivities, sometimes, Config(search_evaluations=60), [])
+    found = genetic_search(space, resources, sensitivities, each(sometimes), Config(search_evaluations=60), [])
     assert np.isfinite(found.leaders[0].score)
     assert any(np.isinf(scored.score) for scored in found.evaluations)
 
@@ -100,7 +108,7 @@ def test_a_space_with_one_policy() -> None:
 def test_sensitivities_by_hand() -> None:
     space, _ = build(weight_bits=(2, 8), activation_bits=(4, 8))
     table = additive_sensitivities(
-        space, lambda policy: sum(10.0 / b.weight + (b.activation == 4) for b in policy.values())
+        space, each(lambda policy: sum(10.0 / b.weight + (b.activation == 4) for b in policy.values()))
     )
     assert table.shape == (4, 2, 2)
     np.testing.assert_allclose(table[0], [[10 / 2 - 10 / 8 + 1, 10 / 2 - 10 / 8], [1, 0]])

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
 from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
@@ -282,9 +283,10 @@ def _bind(model: PreTrainedModel) -> None:
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
-    """As `PreTrainedModel.save_pretrained`, and writes a model card beside the weights."""
+    """As `PreTrainedModel.save_pretrained`, and writes a model card; of several processes the first alone."""
+    options.setdefault("is_main_process", is_first())
     type(self).save_pretrained(self, save_directory, **options)
-    if options.get("is_main_process", True):
+    if options["is_main_process"]:
         config: Any = self.config.quantization_config
         page = Path(save_directory) / "README.md"
         page.write_text(

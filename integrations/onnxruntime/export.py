@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.integrations.onnxruntime import graph
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
@@ -124,7 +125,9 @@ def export(
         args, kwargs = _inputs(model, example_inputs)
         written = _improved(_translated(_without_cache(prepared), args, kwargs, _dynamic(args, kwargs)))
     target = Path(path).expanduser()
-    _write(written, target)
+    if is_first():
+        _write(written, target)
+    wait_for_all()
     return Exported(target, target.stat().st_size, layers)
 
 
