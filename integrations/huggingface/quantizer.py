@@ -26,6 +26,7 @@ from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
 from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
+from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
 
@@ -133,6 +134,10 @@ class HqQuantizer(HfQuantizer):
             parent, _, child = found.rpartition(".")
             packed = PackedModule.skeleton(modules[found], bits)
             setattr(model.get_submodule(parent) if parent else model, child, packed)
+            # transformers would initialise the weight, for which every layer would be dequantized.
+            owner, _, last = parent.rpartition(".")
+            for initialised in (packed, *([modules[owner]] if last == HOLDER else [])):
+                vars(initialised)["_is_hf_initialized"] = True
         # A body alone has no place for its head; a whole model has one for every layer.
         body = not hasattr(model, prefix)
         wrong = [name for name in lacking if name.startswith(f"{prefix}.")] if body and prefix else lacking

@@ -47,6 +47,23 @@ def test_round_trip_and_the_same_bytes_again(kind: str, tmp_path: Path) -> None:
     assert packed.hq.size <= size <= packed.hq.size + 20_000
 
 
+@pytest.mark.filterwarnings("ignore:No data")
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_nothing_is_dequantized_on_loading(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = hq.quantize(build(kind), "4.6bit", config=SMOKE, sequence_length=16)
+    packed.save_pretrained(tmp_path / "one")
+
+    def unpack(*_: object) -> torch.Tensor:
+        raise AssertionError("a weight was dequantized")
+
+    monkeypatch.setattr("hq_plugin.nn.packed.unpack_bits", unpack)
+    loaded = type(packed).from_pretrained(tmp_path / "one")
+    monkeypatch.undo()
+    batch = inputs.example(packed)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch)[0], packed(**batch)[0])
+
+
 def run(code: str, *, plugin: bool) -> subprocess.CompletedProcess[str]:
     """Runs code in a fresh process that has imported nothing of ours, and may not unless `plugin`."""
     head = "import hq_plugin\n" if plugin else "import sys\nsys.modules['hq_plugin'] = None\n"
