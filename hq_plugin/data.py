@@ -43,13 +43,13 @@ class Batch:
     size: int
 
     def run(self, model: nn.Module) -> Any:
-        """Runs a model on this batch.
+        """Runs a model on this batch; of padded sequences the output keeps the tokens that count.
 
         Raises:
             DataError: The model cannot take these inputs; the message gives their shapes.
         """
         try:
-            return model(*self.args, **self.kwargs)
+            return self._without_padding(model(*self.args, **self.kwargs))
         except (HQError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
@@ -59,6 +59,25 @@ class Batch:
                 f"The model cannot run on a batch whose inputs have the shapes {shapes}: {error}. Pass batches "
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
             ) from error
+
+    def _without_padding(self, output: Any) -> Any:
+        """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
+
+        What a model says of padding is never used: a loss over it would be spent on nothing.
+        """
+        mask = self.kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+            return output
+        kept = mask.bool()
+
+        def of(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value[kept] if value.dim() > 2 and value.shape[:2] == kept.shape else value
+            if isinstance(value, Mapping):
+                return {name: of(part) for name, part in value.items()}
+            return [of(part) for part in value] if isinstance(value, (tuple, list)) else value
+
+        return of(output)
 
     def take(self, count: int) -> Batch:
         """Returns the first `count` samples."""

@@ -1,5 +1,6 @@
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hq_plugin import Config, DataError
-from hq_plugin.data import Data, prepare_data
+from hq_plugin.data import Batch, Data, prepare_data
 
 CONFIG = Config(effort="smoke", batch_size=16)
 X, Y = torch.arange(200.0).reshape(200, 1), torch.arange(200) % 3
@@ -158,3 +159,18 @@ def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
     order = first(fresh, epochs)
     assert not all(map(torch.equal, order[: epochs // 2], order[epochs // 2 :]))
     assert not all(map(torch.equal, order, first(prepare(1), epochs)))
+
+
+def test_outputs_of_padded_sequences_keep_the_tokens_that_count() -> None:
+    class Tokens(nn.Module):
+        def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Any]:
+            return {"logits": x, "pooled": x[:, 0], "states": (x, x[:1])}
+
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    found = Batch((x,), {"attention_mask": mask}, None, 2).run(Tokens())
+    assert torch.equal(found["logits"], torch.cat([x[0, :2], x[1]]))
+    assert torch.equal(found["pooled"], x[:, 0])
+    assert torch.equal(found["states"][0], found["logits"])
+    assert torch.equal(found["states"][1], x[:1])
+    whole = Batch((x,), {"attention_mask": torch.ones_like(mask)}, None, 2).run(Tokens())
+    assert whole["logits"] is x
