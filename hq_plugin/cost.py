@@ -75,7 +75,8 @@ class CostTable:
         bitops: Multiply-accumulates × weight bits × activation bits of one sample; an input that stays
             float counts as 16 bits.
         energy: Microjoules of one sample: multiplications, additions, and each weight read once.
-        latency: Milliseconds of one forward, once a profile is known; `latency_rest` is what no width changes.
+        latency: Milliseconds of one forward of `latency_batch` samples, once a profile is known;
+            `latency_rest` is what no width changes.
     """
 
     def __init__(self, space: SearchSpace) -> None:
@@ -90,7 +91,7 @@ class CostTable:
         self.bitops = np.full(shape, np.inf)
         self.energy = np.full(shape, np.inf)
         self.latency: Table | None = None
-        self.latency_rest = 0.0
+        self.latency_rest, self.latency_batch = 0.0, 0
         for g, group in enumerate(space.groups):
             for w in range(len(group.weight_bits)):
                 for a in range(len(group.activation_bits)):

@@ -217,12 +217,10 @@ def _line(sums: list[float], totals: list[float]) -> tuple[float, float]:
     return slope, rest
 
 
-def with_latency(
-    costs: CostTable, budget: Budget, teacher: nn.Module, batch: Batch, config: Config
-) -> Profile | None:
+def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Batch, config: Config) -> None:
     """Gives a cost table the latency of its choices, where a budget limits it.
 
-    The profile is the one of the configuration, or is measured now.
+    The profile is the one of the configuration, or is measured now, once for each number of samples.
 
     Args:
         costs: Changed in place.
@@ -230,12 +228,9 @@ def with_latency(
         teacher: The float model, in eval mode.
         batch: Inputs to measure on.
         config: Gives `profile`, `target` and `progress`.
-
-    Returns:
-        The profile, or None where no latency is limited.
     """
-    if budget.latency_ms is None:
-        return None
+    if budget.latency_ms is None or costs.latency_batch == budget.batch:
+        return
     given = config.profile
     if given is None:
         profile = measure_profile(teacher, costs.space, batch, budget.batch, config.target, config.progress)
@@ -248,7 +243,7 @@ def with_latency(
                 "for that, or give Budget(latency_ms=..., batch=...)."
             )
     costs.latency, costs.latency_rest = profile.table(costs.space), profile.rest
-    return profile
+    costs.latency_batch = budget.batch
 
 
 LayerTimer = Callable[[PackedModule, Tensor], float]

