@@ -122,6 +122,9 @@ class Config:
             `hq_plugin.data` do not fit.
         profile: Times of layers on a machine, where a budget limits latency: a `hq_plugin.profiles.Profile` or
             the path of one. None measures this machine.
+        checkpoint_dir: Directory in which sensitivities, meta-training, search and fine-tuning keep what they
+            have done: the same call, started again after it was killed, goes on from there to the same result.
+        checkpoint_seconds: Seconds between two states of training there.
         progress: Progress bars on stderr; None shows them on a terminal.
     """
 
@@ -159,6 +162,8 @@ class Config:
     processor: Any = None
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
     profile: Any = None
+    checkpoint_dir: str | None = None
+    checkpoint_seconds: float = 60.0
     progress: bool | None = None
 
     def __post_init__(self) -> None:
@@ -202,6 +207,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
                 raise ConfigError(f"{name}={value!r} must be a positive number.")
+        if self.checkpoint_dir is not None:
+            object.__setattr__(self, "checkpoint_dir", str(self.checkpoint_dir))
+        if not isinstance(self.checkpoint_seconds, (int, float)) or not self.checkpoint_seconds >= 0:
+            raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds!r} must be a number, 0 or more.")
         if not 0 <= self.crossover <= 1:
             raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
 

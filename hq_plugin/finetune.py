@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from hq_plugin import torch_ao
+from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
@@ -65,7 +66,13 @@ def float_network(teacher: nn.Module, policy: HybridPolicy, data: Data, config: 
 
 
 def finetune_network(
-    network: nn.Module, teacher: nn.Module, data: Data, loss: LossFunction, config: Config
+    network: nn.Module,
+    teacher: nn.Module,
+    data: Data,
+    loss: LossFunction,
+    config: Config,
+    checkpoint: Checkpoint | None = None,
+    stage: str = "",
 ) -> list[dict[str, Any]]:
     """Trains a network with a fixed policy in place.
 
@@ -75,6 +82,8 @@ def finetune_network(
         data: Batches.
         loss: Distance to the teacher's output.
         config: Options.
+        checkpoint: Where the state is kept; None keeps nothing.
+        stage: Name of the stage there.
 
     Returns:
         One `{"step", "loss"}` for each step.
@@ -83,6 +92,7 @@ def finetune_network(
     assert config.step_learning_rate is not None
     task = Task(
         name="fine-tuning",
+        stage=stage,
         network=network,
         teacher=teacher,
         data=data,
@@ -91,6 +101,7 @@ def finetune_network(
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,
         batch_statistics=False,
+        checkpoint=checkpoint,
         show=config.progress,
     )
     with seeded(config.seed + 1):

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
+from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
@@ -63,6 +64,7 @@ def meta_train_network(
     data: Data,
     loss: LossFunction,
     config: Config,
+    checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
     """Meta-trains a network in place.
 
@@ -73,6 +75,7 @@ def meta_train_network(
         data: Batches.
         loss: Distance to the teacher's output.
         config: Options.
+        checkpoint: Where the state is kept; None keeps nothing.
 
     Returns:
         One `{"step", "loss"}` for each step.
@@ -92,6 +95,8 @@ def meta_train_network(
         # A table generates nothing: the weights are all that it can train.
         base_rate=1.0 if config.block == "table" else BASE_RATE,
         before_step=lambda step: torch_ao.apply_policy(network, sampler(step)),
+        checkpoint=checkpoint,
+        stage="meta-training",
         show=config.progress,
     )
     with seeded(config.seed):

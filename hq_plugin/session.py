@@ -7,6 +7,7 @@ policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quant
 from __future__ import annotations
 
 import copy
+import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch import nn
 from hq_plugin import adapters, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
 from hq_plugin.budget import Budget
+from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
@@ -38,6 +40,7 @@ from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites, hold_parameters
 from hq_plugin.space import Genome, SearchSpace
+from hq_plugin.storage import fingerprint
 
 EvalFunction = Callable[[nn.Module], float]
 
@@ -99,6 +102,7 @@ class Session:
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
         self.sensitivities: Table
+        self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
             example = data.holdout[0].to(_device(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
@@ -138,10 +142,13 @@ class Session:
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config)
         session.costs = costs
+        session.checkpoint = _checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
-        session.history = meta_train_network(session.network, teacher, sampler, data, session.loss, config)
+        session.history = meta_train_network(
+            session.network, teacher, sampler, data, session.loss, config, session.checkpoint
+        )
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
         return session
@@ -167,7 +174,7 @@ class Session:
             samples = self.scorer.samples
 
             def score(policies: Sequence[HybridPolicy]) -> list[float]:
-                return self._distances(policies, samples)
+                return self._distances(policies, samples, "search")
 
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
@@ -198,9 +205,20 @@ class Session:
         with_latency(self.costs, budget, self.teacher, batch, self.config)
         return self.costs.resources(budget)
 
-    def _distances(self, policies: Sequence[HybridPolicy], samples: int) -> list[float]:
-        """Scores policies, split over processes where there are several."""
-        return map_split(lambda policy: self.scorer.score(self.network, policy, samples=samples).distance, policies)
+    def _distances(self, policies: Sequence[HybridPolicy], samples: int, stage: str) -> list[float]:
+        """Scores policies, split over processes where there are several; what a checkpoint knows is read."""
+        names = [json.dumps([stage, samples, policy.to_json()]) for policy in policies]
+        kept = self.checkpoint
+        known = {name: None if kept is None else kept.score(name) for name in names}
+        new = [(name, policy) for name, policy in zip(names, policies, strict=True) if known[name] is None]
+
+        def distance(item: tuple[str, HybridPolicy]) -> float:
+            return self.scorer.score(self.network, item[1], samples=samples).distance
+
+        found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+        if kept is not None:
+            kept.add_scores(found)
+        return [found[name] if name in found else float(known[name] or 0.0) for name in names]
 
     def _rerank(self, leaders: Sequence[Scored], seeds: Mapping[str, list[Genome]]) -> dict[str, Baseline]:
         """Measures the leaders and the baselines on all held-out data; keeps the best of each kind."""
@@ -252,7 +270,7 @@ class Session:
         samples = self.scorer.samples // QUICK
 
         def score(policies: Sequence[HybridPolicy]) -> list[float]:
-            return self._distances(policies, samples)
+            return self._distances(policies, samples, "sensitivities")
 
         with evaluating(self.network):
             return additive_sensitivities(self.space, score, self.config.progress, weights)
@@ -316,7 +334,8 @@ class Session:
         self.scorer.recalibrate(network, RECALIBRATION)
         before = copy.deepcopy(network.state_dict())
         untrained = self.scorer.measure(network)
-        history = finetune_network(network, self.teacher, self.data, self.loss, config)
+        stage = f"fine-tuning of {found.policy.to_json()} by {_decisive(config)}"
+        history = finetune_network(network, self.teacher, self.data, self.loss, config, self.checkpoint, stage)
         fidelity = self.scorer.measure(network)
         if not fidelity.distance <= untrained.distance:
             # A handful of steps can be worse than none; then none are taken.
@@ -375,6 +394,24 @@ class Session:
 def _calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
     device = _device(teacher)
     return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
+
+
+def _checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Checkpoint | None:
+    """Opens the checkpoint that a configuration asks for."""
+    if config.checkpoint_dir is None:
+        return None
+    key = {
+        "float model": fingerprint(teacher.state_dict()),
+        "budget": None if budget is None else str(budget),
+        **_decisive(config),
+    }
+    return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds)
+
+
+def _decisive(config: Config) -> dict[str, Any]:
+    """Returns the options that a result depends on."""
+    free = ("progress", "checkpoint_dir", "checkpoint_seconds")
+    return {name: value for name, value in config.to_json().items() if name not in free}
 
 
 def teacher_of(model: nn.Module, data: Data) -> nn.Module:

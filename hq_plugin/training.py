@@ -18,6 +18,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
@@ -51,6 +52,8 @@ class Task:
             from step to step need it. Else it keeps its running statistics: the loss is then that of the
             network as it will run, without the noise of the batches' statistics.
         before_step: Called with each step's number before its forward.
+        checkpoint: Where the state is kept and found again; None keeps nothing.
+        stage: Name of the stage there.
         show: Whether to show a progress bar; None on a terminal only.
         history: One `{"step", "loss"}` is added for each step.
     """
@@ -67,6 +70,8 @@ class Task:
     base_rate: float = 1.0
     batch_statistics: bool = True
     before_step: Callable[[int], None] = lambda step: None
+    checkpoint: Checkpoint | None = None
+    stage: str = ""
     show: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -98,11 +103,20 @@ def train(task: Task) -> None:
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     batches = task.data.forever()
+    first, keep = 0, task.checkpoint
+    if keep is not None:
+        first, task.history[:] = keep.restore(task.stage, network, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
+            for _ in range(first):
+                next(batches)
+                schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
     with progress(task.show) as bars:
         bar = bars.task(task.name, total=task.steps)
-        for step in range(task.steps):
+        bar.advance(first)
+        for step in range(first, task.steps):
             if step and step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, copy.deepcopy(network.state_dict()))
@@ -124,9 +138,16 @@ def train(task: Task) -> None:
             schedule.step()
             task.history.append({"step": step, "loss": value})
             bar.advance(loss=value)
+            if keep is not None:
+                due = torch.tensor(float(keep.due()), device=accelerator.device)
+                # The processes' clocks differ: they keep a state together or not at all.
+                if bool(accelerator.reduce(due)):
+                    keep.keep(task.stage, step + 1, network, optimizer, task.history)
     # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
+    if keep is not None:
+        keep.keep(task.stage, task.steps, network, optimizer, task.history)
 
 
 def _set_modes(network: nn.Module, batch_statistics: bool) -> None:

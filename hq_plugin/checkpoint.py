@@ -1,0 +1,176 @@
+"""Resuming: long work that was killed goes on where it was, to the same result.
+
+A checkpoint is a directory. Training writes its state there every so often, whole or not at all; every score is
+one line of a log. Resuming runs the same program again: what is in the checkpoint is read and not computed. A
+checkpoint is for one float model, one set of options and one budget, and refuses any other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin.distribution import is_first, wait_for_all
+from hq_plugin.errors import ArtifactError, ArtifactPathError
+from hq_plugin.storage import JSON_FILE, read_json, read_tensors, write_directory, write_text
+
+FORMAT, VERSION = "hq_plugin checkpoint", 1
+_KEY, _SCORES = "checkpoint.json", "scores.jsonl"
+#: Seconds between two states of a training stage.
+INTERVAL = 60.0
+
+
+class Checkpoint:
+    """A directory in which one call of `quantize` or `meta_train` keeps what it has done.
+
+    Args:
+        directory: A new or empty directory, or one of an earlier start of the same call.
+        key: What the work depends on, JSON values; another key is refused.
+        interval: Seconds between two states of a training stage.
+
+    Raises:
+        ArtifactError: The directory holds the checkpoint of other work.
+        ArtifactPathError: The directory holds something else, or cannot be written.
+    """
+
+    def __init__(self, directory: str | Path, key: Mapping[str, Any], interval: float = INTERVAL) -> None:
+        self.directory, self.interval = Path(directory).expanduser(), interval
+        wanted = json.loads(json.dumps(dict(key)))
+        if is_first():
+            self._claim(wanted)
+        wait_for_all()
+        self._scores = self._read_scores()
+        self._last = time.monotonic()
+
+    def _claim(self, wanted: dict[str, Any]) -> None:
+        file = self.directory / _KEY
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                others = sorted(path.name for path in self.directory.iterdir())
+                if others:
+                    raise ArtifactPathError(
+                        f"{self.directory} holds something else ({', '.join(others[:4])}). Choose an empty or a "
+                        "new directory for the checkpoint."
+                    )
+                write_text(file, json.dumps({"format": FORMAT, "version": VERSION, "key": wanted}, indent=1))
+            found = json.loads(file.read_text())
+        except ArtifactPathError:
+            raise
+        except OSError as error:
+            raise ArtifactPathError(f"{self.directory} cannot be used for a checkpoint: {error}") from error
+        except ValueError as error:
+            raise ArtifactError(f"{file} is damaged: {error}. Delete the directory to start anew.") from error
+        if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
+            raise ArtifactError(f"{file} is not a checkpoint that this hq_plugin reads. Choose another directory.")
+        kept = found.get("key")
+        different = [
+            name
+            for name in wanted
+            if not isinstance(kept, dict) or json.dumps(kept.get(name)) != json.dumps(wanted[name])
+        ]
+        if different:
+            raise ArtifactError(
+                f"{self.directory} is the checkpoint of other work: {', '.join(different[:5])} differ. Choose "
+                "another directory, or delete it to start anew."
+            )
+
+    def _read_scores(self) -> dict[str, float]:
+        scores: dict[str, float] = {}
+        file = self.directory / _SCORES
+        if file.exists():
+            for line in file.read_text().splitlines():
+                # A line that a kill cut short is scored again.
+                with contextlib.suppress(ValueError, TypeError, KeyError):
+                    record = json.loads(line)
+                    scores[str(record["of"])] = float.fromhex(record["score"])
+        return scores
+
+    def score(self, of: str) -> float | None:
+        """Returns a score that is known, or None."""
+        return self._scores.get(of)
+
+    def add_scores(self, scores: Mapping[str, float]) -> None:
+        """Keeps scores, exactly."""
+        self._scores.update(scores)
+        if not is_first() or not scores:
+            return
+        lines = [json.dumps({"of": of, "score": float(value).hex()}) for of, value in scores.items()]
+        file = self.directory / _SCORES
+        torn = file.exists() and not file.read_bytes().endswith(b"\n")
+        with open(file, "a") as log:
+            log.write(("\n" if torn else "") + "\n".join(lines) + "\n")
+            log.flush()
+            os.fsync(log.fileno())
+
+    def due(self) -> bool:
+        """Whether the next state should be kept."""
+        return time.monotonic() - self._last >= self.interval
+
+    def keep(
+        self, stage: str, step: int, network: nn.Module, optimizer: Any, history: list[dict[str, Any]]
+    ) -> None:
+        """Keeps the state of a training stage after `step` steps."""
+        tensors = {f"network.{name}": tensor for name, tensor in _own_tensors(network).items()}
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, value in state.items():
+                tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
+        content = {"stage": stage, "step": step, "history": history}
+        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        write_directory(self._place(stage), FORMAT, VERSION, content, copies, overwrite=True)
+        self._last = time.monotonic()
+
+    def restore(self, stage: str, network: nn.Module, optimizer: Any) -> tuple[int, list[dict[str, Any]]]:
+        """Puts the state that was kept back.
+
+        Returns:
+            Steps done and their history; none where nothing was kept.
+
+        Raises:
+            ArtifactError: The state is damaged.
+        """
+        place = self._place(stage)
+        if not (place / JSON_FILE).exists():
+            return 0, []
+        content = read_json(place, FORMAT, VERSION)
+        tensors = read_tensors(place, content.get("sha256"))
+        try:
+            own = _own_tensors(network)
+            kept = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
+            if set(kept) != set(own):
+                raise ValueError("it is of another network")
+            with torch.no_grad():
+                for name, tensor in own.items():
+                    tensor.copy_(kept[name])
+            state = optimizer.state_dict()
+            state["state"] = {}
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer."):
+                    _, index, field = name.split(".", 2)
+                    state["state"].setdefault(int(index), {})[field] = tensor
+            optimizer.load_state_dict(state)
+            return int(content["step"]), list(content["history"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ArtifactError(f"{place} is damaged: {error}. Delete {self.directory} to start anew.") from error
+
+    def _place(self, stage: str) -> Path:
+        return self.directory / hashlib.sha256(stage.encode()).hexdigest()[:16]
+
+
+def _own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors of a network, shared ones once."""
+    first: dict[int, str] = {}
+    return {
+        name: tensor
+        for name, tensor in network.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor) and first.setdefault(id(tensor), name) == name
+    }

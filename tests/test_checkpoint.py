@@ -1,0 +1,137 @@
+"""Killed at random moments and started again, the same call reaches the same bits."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import hq_plugin as hq
+from hq_plugin import ArtifactError, ArtifactPathError, ConfigError
+from tests.conftest import TinyNet
+
+OPTIONS = {
+    "effort": "smoke",
+    "meta_steps": 8,
+    "finetune_steps": 6,
+    "search_evaluations": 16,
+    "activation_bits": (4, 8),
+    "progress": False,
+}
+
+
+def batches() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 1, 8, 8, generator=generator) for _ in range(8)]
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return TinyNet().eval()
+
+
+JOB = """
+import sys, torch
+torch.set_num_threads(1)
+import hq_plugin as hq
+from tests.test_checkpoint import OPTIONS, batches, model
+small = hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=sys.argv[1], checkpoint_seconds=0, **OPTIONS)
+hq.save(small, sys.argv[2])
+"""
+
+
+def test_killed_at_random_moments_it_reaches_the_same_bits(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected = hq.quantize(model(), "3.5bit", batches(), **OPTIONS)  # type: ignore[arg-type]
+    finally:
+        torch.set_num_threads(before)
+    rng, kills = random.Random(0), 0
+    for attempt in range(40):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        job = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", JOB, str(tmp_path / "ck"), str(tmp_path / "out")], env=env
+        )
+        if kills < 5:
+            # It works once the directory is there; then it may die at any moment.
+            while not (tmp_path / "ck" / "checkpoint.json").exists() and job.poll() is None:
+                time.sleep(0.01)
+            time.sleep(rng.uniform(0, 2.5) + (4.0 if kills else 0.0))
+            if job.poll() is None:
+                job.send_signal(signal.SIGKILL)
+                kills += 1
+        if job.wait() == 0:
+            break
+        assert attempt < 39
+    assert kills > 0
+    found = hq.load(tmp_path / "out", model())
+    assert found.hq.policy == expected.hq.policy  # type: ignore[union-attr]
+    state = expected.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in found.state_dict().items())
+    assert found.hq.kl == expected.hq.kl  # type: ignore[union-attr]
+
+
+def test_a_finished_checkpoint_computes_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = (model(), "3.5bit", batches())
+    first = hq.quantize(*arguments, checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    lines = (tmp_path / "ck" / "scores.jsonl").read_text()
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("trained or scored again")
+
+    monkeypatch.setattr("torch.optim.Adam.step", fail)
+    again = hq.quantize(*arguments, checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    assert (tmp_path / "ck" / "scores.jsonl").read_text() == lines
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert again.hq.history["finetune"] == first.hq.history["finetune"]  # type: ignore[union-attr]
+
+
+def test_a_torn_score_is_scored_again(tmp_path: Path) -> None:
+    arguments = (model(), "3.5bit", batches())
+    first = hq.quantize(*arguments, checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    log = tmp_path / "ck" / "scores.jsonl"
+    text = log.read_text()
+    log.write_text(text[: len(text) // 2])
+    again = hq.quantize(*arguments, checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    assert again.hq.policy == first.hq.policy  # type: ignore[union-attr]
+    records = [line for line in log.read_text().splitlines() if line.endswith("}")]
+    assert {json.loads(line)["of"] for line in records} == {json.loads(line)["of"] for line in text.splitlines()}
+
+
+def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path) -> None:
+    hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match="other work: seed differ"):
+        hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=tmp_path / "ck", seed=1, **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ArtifactError, match="budget differ"):
+        hq.quantize(model(), "4bit", batches(), checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    other = model()
+    with torch.no_grad():
+        other.head.bias += 1
+    with pytest.raises(ArtifactError, match="float model differ"):
+        hq.quantize(other, "3.5bit", batches(), checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    with pytest.raises(ArtifactPathError, match=r"something else \(thesis.txt\)"):
+        hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=tmp_path / "full", **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="checkpoint_seconds"):
+        hq.Config(checkpoint_seconds=-1)
+
+
+def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
+    hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+    for file in (tmp_path / "ck").glob("*/model.safetensors"):
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="damaged"):
+        hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
