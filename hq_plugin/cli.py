@@ -269,11 +269,12 @@ def demo(
             ) from error
         rows = module.run(data.value, out)
     _print_table(
-        ("model", "test accuracy", "effective bits", "bytes", "seconds"),
+        ("model", "test accuracy", "KL to float", "effective bits", "bytes", "seconds"),
         [
             (
                 row.name,
                 f"{row.accuracy:.4f}",
+                f"{row.kl:.4f}",
                 f"{row.bits:.3f}",
                 f"{row.size:,}",
                 f"{row.seconds:.1f}" if row.seconds else "",

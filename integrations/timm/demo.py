@@ -15,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 import hq_plugin
 from hq_plugin.config import Config
+from hq_plugin.distillation import kl_divergence
 from hq_plugin.errors import ConfigError
 from hq_plugin.integrations.timm.adapter import create_model, load
 from hq_plugin.integrations.timm.demo_data import built_in
@@ -42,10 +43,20 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the demo's table."""
+    """One line of the demo's table.
+
+    Attributes:
+        name: Of the model.
+        accuracy: On the test images, 0 to 1.
+        kl: KL divergence from the float model on the test images, nats an image.
+        bits: Effective bits a weight.
+        size: Bytes.
+        seconds: What it took.
+    """
 
     name: str
     accuracy: float
+    kl: float
     bits: float
     size: int
     seconds: float
@@ -101,26 +112,16 @@ def run(data: str = "digits", directory: str | Path | None = None, show: bool | 
     with torch.no_grad():
         if not torch.equal(loaded(test_x[:64]), hybrid(test_x[:64])):
             raise RuntimeError("The loaded model's outputs differ from the saved one's.")
+
+    def measured(made: nn.Module) -> tuple[float, float]:
+        return _accuracy(made, test_x, test_y), _divergence(made, model, test_x)
+
     results = cast(Result, hybrid.hq), cast(Result, uniform.hq)
     return [
-        Row("float", _accuracy(model, test_x, test_y), 32.0, results[0].float_size, float_seconds),
-        Row(
-            "uniform",
-            _accuracy(uniform, test_x, test_y),
-            results[1].effective_bits,
-            results[1].size,
-            uniform_seconds,
-        ),
-        Row(
-            "hybrid", _accuracy(loaded, test_x, test_y), results[0].effective_bits, results[0].size, hybrid_seconds
-        ),
-        Row(
-            "hybrid, as files, with its report",
-            _accuracy(loaded, test_x, test_y),
-            results[0].effective_bits,
-            files,
-            0.0,
-        ),
+        Row("float", *measured(model), 32.0, results[0].float_size, float_seconds),
+        Row("uniform", *measured(uniform), results[1].effective_bits, results[1].size, uniform_seconds),
+        Row("hybrid", *measured(loaded), results[0].effective_bits, results[0].size, hybrid_seconds),
+        Row("hybrid, as files, with its report", *measured(loaded), results[0].effective_bits, files, 0.0),
     ]
 
 
@@ -151,3 +152,9 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
         (model(part).argmax(1) == labels).sum() for part, labels in zip(x.split(500), y.split(500), strict=True)
     ]
     return float(torch.stack(hits).sum()) / len(y)
+
+
+@torch.no_grad()
+def _divergence(model: nn.Module, teacher: nn.Module, x: Tensor) -> float:
+    parts = [float(kl_divergence(model(part), teacher(part))) * len(part) for part in x.split(500)]
+    return sum(parts) / len(x)
