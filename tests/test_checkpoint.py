@@ -1,5 +1,6 @@
 """Killed at random moments and started again, the same call reaches the same bits."""
 
+import contextlib
 import json
 import os
 import random
@@ -43,8 +44,26 @@ torch.set_num_threads(1)
 import hq_plugin as hq
 from tests.test_checkpoint import OPTIONS, batches, model
 small = hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=sys.argv[1], checkpoint_seconds=0, **OPTIONS)
-hq.save(small, sys.argv[2])
+hq.save(small, sys.argv[2], overwrite=True)
 """
+
+
+def _kept_more(job: subprocess.Popen, directory: Path, changes: int) -> bool:
+    """Waits until the checkpoint has changed so often; False if the job has ended before."""
+
+    def kept() -> list[tuple[str, int, int]]:
+        with contextlib.suppress(FileNotFoundError):  # a state is put in another's place
+            stats = [(str(path), path.stat()) for path in directory.rglob("*")]
+            return [(name, stat.st_mtime_ns, stat.st_size) for name, stat in stats]
+        return []
+
+    seen = kept()
+    while changes and job.poll() is None:
+        time.sleep(0.005)
+        now = kept()
+        changes -= now != seen
+        seen = now
+    return job.poll() is None
 
 
 def test_killed_at_random_moments_it_reaches_the_same_bits(tmp_path: Path) -> None:
@@ -54,23 +73,19 @@ def test_killed_at_random_moments_it_reaches_the_same_bits(tmp_path: Path) -> No
         expected = hq.quantize(model(), "3.5bit", batches(), **OPTIONS)  # type: ignore[arg-type]
     finally:
         torch.set_num_threads(before)
-    rng, kills = random.Random(0), 0
-    for attempt in range(40):
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    rng, kills, env = random.Random(0), 0, {**os.environ, "OMP_NUM_THREADS": "1"}
+    while True:
         job = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-c", JOB, str(tmp_path / "ck"), str(tmp_path / "out")], env=env
         )
-        if kills < 5:
-            # It works once the directory is there; then it may die at any moment.
-            while not (tmp_path / "ck" / "checkpoint.json").exists() and job.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 2.5) + (4.0 if kills else 0.0))
-            if job.poll() is None:
-                job.send_signal(signal.SIGKILL)
-                kills += 1
+        # A random amount of its work later it dies; counted in what it has kept, not in seconds.
+        if kills < 5 and _kept_more(job, tmp_path / "ck", rng.randint(1, 12)):
+            time.sleep(rng.uniform(0, 0.05))
+            job.kill()
+            kills += 1
         if job.wait() == 0:
             break
-        assert attempt < 39
+        assert job.returncode == -signal.SIGKILL
     assert kills > 0
     found = hq.load(tmp_path / "out", model())
     assert found.hq.policy == expected.hq.policy  # type: ignore[union-attr]
