@@ -408,14 +408,22 @@ def _load_saved(directory: Path, model: str | None, arguments: list[str], data: 
 
 
 def _print_kernels(loaded: Any, inputs: Any) -> None:
-    from hq_plugin.kernels import REFERENCE, choose_kernels, machine
+    from hq_plugin.kernels import choose_kernels
+    from hq_plugin.nn.kernels import REFERENCE
+    from hq_plugin.timing import machine
 
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
-    rows = [
-        (name, choice.kernel, f"{choice.milliseconds[choice.kernel]:.3f}", f"{choice.milliseconds[REFERENCE]:.3f}")
-        for name, choice in choose_kernels(loaded, *args, **kwargs).items()
-    ]
-    _print_table(("layer", "kernel", "ms", f"ms {REFERENCE}"), rows)
+    rows = []
+    for name, choice in choose_kernels(loaded, *args, **kwargs).items():
+        cells = [name]
+        for part in (choice, choice.one_row):
+            best, own = ("", "") if part is None else (part.kernel, REFERENCE)
+            cells += [best, *("" if part is None else f"{part.milliseconds[kernel]:.3f}" for kernel in (best, own))]
+        rows.append(tuple(cells))
+    _print_table(
+        ("layer", "kernel", "ms", f"ms {REFERENCE}", "for one row", "ms", f"ms {REFERENCE}"),
+        rows,
+    )
     print(machine())
 
 
