@@ -18,8 +18,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hq_plugin.distribution import is_first, wait_for_all
@@ -173,20 +172,22 @@ def read_json(directory: str | Path, kind: str, version: int | None) -> dict[str
 def read_tensors(directory: str | Path, digest: Any) -> dict[str, Tensor]:
     """Reads the tensor part, once its checksum is right.
 
+    The tensors may be views of the file, which is then read only where they are: copy what is to outlive it.
+
     Raises:
         ArtifactError: The file is missing, damaged or truncated.
     """
     path = Path(directory).expanduser() / TENSOR_FILE
     try:
-        raw = path.read_bytes()
+        found = _digest(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if hashlib.sha256(raw).hexdigest() != digest:
+    if found != digest:
         raise ArtifactError(
             f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it again."
         )
-    with contextlib.suppress(SafetensorError, ValueError, KeyError, RuntimeError):
-        return load_tensors(raw)
+    with contextlib.suppress(SafetensorError, ValueError, KeyError, RuntimeError, OSError):
+        return load_file(path)
     raise ArtifactError(f"{path} is not a safetensors file.")
 
 
