@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from accelerate import init_empty_weights
 from torch import nn
 
 from hq_plugin.config import Config
@@ -130,6 +131,17 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
             f"pip install 'hq-plugin[{name}]'."
         ) from error
     return adapter.rebuild({key: value for key, value in description.items() if key != "integration"})
+
+
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a model whose parameters are on the meta device, where its code allows that; buffers have values."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = build()
+    except Exception:  # whatever code does that computes with its parameters while it is built
+        return build()
+    # Tables beside a parameter (of relative positions) may follow it to the meta device; they are in no file.
+    return build() if any(buffer.is_meta for buffer in model.buffers()) else model
 
 
 def _adapter(name: str) -> Adapter:
