@@ -24,7 +24,7 @@ from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.data import Batch
-from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
+from hq_plugin.errors import ArtifactError, ConfigError, EngineError, HQWarning
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import FLOAT_BITS, LayerBits
@@ -37,6 +37,8 @@ from hq_plugin.storage import write_text
 from hq_plugin.timing import machine, median_milliseconds
 
 FORMAT, VERSION = "hq_plugin profile", 1
+#: Stands for the kernel of a layer that did not run.
+NO_KERNEL = "none"
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
 _SLOPE = (0.25, 4.0)
 #: Sums of the slowest and the fastest policy must differ by this factor to tell a slope.
@@ -55,7 +57,8 @@ class Profile:
         versions: Versions of the libraries.
         rest: Milliseconds of the model that no width changes.
         slope: Milliseconds of the model for each millisecond of its layers alone.
-        layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width.
+        layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width, by kernel;
+            the fastest counts.
     """
 
     target: str
@@ -65,7 +68,7 @@ class Profile:
     versions: dict[str, str]
     rest: float
     slope: float
-    layers: dict[str, dict[str, float]]
+    layers: dict[str, dict[str, dict[str, float]]]
 
     def table(self, space: SearchSpace) -> Table:
         """Returns milliseconds, `[groups, weight widths, activation widths]`.
@@ -85,7 +88,7 @@ class Profile:
 
     def _time(self, site: Site, bits: LayerBits) -> float:
         try:
-            return self.layers[signature(site)][width(bits)]
+            return min(self.layers[signature(site)][width(bits)].values())
         except KeyError:
             raise ConfigError(
                 f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "
@@ -112,7 +115,10 @@ class Profile:
             if data["format"] != FORMAT or not 1 <= int(data["version"]) <= VERSION:
                 raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
             made = cls(**{name: data[name] for name in cls.__dataclass_fields__})
-            numbers = [made.rest, made.slope, *(ms for times in made.layers.values() for ms in times.values())]
+            kernels = [ms for widths in made.layers.values() for ms in widths.values()]
+            if not all(kernels):
+                raise ValueError("a layer has no time")
+            numbers = [made.rest, made.slope, *(ms for times in kernels for ms in times.values())]
             if not all(isinstance(number, (int, float)) and 0 <= number < np.inf for number in numbers):
                 raise ValueError("a time is not a positive number")
         except OSError as error:
@@ -173,12 +179,13 @@ def measure_profile(
         show: Whether to show progress; None does on a terminal.
 
     Raises:
+        EngineError: The target is ONNX Runtime, which is not installed.
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     layer_time, model_time = _timers(target)
     part = first_samples(batch, samples)
     inputs = _inputs(teacher, space, part)
-    layers: dict[str, dict[str, float]] = {}
+    layers: dict[str, dict[str, dict[str, float]]] = {}
     with progress(show) as bars:
         task = bars.task("profile", len(space.table))
         for group in space.groups:
@@ -190,7 +197,8 @@ def measure_profile(
                         if width(bits) not in times:
                             x = inputs.get(site.name)
                             module = teacher.get_submodule(site.name)
-                            times[width(bits)] = 0.0 if x is None else layer_time(random_layer(module, bits), x)
+                            layer = random_layer(module, bits)
+                            times[width(bits)] = {NO_KERNEL: 0.0} if x is None else layer_time(layer, x)
                 task.advance()
     made = Profile(
         "onnxruntime" if target == "onnxruntime" else "torch",
@@ -262,20 +270,24 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
     costs.latency_batch = budget.batch
 
 
-LayerTimer = Callable[[PackedModule, Tensor], float]
+LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]
 ModelTimer = Callable[[nn.Module, Batch], float]
 
 
 def _timers(target: str) -> tuple[LayerTimer, ModelTimer]:
     if target == "onnxruntime":
-        from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
-
+        try:
+            from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
+        except ImportError as error:
+            raise EngineError(
+                f"{error}. Install what ONNX Runtime needs: pip install 'hq-plugin[onnx]'."
+            ) from error
         return layer_milliseconds, model_milliseconds
     return _torch_layer, _torch_model
 
 
-def _torch_layer(layer: PackedModule, x: Tensor) -> float:
-    return min(measure(layer, x).milliseconds.values())
+def _torch_layer(layer: PackedModule, x: Tensor) -> dict[str, float]:
+    return measure(layer, x).milliseconds
 
 
 def _torch_model(model: nn.Module, batch: Batch) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
-from hq_plugin import ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
+from hq_plugin import EngineError, ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.packing import pack_bits
 from tests.integrations.huggingface.conftest import SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
@@ -255,5 +255,5 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     for name in [name for name in sys.modules if name.startswith("hq_plugin.integrations.onnxruntime")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ExportError, match=r"hq-plugin\[onnx\]"):
+    with pytest.raises(EngineError, match=r"hq-plugin\[onnx\]"):
         hq.export(small, tmp_path / "m.onnx", x)
