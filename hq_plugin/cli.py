@@ -156,11 +156,9 @@ def profile(
         batches = None if data is None else _load_data(data, float_model, test=False)
         measured = hq_plugin.profile(float_model, batches, batch=batch, **options)
         measured.save(out)
-        rows = [
-            (name, *(f"{key}: {ms:.3f}" for key, ms in times.items())) for name, times in measured.layers.items()
-        ]
-        for row in rows:
-            print("  ".join(row))
+        for name, widths in measured.layers.items():
+            fastest = {key: min(kernels.items(), key=lambda item: item[1]) for key, kernels in widths.items()}
+            print("  ".join([name, *(f"{key}: {ms:.3f} ({kernel})" for key, (kernel, ms) in fastest.items())]))
         print(f"{measured.machine}; {measured.rest:.3f} ms of the model are no layer's; saved to {out}")
 
 

@@ -49,6 +49,8 @@ def test_profile_and_a_budget_of_latency(tmp_path: Path) -> None:
     result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths)
     assert result.exit_code == 0, result.output
     assert len(hq.Profile.load(tmp_path / "p.json").layers) == 4
+    assert result.stdout.count("4,8: ") == result.stdout.count("8,8: ") == 4
+    assert "(int8)" in result.stdout or "(dequantized)" in result.stdout
     arguments = ["--data", DATA, "--effort", "smoke", "--profile", tmp_path / "p.json", "--out", tmp_path / "small"]
     result = call("quantize", MODEL, "1000s", *arguments, "--target", "torch", *widths)
     assert result.exit_code == 0, result.output
@@ -62,6 +64,7 @@ def test_export_and_kernels_of_a_saved_model(saved: Path, tmp_path: Path, monkey
     monkeypatch.setenv("HQ_PLUGIN_CACHE", str(tmp_path))
     result = call("inspect", saved, "--kernels", "--model", MODEL, "--data", DATA)
     assert result.exit_code == 0, result.output
+    assert "for one row" in result.stdout
     assert "int8" in result.stdout or "dequantized" in result.stdout
     assert (tmp_path / "kernels.json").exists()
     result = call("export", saved, "--out", tmp_path / "m.onnx", "--model", MODEL)
