@@ -37,6 +37,8 @@ from hq_plugin.storage import write_text
 from hq_plugin.timing import machine, median_milliseconds
 
 FORMAT, VERSION = "hq_plugin profile", 1
+#: Share of the model's time by which promises may be wrong without a warning.
+TRUSTED = 0.15
 #: Stands for the kernel of a layer that did not run.
 NO_KERNEL = "none"
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
@@ -57,6 +59,8 @@ class Profile:
         versions: Versions of the libraries.
         rest: Milliseconds of the model that no width changes.
         slope: Milliseconds of the model for each millisecond of its layers alone.
+        error: By how much, as a share, the model under one of the policies that it was timed under took more or
+            less time than its layers' times, `slope` and `rest` say.
         layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width, by kernel;
             the fastest counts.
     """
@@ -68,6 +72,7 @@ class Profile:
     versions: dict[str, str]
     rest: float
     slope: float
+    error: float
     layers: dict[str, dict[str, dict[str, float]]]
 
     def table(self, space: SearchSpace) -> Table:
@@ -118,7 +123,7 @@ class Profile:
             kernels = [ms for widths in made.layers.values() for ms in widths.values()]
             if not all(kernels):
                 raise ValueError("a layer has no time")
-            numbers = [made.rest, made.slope, *(ms for times in kernels for ms in times.values())]
+            numbers = [made.rest, made.slope, made.error, *(ms for times in kernels for ms in times.values())]
             if not all(isinstance(number, (int, float)) and 0 <= number < np.inf for number in numbers):
                 raise ValueError("a time is not a positive number")
         except OSError as error:
@@ -139,6 +144,17 @@ class Profile:
             warnings.warn(
                 f"The profile of {self.date} is of another {', '.join(different)}. Times may differ; measure here "
                 "with hq-plugin profile, or ignore this if the model is for that machine.",
+                HQWarning,
+                stacklevel=3,
+            )
+
+    def warn_if_rough(self) -> None:
+        """Warns where the times of layers do not add up to those of the model."""
+        if self.error > TRUSTED:
+            warnings.warn(
+                f"Times of layers do not add up to the model's: one policy took {self.error:.0%} more or less. "
+                "Layers with quantized and with float inputs side by side may cost conversions that no layer has "
+                "alone: give one width of activations (activation_bits=8). If the machine was busy, measure again.",
                 HQWarning,
                 stacklevel=3,
             )
@@ -208,6 +224,7 @@ def measure_profile(
         _versions(target),
         0.0,
         1.0,
+        0.0,
         layers,
     )
     times_of = made.table(space)
@@ -218,7 +235,8 @@ def measure_profile(
         packed = torch_ao.convert(torch_ao.prepare(teacher, space.policy(genome), whole_zero_points=True))
         totals.append(model_time(packed, part))
     slope, rest = _line(sums, totals)
-    return Profile(**{**vars(made), "rest": rest, "slope": slope})
+    error = max(abs(total / (rest + slope * part) - 1) for total, part in zip(totals, sums, strict=True))
+    return Profile(**{**vars(made), "rest": rest, "slope": slope, "error": error})
 
 
 def _spread(times: Table, space: SearchSpace) -> list[Genome]:
@@ -266,6 +284,7 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
                 f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
                 "for that, or give Budget(latency_ms=..., batch=...)."
             )
+    profile.warn_if_rough()
     costs.latency, costs.latency_rest = profile.table(costs.space), profile.rest
     costs.latency_batch = budget.batch
 

@@ -1,3 +1,4 @@
+import itertools
 import json
 import sys
 import warnings
@@ -10,7 +11,16 @@ import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, Budget, BudgetError, ConfigError, EngineError, HQWarning, Profile
+from hq_plugin import (
+    ArtifactError,
+    Budget,
+    BudgetError,
+    ConfigError,
+    EngineError,
+    HQWarning,
+    Profile,
+    profiles,
+)
 from hq_plugin.data import Batch
 from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
 from hq_plugin.kernels import kernel_of
@@ -40,7 +50,7 @@ def with_times(profile: Profile, milliseconds: Callable[[str, str], float], rest
         name: {key: {"fast": milliseconds(name, key), "slow": milliseconds(name, key) + 1} for key in widths}
         for name, widths in profile.layers.items()
     }
-    return Profile(**{**vars(profile), "layers": layers, "rest": rest, "slope": slope})
+    return Profile(**{**vars(profile), "layers": layers, "rest": rest, "slope": slope, "error": 0.0})
 
 
 def bits_of(key: str) -> float:
@@ -128,6 +138,24 @@ def test_the_line_goes_through_what_was_measured() -> None:
     # Sums that hardly differ tell no slope; a negative rest becomes a slope.
     assert _line([1.0, 1.01], [3.0, 5.0]) == (1.0, pytest.approx(2.995))
     assert _line([10.0, 11.0], [5.0, 5.0]) == (pytest.approx(10 / 21), 0.0)
+
+
+def test_times_that_do_not_add_up_are_told(
+    made: Profile,
+    trained: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rough = Profile(**{**vars(slow_and_fast(made)), "error": 0.4})
+    with pytest.warns(HQWarning, match=r"took 40% more or less.*activation_bits=8"):
+        hq.quantize(trained, Budget(latency_ms=180, batch=4), batches, profile=rough, **options)  # type: ignore[arg-type]
+    # All layers take the same; the model takes 2, 4 and 2 ms under the narrowest, the widest and a random policy.
+    totals = itertools.cycle([2.0, 4.0])
+    timers = (lambda layer, x: {"any": 1.0}), (lambda model, batch: next(totals))
+    monkeypatch.setattr(profiles, "_timers", lambda target: timers)
+    found = hq.profile(trained, batches, target="torch", **options)  # type: ignore[arg-type]
+    assert (found.rest + 4 * found.slope, found.error) == (pytest.approx(8 / 3), pytest.approx(0.5))
 
 
 def test_a_profile_of_something_else(
