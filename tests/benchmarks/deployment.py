@@ -227,6 +227,7 @@ def _promises(name: str, model: nn.Module, data: Any, target: Any, activation_bi
             torch_ao.prepare(session.teacher, space.policy(space.top), whole_zero_points=True)
         )
         then = model_time(widest, part, target)
+        widths = " or ".join(map(str, activation_bits))
         assert session.costs.latency is not None
         fast = float(session.costs.latency.min(axis=(1, 2)).sum()) + session.costs.latency_rest
         wide = session.costs.costs(space.top).latency_ms
@@ -240,7 +241,7 @@ def _promises(name: str, model: nn.Module, data: Any, target: Any, activation_bi
             rows.append(
                 {
                     "model": name,
-                    "case": f"latency, {target}, inputs of {' or '.join(map(str, activation_bits))} bits, {share:.0%}",
+                    "case": f"latency, {target}, inputs of {widths} bits, {share:.0%}",
                     "fastest and widest policy": [round(fast, 2), round(wide, 2)],
                     "budget": round(budget.latency_ms or 0.0, 3),
                     "promised": round(promised, 3),
