@@ -106,12 +106,12 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         "tied": tied,
         "constants": constants,
         "architecture": adapters.describe(model),
-        "report": stored_report(result) if isinstance(result, Result) else None,
+        "report": _report(result) if isinstance(result, Result) else None,
     }
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
 
 
-def stored_report(result: Result) -> dict[str, Any]:
+def _report(result: Result) -> dict[str, Any]:
     """Returns a result for storing: its histories thinned, since a small model must stay small on disk."""
     data = result.to_json()
     for name, records in result.history.items():
@@ -287,4 +287,4 @@ def _tie(model: nn.Module, tied: dict[str, str]) -> None:
                 getattr(holder, field)[last] = getattr(source, field)[owner_last]
 
 
-__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save", "stored_report"]
+__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save"]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
-from hq_plugin.artifact import SavedModel, SavedSite, stored_report
+from hq_plugin.artifact import SavedModel, SavedSite
 from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
@@ -30,7 +30,7 @@ _PROCESSORS = {
     "input_values": AutoFeatureExtractor,
     "input_features": AutoFeatureExtractor,
 }
-#: The report of a quantized model, beside what `save_pretrained` writes.
+#: The report of a quantized model without its histories, beside what `save_pretrained` writes.
 REPORT_FILE = "hq_result.json"
 
 
@@ -88,7 +88,7 @@ def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
         if processor is not None:
             processor.save_pretrained(staging / "new")
         if isinstance(getattr(model, "hq", None), Result):
-            (staging / "new" / REPORT_FILE).write_text(json.dumps(stored_report(model.hq)))
+            (staging / "new" / REPORT_FILE).write_text(json.dumps({**model.hq.to_json(), "history": {}}))
         if target.exists():
             target.rename(staging / "old")
         (staging / "new").rename(target)
