@@ -147,7 +147,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     print("float", measure(model, model, text), flush=True)
-    session: Session | None = None
+    sessions: dict[str, Session] = {}
     for method, budget in itertools.product(options.methods, options.budget):
         began = time.perf_counter()
         if method == "hybrid":
@@ -158,12 +158,13 @@ def main() -> None:
                 tokenizer.save_pretrained(options.save)
             continue
         if method == "session":
-            if session is None:
-                session = hq_plugin.meta_train(model, manual, config=config)
-            report(method, budget, session.quantize(budget), time.perf_counter() - began)
+            if method not in sessions:
+                sessions[method] = hq_plugin.meta_train(model, manual, config=config)
+            report(method, budget, sessions[method].quantize(budget), time.perf_counter() - began)
             continue
-        if session is None:
-            session = hq_plugin.meta_train(model, manual, config=config, meta_steps=0, block="table")
+        if "float" not in sessions:
+            sessions["float"] = hq_plugin.meta_train(model, manual, config=config, meta_steps=0, block="table")
+        session = sessions["float"]
         policy = session.baselines(budget)[method]
         # As many steps as the hybrid's meta-training and fine-tuning take together.
         adapter = adapters.find(model)
