@@ -16,6 +16,7 @@ from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.profiles import Profile, measure_profile
 from hq_plugin.session import EvalFunction, Session, search_space, teacher_of
 from hq_plugin.synthetic import synthetic_data
+from hq_plugin.tracking import tracking
 
 
 def quantize(
@@ -53,8 +54,9 @@ def quantize(
     """
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
-    session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
-    packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
+    with tracking(config):
+        session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
+        packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
     return packed
 
 

@@ -23,6 +23,7 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.progress import progress
+from hq_plugin.tracking import track
 
 #: Share of the steps over which the learning rate rises, and how often a good state is kept.
 WARMUP, SNAPSHOTS = 0.05, 20
@@ -141,6 +142,7 @@ def train(task: Task) -> None:
             optimizer.step()
             schedule.step()
             task.history.append({"step": step, "loss": value})
+            track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:
                 due = torch.tensor(float(keep.due()), device=accelerator.device)
