@@ -187,7 +187,7 @@ def broken() -> nn.Module:
 
 
 def test_an_error_in_the_code_of_a_user_has_another_exit_code(tmp_path: Path) -> None:
-    arguments = ("quantize", "tests.test_cli:broken", "3bit", "--out", tmp_path / "out")
+    arguments = ("quantize", "tests.cli.test_main:broken", "3bit", "--out", tmp_path / "out")
     result = call(*arguments)
     assert result.exit_code == 1
     assert result.stderr.splitlines() == ["error: KeyError: 'mine' (--debug shows the traceback)"]
