@@ -66,7 +66,7 @@ def write_directory(
             staging / TENSOR_FILE,
         )
         head = {"format": kind, "version": version, "sha256": _digest(staging / TENSOR_FILE)}
-        (staging / JSON_FILE).write_text(json.dumps({**head, **content}))
+        (staging / JSON_FILE).write_text(json.dumps({**head, **content}, separators=(",", ":")))
         for name in (TENSOR_FILE, JSON_FILE):
             with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
