@@ -61,7 +61,7 @@ def expand(stored: Mapping[str, Any]) -> Result:
 
 def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Keeps every so many records, and of a search those that were the best until then; policies are left out."""
-    kept = set(range(0, len(records), max(1, -(-len(records) // HISTORY))))
+    kept = {*range(0, len(records), max(1, -(-len(records) // HISTORY))), *range(len(records))[-1:]}
     best = math.inf
     leaders = []
     for number, record in enumerate(records):
