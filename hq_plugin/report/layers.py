@@ -58,9 +58,9 @@ def stages(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
     for run in runs:
         count = -(-len(run) // _STAGE)
         cuts = [round(len(run) * n / count) for n in range(count + 1)]
-        for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        for piece, (start, stop) in enumerate(itertools.pairwise(cuts)):
             name = keys[run[start]] or f"{run[start] + 1} to {run[stop - 1] + 1}"
-            again = f" ({number + 1})" if number and keys[run[start]] else ""
+            again = f" ({piece + 1})" if piece and keys[run[start]] else ""
             pieces.append((name + again, [layers[n] for n in run[start:stop]]))
     return pieces
 
