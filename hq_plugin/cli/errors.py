@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,9 @@ from contextlib import contextmanager
 import typer
 
 from hq_plugin.errors import HQError
+
+#: Exit codes; 0 is success. Wrong usage, which typer finds, is FIXABLE as well.
+UNEXPECTED, FIXABLE, INTERRUPTED = 1, 2, 130
 
 
 @contextmanager
@@ -20,15 +25,26 @@ def one_line_errors(debug: bool) -> Iterator[None]:
     """
     with warnings.catch_warnings():
         if not debug:
-            warnings.showwarning = lambda message, *_: typer.secho(f"warning: {message}", fg="yellow", err=True)
+            warnings.showwarning = lambda message, *_: _line("warning", str(message), "yellow")
         try:
             yield
         except typer.Exit:
             raise
+        except BrokenPipeError:
+            # Whoever read our output, `head` for one, has seen enough; Python would complain when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt:
+            _line("error", "interrupted (with --checkpoint-dir the same command goes on from there)", "red")
+            raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if debug:
                 raise
             expected = isinstance(error, (HQError, OSError))
             text = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows the traceback)"
-            typer.secho(f"error: {' '.join(text.split())}", fg="red", err=True)
-            raise typer.Exit(2 if expected else 1) from error
+            _line("error", text, "red")
+            raise typer.Exit(FIXABLE if expected else UNEXPECTED) from error
+
+
+def _line(kind: str, text: str, color: str) -> None:
+    typer.secho(f"{kind}: {' '.join(text.split())}", fg=color, err=True)

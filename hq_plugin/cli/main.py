@@ -6,18 +6,20 @@ what to do, and exit code 2; anything else has exit code 1. `--debug` shows the 
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from hq_plugin.cli.demo import demo
 from hq_plugin.cli.evaluate import evaluate
 from hq_plugin.cli.export import export
 from hq_plugin.cli.inspect import inspect
+from hq_plugin.cli.meta_train import meta_train
 from hq_plugin.cli.profile import profile
 from hq_plugin.cli.quantize import quantize
 
 app = typer.Typer(
     name="hq-plugin",
-    help="Low-bit hybrid quantization of PyTorch models, searched and trained in one call.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -25,8 +27,43 @@ app = typer.Typer(
 )
 
 app.command()(quantize)
+app.command()(meta_train)
 app.command()(profile)
 app.command()(export)
 app.command()(inspect)
 app.command()(evaluate)
 app.command()(demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from hq_plugin import __version__
+
+        print(f"hq-plugin {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Low-bit hybrid quantization of PyTorch models, searched and trained in one call.
+
+    \b
+    Examples:
+      hq-plugin demo
+      hq-plugin quantize resnet18 12% --pretrained --data photographs/ --out small
+      hq-plugin inspect small
+      hq-plugin quantize --help
+
+    \b
+    Exit codes:
+      0    done
+      1    an error in the code of a model, of data or of hq_plugin itself; --debug shows where
+      2    something that you can put right: the line on stderr says what and how
+      130  interrupted
+
+    Results go to stdout (--json for programs), progress, warnings and errors to stderr.
+    """

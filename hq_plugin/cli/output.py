@@ -1,7 +1,8 @@
-"""Tables on stdout, and nothing else."""
+"""What goes to stdout: lines, JSON and tables; of several processes only the first writes."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +10,28 @@ from typing import Any
 from hq_plugin.budget import format_count
 
 
+def say(text: object) -> None:
+    """Prints a line."""
+    from hq_plugin.distribution import is_first
+
+    if is_first():
+        print(text)
+
+
+def say_json(value: Any) -> None:
+    """Prints a value as one line of JSON."""
+    say(json.dumps(value))
+
+
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Prints rows of text under a header."""
     from rich.console import Console
     from rich.table import Table
 
+    from hq_plugin.distribution import is_first
+
+    if not is_first():
+        return
     table = Table(*header, box=None, header_style="bold")
     for row in rows:
         table.add_row(*row)
@@ -49,4 +67,4 @@ def print_result(result: Any) -> None:
     rows.append(("float", "0", accuracy, "32", f"{result.float_size:,}", ""))
     print_table(("held-out data", "distance", "accuracy", "effective bits", "bytes", "BitOps"), rows)
     used = ", ".join(f"{share:.1%} of {name}" for name, share in result.used.items())
-    print(f"budget {result.budget}: used {used or 'nothing'}")
+    say(f"budget {result.budget}: used {used or 'nothing'}")
