@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.compact import compact, expand
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, packed_modules, with_held_weights
@@ -24,8 +25,6 @@ from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
 
 FORMAT, VERSION = "hq_plugin model", 1
-#: Records that are kept of each history; those of the search lose their policies.
-HISTORY = 50
 
 _CONSTANT_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -106,18 +105,9 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         "tied": tied,
         "constants": constants,
         "architecture": adapters.describe(model),
-        "report": _report(result) if isinstance(result, Result) else None,
+        "report": compact(result) if isinstance(result, Result) else None,
     }
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
-
-
-def _report(result: Result) -> dict[str, Any]:
-    """Returns a result for storing: its histories thinned, since a small model must stay small on disk."""
-    data = result.to_json()
-    for name, records in result.history.items():
-        thin = records[:: max(1, len(records) // HISTORY)]
-        data["history"][name] = [{k: v for k, v in record.items() if k != "policy"} for record in thin]
-    return data
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -157,7 +147,7 @@ def read_info(directory: str | Path) -> SavedModel:
         report = data["report"]
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
         raise ArtifactError(f"{directory} is damaged: its description cannot be read ({error!r}).") from error
-    result = None if report is None else Result.from_json(report)
+    result = None if report is None else expand(report)
     path = Path(directory).expanduser() / TENSOR_FILE
     return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
 
