@@ -176,9 +176,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
                 f"{directory} does not say how to build the model's architecture. Pass a float model of the "
                 "same class: hq_plugin.load(directory, model)."
             )
-        skeleton = adapters.rebuild(info.architecture)
+        skeleton = _without_values(adapters.rebuild(info.architecture), inplace=True)
     else:
-        skeleton = copy.deepcopy(adapters.unwrap(model).model).cpu()
+        skeleton = _without_values(adapters.unwrap(model).model)
     skeleton = _pack_sites(skeleton, info)
     expected = skeleton.state_dict()
     tensors = {**read_tensors(directory, data.get("sha256")), **_constants(data, expected)}
@@ -194,6 +194,29 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         skeleton.hq = info.result  # type: ignore[assignment]
     adapter = adapters.find(skeleton)
     return skeleton if adapter is None else adapter.finish(skeleton)
+
+
+def _without_values(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Returns a copy of a model on the CPU whose parameters, all of which a file fills, have no values yet.
+
+    Memory that nobody has written to costs nothing: neither the copy nor what packed layers replace is paid for.
+
+    Args:
+        model: A model; what no file fills (non-persistent buffers) keeps its values.
+        inplace: Whether to change `model` itself, whose parameters may then be on the meta device.
+    """
+    filled = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        for parameter in model.parameters()
+        if id(parameter) in filled and type(parameter) is nn.Parameter
+    }
+    if not inplace:
+        return copy.deepcopy(model, empty).cpu()  # type: ignore[arg-type]
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = empty.get(id(parameter), parameter)
+    return model
 
 
 def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:

@@ -25,7 +25,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.data import Batch
 from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
-from hq_plugin.kernels import choose_kernels, machine, measure, median_milliseconds
+from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.progress import progress
@@ -34,6 +34,7 @@ from hq_plugin.result import versions
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import write_text
+from hq_plugin.timing import machine, median_milliseconds
 
 FORMAT, VERSION = "hq_plugin profile", 1
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
