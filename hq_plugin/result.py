@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
-from hq_plugin.errors import ArtifactError
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.untrusted import check_types, clean_errors
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class Result:
         Raises:
             ArtifactError: A field is missing or has the wrong form.
         """
-        try:
+        with clean_errors("The saved report"):
             values = {name: data[name] for name in cls.__dataclass_fields__}
             values["policy"] = HybridPolicy.from_json(data["policy"])
             values["costs"] = Costs(**data["costs"])
@@ -159,9 +159,9 @@ class Result:
                 name: Baseline(**{**b, "policy": HybridPolicy.from_json(b["policy"]), "costs": Costs(**b["costs"])})
                 for name, b in data["baselines"].items()
             }
-            return cls(**values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
+            result = cls(**values)
+            check_types(result)
+            return result
 
 
 def versions() -> dict[str, str]:
