@@ -53,7 +53,7 @@ def quantize(
     """
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
-    session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget)
+    session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
     packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
     return packed
 

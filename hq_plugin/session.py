@@ -109,7 +109,9 @@ class Session:
         self._scorer: Scorer | None = None
 
     @classmethod
-    def create(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None) -> Session:
+    def create(
+        cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None, *, share: bool = False
+    ) -> Session:
         """Finds the sites, builds the MetaQuantNet and meta-trains it (step 1).
 
         Args:
@@ -117,6 +119,8 @@ class Session:
             data: Prepared batches.
             config: Options.
             budget: Where it is known, policies are sampled around it.
+            share: Whether the teacher's weights may be those of `model` and not a copy: for sessions that end
+                before anyone can change them.
 
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
@@ -126,7 +130,7 @@ class Session:
             limits_bitops = budget is not None and budget.bitops is not None
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
-        teacher = teacher_of(model, data)
+        teacher = teacher_of(model, data, share=share)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         if budget is not None:
@@ -325,21 +329,15 @@ class Session:
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
         began = time.perf_counter()
-        if config.finetune_from == "float":
-            network = float_network(self.teacher, found.policy, self.data, config)
-        else:
-            network = generated_network(self.network, found.policy)
-        if config.rounding == "second_order":
-            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
-        self.scorer.recalibrate(network, RECALIBRATION)
-        before = copy.deepcopy(network.state_dict())
+        network = self._start(found.policy, config)
         untrained = self.scorer.measure(network)
         stage = f"fine-tuning of {found.policy.to_json()} by {_decisive(config)}"
         history = finetune_network(network, self.teacher, self.data, self.loss, config, self.checkpoint, stage)
         fidelity = self.scorer.measure(network)
         if not fidelity.distance <= untrained.distance:
-            # A handful of steps can be worse than none; then none are taken.
-            network.load_state_dict(before)
+            # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
+            # would cost as much memory as the model.
+            network = self._start(found.policy, config)
             fidelity = untrained
         tuned = time.perf_counter()
         # accelerate may have trained on another device than the one that the model came from.
@@ -380,6 +378,17 @@ class Session:
         adapter = adapters.find(packed)
         return packed if adapter is None else adapter.finish(packed)
 
+    def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
+        """Returns the network that fine-tuning starts from."""
+        if config.finetune_from == "float":
+            network = float_network(self.teacher, policy, self.data, config)
+        else:
+            network = generated_network(self.network, policy)
+        if config.rounding == "second_order":
+            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
+        self.scorer.recalibrate(network, RECALIBRATION)
+        return network
+
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
 
@@ -414,12 +423,18 @@ def _decisive(config: Config) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 
-def teacher_of(model: nn.Module, data: Data) -> nn.Module:
+def teacher_of(model: nn.Module, data: Data, *, share: bool = False) -> nn.Module:
     """Returns the frozen copy of a float model that everything is measured against.
 
     Parameters that are matrices of products are layers of their own in it.
+
+    Args:
+        model: The float model; it is not changed.
+        data: Gives inputs for one forward.
+        share: Whether parameters share their memory with those of `model`.
     """
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
+    teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
     return hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
 
 

@@ -99,6 +99,7 @@ class HuggingFaceAdapter:
                     "activation_bits": (16,),
                     "group_size": 64,
                     "sensitivities": "fisher",
+                    "self_written": 0.5,
                     **_CAUSAL_STEPS[config.effort],
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
