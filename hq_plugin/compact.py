@@ -10,8 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hq_plugin.errors import ArtifactError
 from hq_plugin.result import Result
+from hq_plugin.untrusted import clean_errors
 
 #: Records that are kept of each history, and as many of those that were the best of a search until then.
 HISTORY = 50
@@ -41,7 +41,7 @@ def expand(stored: Mapping[str, Any]) -> Result:
     Raises:
         ArtifactError: A field is missing or has the wrong form.
     """
-    try:
+    with clean_errors("The saved report"):
         data = {name: _records(value) if name in _TABLES else value for name, value in stored.items()}
         data["history"] = {name: _records(table) for name, table in stored["history"].items()}
         names = [layer["name"] for layer in data["layers"]]
@@ -53,10 +53,6 @@ def expand(stored: Mapping[str, Any]) -> Result:
 
         data["baselines"] = {name: named(baseline) for name, baseline in stored["baselines"].items()}
         return Result.from_json(named(data))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
 
 
 def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

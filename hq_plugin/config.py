@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hq_plugin.errors import ConfigError
 from hq_plugin.policy import ACTIVATION_BITS, WEIGHT_BITS
+from hq_plugin.untrusted import check_types
 
 Effort = Literal["smoke", "fast", "balanced", "best"]
 BlockKind = Literal["auto", "dense", "low_rank", "table"]
@@ -307,7 +308,12 @@ class Config:
         pinned = values.get("pinned")
         if pinned:
             values["pinned"] = {k: tuple(v) if isinstance(v, list) else v for k, v in pinned.items()}
-        return cls(**values)
+        config = cls(**values)
+        try:
+            check_types(config)
+        except TypeError as error:
+            raise ConfigError(f"An option is not possible: {error}.") from error
+        return config
 
 
 def _name_of(value: Any) -> str | None:

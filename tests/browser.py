@@ -102,7 +102,11 @@ class Page:
         """Drags from the middle of an element to a point of the window."""
         x, y = self.middle(selector)
         steps = [(x + (to[0] - x) * n / 5, y + (to[1] - y) * n / 5) for n in range(6)]
-        events = [("mousePressed", steps[0]), *(("mouseMoved", step) for step in steps), ("mouseReleased", steps[-1])]
+        events = [
+            ("mousePressed", steps[0]),
+            *(("mouseMoved", step) for step in steps),
+            ("mouseReleased", steps[-1]),
+        ]
         for kind, (at_x, at_y) in events:
             self._call(
                 "Input.dispatchMouseEvent",

@@ -25,6 +25,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
+from hq_plugin.integrations.huggingface.integrity import add_checksum, check_folder
 from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
@@ -51,6 +52,7 @@ class HqConfig(QuantizationConfigMixin):
         tied: Sites that use the weight of another: `{site: owner}`.
         summary: Budget and fidelity, for people; nothing depends on it.
         version: Version of the format.
+        checksum: Of the folder; written and compared by `integrity.py`.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class HqConfig(QuantizationConfigMixin):
         tied: Mapping[str, str] | None = None,
         summary: Mapping[str, Any] | None = None,
         version: int = VERSION,
+        checksum: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
+        self.checksum = checksum
         self.policy = dict(policy or {})
         self.tied = dict(tied or {})
         self.summary = dict(summary or {})
@@ -73,7 +77,7 @@ class HqConfig(QuantizationConfigMixin):
         Raises:
             ArtifactError: It is damaged, or from a newer version.
         """
-        if not isinstance(self.version, int) or self.version > VERSION:
+        if type(self.version) is not int or not 1 <= self.version <= VERSION:
             raise ArtifactError(
                 f"The model was saved in version {self.version!r} of hq_plugin's format; this hq_plugin reads "
                 f"up to {VERSION}. Upgrade: pip install -U hq-plugin."
@@ -188,6 +192,7 @@ class HqQuantizer(HfQuantizer):
                 f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. The folder is damaged, or parts of two were mixed."
             )
+        check_folder(files)
 
     def _untie(self, model: PreTrainedModel) -> None:
         """Takes packed weights out of what transformers ties: we tie them, packed."""
@@ -301,6 +306,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
     options.setdefault("is_main_process", is_first())
     type(self).save_pretrained(self, save_directory, **options)
     if options["is_main_process"]:
+        add_checksum(Path(save_directory))
         config: Any = self.config.quantization_config
         page = Path(save_directory) / "README.md"
         page.write_text(
