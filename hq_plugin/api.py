@@ -129,7 +129,7 @@ def profile(
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     wrapper = adapters.unwrap(model)
-    config = _config(wrapper, config, options)
+    config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
     teacher = teacher_of(wrapper.model, prepared)
     space = search_space(teacher, prepared, config)
