@@ -55,7 +55,7 @@ def quantize(
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
     with tracking(config):
-        session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget)
+        session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
         packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
     return packed
 
@@ -129,7 +129,7 @@ def profile(
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     wrapper = adapters.unwrap(model)
-    config = _config(wrapper, config, options)
+    config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
     teacher = teacher_of(wrapper.model, prepared)
     space = search_space(teacher, prepared, config)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hq_plugin.errors import ConfigError
 from hq_plugin.policy import ACTIVATION_BITS, WEIGHT_BITS
+from hq_plugin.untrusted import check_types
 
 Effort = Literal["smoke", "fast", "balanced", "best"]
 BlockKind = Literal["auto", "dense", "low_rank", "table"]
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, Any] = {
     "step_learning_rate": 2e-3,
     "batch_size": 64,
     "calibration_batches": 4,
+    "self_written": 0.0,
 }
 
 
@@ -117,6 +119,8 @@ class Config:
         calibration_batches: Batches from which activation ranges and moments are taken; None takes 4, or what
             the integration proposes.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
+        self_written: Share of the text that a model which writes text is trained on that it writes itself,
+            0 to 1, where `data` is text. None means 0, or what the integration proposes.
         processor: Tokenizer or image processor, where `data` is text or pictures.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
             `hq_plugin.data` do not fit.
@@ -162,6 +166,7 @@ class Config:
     recalibration: int = 32
     calibration_batches: int | None = None
     sequence_length: int | None = None
+    self_written: float | None = None
     processor: Any = None
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
     profile: Any = None
@@ -219,6 +224,8 @@ class Config:
         object.__setattr__(self, "trackers", trackers)
         if not isinstance(self.checkpoint_seconds, (int, float)) or not self.checkpoint_seconds >= 0:
             raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds!r} must be a number, 0 or more.")
+        if self.self_written is not None and not 0 <= self.self_written <= 1:
+            raise ConfigError(f"self_written={self.self_written!r} must be a share, 0 to 1.")
         if not 0 <= self.crossover <= 1:
             raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
 
@@ -301,7 +308,12 @@ class Config:
         pinned = values.get("pinned")
         if pinned:
             values["pinned"] = {k: tuple(v) if isinstance(v, list) else v for k, v in pinned.items()}
-        return cls(**values)
+        config = cls(**values)
+        try:
+            check_types(config)
+        except TypeError as error:
+            raise ConfigError(f"An option is not possible: {error}.") from error
+        return config
 
 
 def _name_of(value: Any) -> str | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hq_plugin.data import Batch
 from hq_plugin.distillation import class_scores
 from hq_plugin.errors import ConfigError
+from hq_plugin.precision import autocast
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
 
@@ -137,7 +138,8 @@ def collect_moments(
     try:
         with torch.enable_grad():
             for batch in batches:
-                scores = class_scores(batch.run(teacher))
+                with autocast():
+                    scores = class_scores(batch.run(teacher))
                 if scores is None:
                     raise ConfigError('sensitivities="fisher" needs class scores: an output with `.logits`.')
                 flat = scores.float().flatten(0, -2)

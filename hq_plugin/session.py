@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,12 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
-from hq_plugin.distillation import Fidelity, LossFunction, loss_function
+from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
 from hq_plugin.distribution import map_split
+from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.kernels import choose_kernels
+from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
@@ -63,9 +65,11 @@ class Found:
         costs: What it costs.
         used: Share of each limit that it uses.
         baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
-        history: One `{"evaluation", "policy", "score"}` for every policy scored.
+        history: One `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
         seconds: Wall time of the sensitivities, of the search with its re-ranking, and of the genetic
             search alone: in scoring, and outside it (`search_overhead`).
+        memory: Most bytes in use so far at the end of the search.
+        front: What additive sensitivities predict to be best over the budget's first limit.
     """
 
     policy: HybridPolicy
@@ -75,6 +79,8 @@ class Found:
     baselines: dict[str, Baseline]
     history: list[dict[str, Any]]
     seconds: dict[str, float]
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    front: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Session:
@@ -91,6 +97,8 @@ class Session:
             meta-training; dynamic programming and the sampler of policies plan with it.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
+        memory: Most bytes in use so far at the end of each stage.
+        scored: Every policy that the session's searches scored.
     """
 
     def __init__(
@@ -102,6 +110,8 @@ class Session:
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, dict[str, int]] = {}
+        self.scored: list[Scored] = []
         self.sensitivities: Table
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
@@ -110,7 +120,9 @@ class Session:
         self._scorer: Scorer | None = None
 
     @classmethod
-    def create(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None) -> Session:
+    def create(
+        cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None, *, share: bool = False
+    ) -> Session:
         """Finds the sites, builds the MetaQuantNet and meta-trains it (step 1).
 
         Args:
@@ -118,6 +130,8 @@ class Session:
             data: Prepared batches.
             config: Options.
             budget: Where it is known, policies are sampled around it.
+            share: Whether the teacher's weights may be those of `model` and not a copy: for sessions that end
+                before anyone can change them.
 
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
@@ -127,7 +141,7 @@ class Session:
             limits_bitops = budget is not None and budget.bitops is not None
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
-        teacher = teacher_of(model, data)
+        teacher = teacher_of(model, data, share=share)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         if budget is not None:
@@ -146,12 +160,14 @@ class Session:
         session.checkpoint = _checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
+        session.memory["sensitivities"] = peak_memory()
         sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
         session.history = meta_train_network(
             session.network, teacher, sampler, data, session.loss, config, session.checkpoint
         )
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
+        session.memory["meta_training"] = peak_memory()
         return session
 
     @property
@@ -180,6 +196,7 @@ class Session:
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
             ranked = self._rerank(found.leaders, found.seeds)
+        self.scored += found.evaluations
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
         return Found(
@@ -188,15 +205,14 @@ class Session:
             costs=ranked[chosen].costs,
             used={resource.name: resource.used(genome) for resource in resources},
             baselines=ranked,
-            history=[
-                {"evaluation": n, "policy": self.space.policy(scored.genome).to_json(), "score": scored.score}
-                for n, scored in enumerate(found.evaluations)
-            ],
+            history=scored_history(self.costs, found.evaluations),
             seconds={
                 "search": time.perf_counter() - began,
                 "search_scoring": found.scoring_seconds,
                 "search_overhead": found.seconds - found.scoring_seconds,
             },
+            memory={"search": peak_memory()},
+            front=predicted_front(self.costs, self.sensitivities, resources[0].cost),
         )
 
     def _resources(self, budget: str | Budget) -> list[Resource]:
@@ -320,30 +336,26 @@ class Session:
         """
         if isinstance(found, HybridPolicy):
             costs = self.costs.costs(self.space.genome(found))
-            found = Found(found, "given", costs, {}, {}, [], {})
+            front = predicted_front(self.costs, self.sensitivities, self.costs.weight_bytes)
+            found = Found(found, "given", costs, {}, {}, [], {}, front=front)
         config = replace(
             self.config,
             finetune_from=start or self.config.finetune_from,
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
         began = time.perf_counter()
-        if config.finetune_from == "float":
-            network = float_network(self.teacher, found.policy, self.data, config)
-        else:
-            network = generated_network(self.network, found.policy)
-        if config.rounding == "second_order":
-            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
-        self.scorer.recalibrate(network, RECALIBRATION)
-        before = copy.deepcopy(network.state_dict())
+        network = self._start(found.policy, config)
         untrained = self.scorer.measure(network)
         stage = f"fine-tuning of {found.policy.to_json()} by {_decisive(config)}"
         history = finetune_network(network, self.teacher, self.data, self.loss, config, self.checkpoint, stage)
         fidelity = self.scorer.measure(network)
         if not fidelity.distance <= untrained.distance:
-            # A handful of steps can be worse than none; then none are taken.
-            network.load_state_dict(before)
+            # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
+            # would cost as much memory as the model.
+            network = self._start(found.policy, config)
             fidelity = untrained
         tuned = time.perf_counter()
+        memory = {**self.memory, **found.memory, "finetune": peak_memory()}
         # accelerate may have trained on another device than the one that the model came from.
         packed = torch_ao.convert(network).to(self.device)
         if config.target == "torch" or (config.target == "storage" and budget is not None and budget.latency_ms):
@@ -372,12 +384,17 @@ class Session:
             metric=None if eval_fn is None else float(eval_fn(packed)),
             float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
             baselines=found.baselines,
-            layers=self.costs.layers(found.policy),
+            layers=with_activations(self.costs.layers(found.policy), packed),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],
             history={"meta_training": self.history, "search": found.history, "finetune": history},
             seconds=seconds,
+            memory={**memory, "convert": peak_memory()},
             config=config.to_json(),
             versions=versions(),
+            model=model_name(self.teacher),
+            distance=loss_name(self.loss),
+            sensitivities=group_sensitivities(self.space, self.sensitivities),
+            front=found.front,
         )
         with tracking(config):
             accuracies = {"accuracy": fidelity.accuracy, "float_accuracy": float_accuracy}
@@ -391,6 +408,17 @@ class Session:
             )
         adapter = adapters.find(packed)
         return packed if adapter is None else adapter.finish(packed)
+
+    def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
+        """Returns the network that fine-tuning starts from."""
+        if config.finetune_from == "float":
+            network = float_network(self.teacher, policy, self.data, config)
+        else:
+            network = generated_network(self.network, policy)
+        if config.rounding == "second_order":
+            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
+        self.scorer.recalibrate(network, RECALIBRATION)
+        return network
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
@@ -426,12 +454,18 @@ def _decisive(config: Config) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 
-def teacher_of(model: nn.Module, data: Data) -> nn.Module:
+def teacher_of(model: nn.Module, data: Data, *, share: bool = False) -> nn.Module:
     """Returns the frozen copy of a float model that everything is measured against.
 
     Parameters that are matrices of products are layers of their own in it.
+
+    Args:
+        model: The float model; it is not changed.
+        data: Gives inputs for one forward.
+        share: Whether parameters share their memory with those of `model`.
     """
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
+    teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
     return hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
 
 

@@ -5,7 +5,6 @@ Meta-training and fine-tuning are this loop with different networks and a differ
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,6 +29,8 @@ from hq_plugin.tracking import track
 WARMUP, SNAPSHOTS = 0.05, 20
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
+#: Devices on which torch's Adam is one kernel.
+_FUSED_ADAM = ("cpu", "cuda")
 _STEP_PARAMETERS = (".log_step", ".zero", ".zero_point")
 _GENERATOR = "weight_fake_quant.block."
 
@@ -99,7 +100,10 @@ def train(task: Task) -> None:
     warn_if_alone()
     network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
     _set_modes(network, task.batch_statistics)
-    optimizer = torch.optim.Adam(_parameter_groups(task))
+    groups = _parameter_groups(task)
+    # One pass over weights and moments in place of a dozen, where torch has the kernel.
+    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for group in groups for p in group["params"])
+    optimizer = torch.optim.Adam(groups, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -120,7 +124,7 @@ def train(task: Task) -> None:
         for step in range(first, task.steps):
             if step and step % every == 0:
                 good = None  # first, so that two are never in memory
-                good = (step, copy.deepcopy(network.state_dict()))
+                good = (step, _state(network))
             batch, weight = share_of_batch(next(batches).to(accelerator.device))
             task.before_step(step)
             with accelerator.autocast():
@@ -132,10 +136,10 @@ def train(task: Task) -> None:
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
                 break
-            optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
+            optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
             schedule.step()
             task.history.append({"step": step, "loss": value})
             track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
@@ -150,6 +154,14 @@ def train(task: Task) -> None:
     network.eval()
     if keep is not None:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
+    # References in circles would keep the moments, twice the weights, until Python finds them.
+    optimizer.state.clear()
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of what training changes, for `load_state_dict(..., strict=False)`."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in [*trained.items(), *network.named_buffers()]}
 
 
 def _set_modes(network: nn.Module, batch_statistics: bool) -> None:
@@ -196,7 +208,7 @@ def _stop_at(
             f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "
             f"state to keep. {advice}"
         )
-    network.load_state_dict(good[1])
+    network.load_state_dict(good[1], strict=False)
     warnings.warn(
         f"The loss of {task.name} became {value} at step {step} of {task.steps}; training stopped there, and "
         f"the state of step {good[0]} is used. {advice}",

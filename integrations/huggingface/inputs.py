@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import warnings
@@ -14,11 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hq_plugin.config import Config
-from hq_plugin.data import LABEL_KEYS
+from hq_plugin.data import LABEL_KEYS, RERANK_FACTOR
 from hq_plugin.errors import DataError, HQWarning
+from hq_plugin.precision import autocast
+from hq_plugin.training import seeded
 
-#: Sequences that a causal model writes itself where no data is given, by effort.
-_WRITTEN = {"smoke": 8, "fast": 64, "balanced": 192, "best": 512}
+#: Most sequences that a causal model writes itself, by effort.
+_WRITTEN = {"smoke": 8, "fast": 128, "balanced": 384, "best": 2048}
+#: Sequences that are written at once.
+_AT_ONCE = 32
 #: Fields in which rows of a data set keep their text.
 TEXT_FIELDS = ("text", "content", "sentence")
 
@@ -68,7 +73,15 @@ def batches(model: PreTrainedModel, data: Any, config: Config) -> Any:
         DataError: Text without a tokenizer, or sequences longer than the model takes.
     """
     if data is None:
-        return Rows({"input_ids": written(model, config)}) if _writes(model) else None
+        if not _writes(model):
+            return None
+        warnings.warn(
+            "No data was given: the model writes its own calibration text. Text like that which it will see does "
+            "better where there is much of it: pass data=[...].",
+            HQWarning,
+            stacklevel=4,
+        )
+        return Rows({"input_ids": written(model, config, min(_WRITTEN[config.effort], _needed(config)))})
     if isinstance(data, Mapping) and not isinstance(data, Tensor):
         return _from_encoding(model, data)
     if isinstance(data, (DataLoader, Tensor, str, bytes)) or not isinstance(data, Iterable):
@@ -78,7 +91,10 @@ def batches(model: PreTrainedModel, data: Any, config: Config) -> Any:
     first = next(iter(data), None)
     text = _text_of(first)
     if text is not None:
-        return Rows(_tokenized(model, [_text_of(row) or "" for row in data], config))
+        tokens = _tokenized(model, [_text_of(row) or "" for row in data], config)
+        if config.self_written and _writes(model):
+            tokens = {"input_ids": _with_written(model, tokens["input_ids"], config)}
+        return Rows(tokens)
     if type(first).__module__.startswith("PIL."):
         return Rows(_processed(list(data), config))
     if isinstance(first, Mapping):
@@ -191,38 +207,56 @@ def _processed(pictures: list[Any], config: Config) -> dict[str, Tensor]:
     return dict(config.processor(images=pictures, return_tensors="pt"))
 
 
+def _needed(config: Config) -> int:
+    """Returns how many sequences all stages see, those that are held out counted."""
+    steps = config.steps
+    return (steps.meta + steps.finetune) * (config.batch_size or 1) + steps.holdout * RERANK_FACTOR
+
+
+def _with_written(model: PreTrainedModel, ids: Tensor, config: Config) -> Tensor:
+    """Puts text that the model writes itself beside the user's, in the share that `self_written` says.
+
+    Of the user's sequences, evenly spaced ones are kept, as many as training sees, so that the share holds.
+    """
+    needed = _needed(config)
+    count = min(_WRITTEN[config.effort], round(needed * (config.self_written or 0.0)))
+    kept = min(len(ids), max(needed - count, 1))
+    places = torch.linspace(0, len(ids) - 1, kept).round().long()
+    return torch.cat([ids[places], written(model, config, count, length=ids.shape[1])])
+
+
 @torch.no_grad()
-def written(model: PreTrainedModel, config: Config) -> Tensor:
-    """Lets a causal model write its own calibration text, by sampling from its begin-of-text token.
+def written(model: PreTrainedModel, config: Config, count: int, length: int | None = None) -> Tensor:
+    """Lets a causal model write text, by sampling from its begin-of-text token.
 
     Text of the model's own distribution distils better than little text of another kind (LLM-QAT, Liu et
     al., arXiv:2305.17888).
 
+    Args:
+        model: The float model; it is not changed. With mixed precision a copy in that precision writes.
+        config: Gives the seed and, where `length` is None, the sequence length.
+        count: Sequences.
+        length: Tokens of each.
+
     Returns:
-        `[sequences, tokens]`.
+        `[count, length]`.
     """
-    warnings.warn(
-        "No data was given: the model writes its own calibration text. Text like that which it will see does "
-        "better where there is much of it: pass data=[...].",
-        HQWarning,
-        stacklevel=5,
-    )
-    length = min(config.sequence_length or 256, positions(model) or 1 << 30)
+    length = min(length or config.sequence_length or 256, positions(model) or 1 << 30)
     settings = model.generation_config
     text = model.config.get_text_config()
     named = (settings.bos_token_id, text.bos_token_id, settings.eos_token_id)
     tokens = [token[0] if isinstance(token, list) else token for token in named]
     start = next((token for token in tokens if token is not None and token < text.vocab_size), 0)
-    wanted = _WRITTEN[config.effort]
-    made: list[Tensor] = []
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(config.seed)
-    try:
-        while sum(len(part) for part in made) < wanted:
-            count = min(32, wanted - sum(len(part) for part in made))
-            ids = torch.full((count, 1), start, device=next(model.parameters()).device)
+    kind = next(model.parameters()).device
+    with autocast():
+        dtype = torch.get_autocast_dtype(kind.type) if torch.is_autocast_enabled(kind.type) else None
+    writer: Any = model if dtype is None else copy.deepcopy(model).to(dtype=dtype)
+    made = [torch.empty(0, length, dtype=torch.long)]
+    with seeded(config.seed):
+        for first in range(0, count, _AT_ONCE):
+            ids = torch.full((min(_AT_ONCE, count - first), 1), start, device=kind)
             # Sequences go on after an end-of-text token: samples of one length need no padding.
-            out = model.generate(
+            out = writer.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
@@ -234,8 +268,6 @@ def written(model: PreTrainedModel, config: Config) -> Tensor:
                 pad_token_id=start,
             )
             made.append(out[:, :length].cpu())
-    finally:
-        torch.random.set_rng_state(generator_state)
     return torch.cat(made)
 
 
