@@ -3,8 +3,8 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 docs/examples/several_processes.py
     accelerate launch --multi_gpu --num_processes 4 docs/examples/several_processes.py   # on GPUs; not tried
 
-Training splits each batch, the search splits policies, every process returns the same model and the first one writes
-the files. Run by plain `python` it does the same on one process.
+Training splits each batch, the search splits policies, every process returns the same model and the first one
+writes the files. Run by plain `python` it does the same on one process.
 """
 
 import torch
