@@ -67,7 +67,7 @@ def main(out: Path, effort: str) -> None:
     site = max(session.space.table, key=lambda found: torch.Size(found.weight_shape).numel()).name
     figures = {"generated": generated(session, site, (2, 3, 4))}
     result: Any = session.quantize(BUDGET).hq
-    figures |= {name: result.plot(name) for name in ("sensitivities", "front", "widths", "training", "search")}
+    figures |= {name: result.plot(name) for name in ("sensitivities", "front", "widths", "training")}
     out.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
         # No date in the file: the same run writes the same bytes.
