@@ -52,6 +52,14 @@ def quantized(**options: Any) -> nn.Module:
     return hq.quantize(names["model"], "5bit", names["data"], effort="smoke", progress=False, **options)
 
 
+def linear() -> Names:
+    """A network of Linear layers with float inputs, as torchao's tensors want them, quantized and exported."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)).eval()
+    data = [torch.randn(32, 64) for _ in range(6)]
+    small = hq.quantize(model, "5bit", data, effort="smoke", progress=False, activation_bits=16)
+    return {"model": model, "small": small, "exported": torch.export.export(model, (data[0],)).module()}
+
+
 def elsewhere(name: str) -> None:
     """Goes to a new folder, for pages that use a name of a folder twice."""
     Path(name).mkdir()
@@ -92,9 +100,7 @@ def deployment() -> Iterator[Names]:
     hq.export(language, "small.onnx")
     yield {"ids": np.array([[3, 4, 5]], dtype=np.int64)}
     yield {"data": [inputs for inputs, _ in images()["data"]]}
-    small, names = quantized(), images()
-    exported = torch.export.export(names["model"], (names["x"][:2],)).module()
-    yield {**names, "small": small, "exported": exported, "quantize_": quantize_, "prepare_pt2e": prepare_pt2e}
+    yield {**linear(), "quantize_": quantize_, "prepare_pt2e": prepare_pt2e}
 
 
 def huggingface() -> Iterator[Names]:
