@@ -227,9 +227,10 @@ def _transcripts(model: Any, features: Tensor) -> Tensor:
     """Returns what a model writes of each sample, `[samples, tokens]`."""
     device = next(model.parameters()).device
     end = model.generation_config.pad_token_id or 0
+    most = min(_TRANSCRIPT, getattr(model.config, "max_target_positions", 2 * _TRANSCRIPT) // 2)
     made: list[Tensor] = []
     for part in features.split(16):
-        made += model.generate(part.to(device), max_new_tokens=_TRANSCRIPT, do_sample=False).cpu()
+        made += model.generate(part.to(device), max_new_tokens=most, do_sample=False).cpu()
     return nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=float(end))
 
 
