@@ -6,13 +6,18 @@ and policies list widths in the order of the layers. What is read back is a `Res
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from hq_plugin.errors import ArtifactError
 from hq_plugin.result import Result
+from hq_plugin.storage import write_text
 
+#: The compact result beside a model that its own library saved.
+REPORT_FILE = "hq_result.json"
 #: Records that are kept of each history, and as many of those that were the best of a search until then.
 HISTORY = 50
 #: Significant digits of what a report shows in charts; the model itself is stored exactly.
@@ -57,6 +62,28 @@ def expand(stored: Mapping[str, Any]) -> Result:
         if isinstance(error, ArtifactError):
             raise
         raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
+
+
+def write_beside(result: Result, directory: str | Path) -> Path:
+    """Writes a result into the folder of a model that its own library saved."""
+    path = Path(directory) / REPORT_FILE
+    write_text(path, json.dumps(compact(result), separators=(",", ":")))
+    return path
+
+
+def read_beside(directory: str | Path) -> Result | None:
+    """Reads what `write_beside` wrote, or returns None where there is none.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    path = Path(directory).expanduser() / REPORT_FILE
+    if not path.exists():
+        return None
+    try:
+        return expand(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. Remove it; the model works without.") from error
 
 
 def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
