@@ -14,7 +14,8 @@ from typing import Any
 
 from hq_plugin.errors import ArtifactError
 from hq_plugin.result import Result
-from hq_plugin.storage import write_text
+from hq_plugin.storage import JSON_LIMIT, write_text
+from hq_plugin.untrusted import clean_errors, read_file
 
 #: The compact result beside a model that its own library saved.
 REPORT_FILE = "hq_result.json"
@@ -46,7 +47,7 @@ def expand(stored: Mapping[str, Any]) -> Result:
     Raises:
         ArtifactError: A field is missing or has the wrong form.
     """
-    try:
+    with clean_errors("The saved report"):
         data = {name: _records(value) if name in _TABLES else value for name, value in stored.items()}
         data["history"] = {name: _records(table) for name, table in stored["history"].items()}
         names = [layer["name"] for layer in data["layers"]]
@@ -58,10 +59,6 @@ def expand(stored: Mapping[str, Any]) -> Result:
 
         data["baselines"] = {name: named(baseline) for name, baseline in stored["baselines"].items()}
         return Result.from_json(named(data))
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise
-        raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
 
 
 def write_beside(result: Result, directory: str | Path) -> Path:
@@ -80,10 +77,12 @@ def read_beside(directory: str | Path) -> Result | None:
     path = Path(directory).expanduser() / REPORT_FILE
     if not path.exists():
         return None
-    try:
-        return expand(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} is damaged: {error}. Remove it; the model works without.") from error
+    with clean_errors(f"{path}, without which the model works,"):
+        try:
+            text = read_file(path, JSON_LIMIT)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}. Remove it; the model works without.") from error
+        return expand(json.loads(text))
 
 
 def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hq_plugin.config import Config
 from hq_plugin.errors import PolicyError
@@ -33,6 +34,9 @@ from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
 
 Kind = Literal["dense", "low_rank", "table"]
+
+#: Weights of this many elements or more are generated again in the backward pass, and not kept.
+_REGENERATED = 1 << 17
 
 
 class WeightBlock(nn.Module):
@@ -95,7 +99,17 @@ class WeightBlock(nn.Module):
         return weight
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
-        """Generates the quantized (fake-quantized) weight for a width."""
+        """Generates the quantized (fake-quantized) weight for a width.
+
+        For the backward pass a large weight is generated again, layer by layer: what is kept until then would
+        be several times the network.
+        """
+        if weight.numel() < _REGENERATED or not torch.is_grad_enabled():
+            return self._generate(weight, bits)
+        generated: Tensor = checkpoint(self._generate, weight, bits, use_reentrant=False, preserve_rng_state=False)
+        return generated
+
+    def _generate(self, weight: Tensor, bits: int) -> Tensor:
         rows = weight_rows(self.weight(weight, bits).float(), self.group_size)
         quantized = fake_quantize_weight(rows, self.step(bits), bits, self.zero_point(bits))
         return quantized.view_as(weight).to(weight.dtype)

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hq_plugin.cost import CostTable, Table
-from hq_plugin.errors import ArtifactError
 from hq_plugin.sites import FloatLayer, Site, SiteTable
 from hq_plugin.space import Genome, Group, SearchSpace
+from hq_plugin.untrusted import check_types, clean_errors
 
 if TYPE_CHECKING:
     from hq_plugin.session import Session
@@ -84,14 +84,12 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
     Raises:
         ArtifactError: It is damaged.
     """
-    try:
+    with clean_errors("The session's outline"):
         sites = tuple(Site(**{**site, "weight_shape": tuple(site["weight_shape"])}) for site in content["sites"])
-        table = SiteTable(
-            sites,
-            tuple(FloatLayer(**layer) for layer in content["float_layers"]),
-            int(content["float_bytes"]),
-            int(content["rest_bytes"]),
-        )
+        left = tuple(FloatLayer(**layer) for layer in content["float_layers"])
+        for part in (*sites, *left):
+            check_types(part)
+        table = SiteTable(sites, left, int(content["float_bytes"]), int(content["rest_bytes"]))
         members = table.groups
         groups = tuple(
             Group(
@@ -103,6 +101,8 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
             )
             for group in content["groups"]
         )
+        if [group.name for group in groups] != list(members):
+            raise ValueError("choices for other groups of layers")
         space = SearchSpace(table, groups)
         costs = CostTable(space)
         losses = read_table(sensitivities)
@@ -117,8 +117,6 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
         scored = tuple((_genome(digits, space), float(score)) for digits, score in content["scored"].items())
         texts = str(content["model"]), str(content["distance"])
         return Outline(*texts, space, costs, losses, scored, tuple(map(str, content["source"])))
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        raise ArtifactError(f"The session's outline is damaged: {error!r}. Save the session again.") from error
 
 
 def write_table(table: Table) -> list[list[list[float | None]]]:

@@ -9,8 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hq_plugin.errors import ArtifactError
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.untrusted import check_types, clean_errors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -233,7 +233,7 @@ class Result:
         Raises:
             ArtifactError: A field is missing or has the wrong form.
         """
-        try:
+        with clean_errors("The saved report"):
             required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
             values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name in required}
             values["policy"] = HybridPolicy.from_json(data["policy"])
@@ -249,9 +249,9 @@ class Result:
                 Sensitivity(**{name: tuple(value) for name, value in group.items()})
                 for group in data.get("sensitivities", [])
             ]
-            return cls(**values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
+            result = cls(**values)
+            check_types(result)
+            return result
 
 
 def versions() -> dict[str, str]:

@@ -25,6 +25,7 @@ from hq_plugin.errors import TrainingError
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.progress import progress
 from hq_plugin.space import Genome, SearchSpace
+from hq_plugin.tracking import track, tracking
 
 #: Scores policies; the lower the better.
 Score = Callable[[Sequence[HybridPolicy]], list[float]]
@@ -150,7 +151,7 @@ def genetic_search(
     for genome in reversed(starts):
         optimizer.suggest(genome.astype(float))
 
-    with progress(config.progress) as bars, warnings.catch_warnings():
+    with progress(config.progress) as bars, tracking(config), warnings.catch_warnings():
         warnings.simplefilter("ignore", LossTooLargeWarning)  # the worst score is meant to be large
         bar = bars.task("search", total=budget)
         stale = 0
@@ -167,7 +168,9 @@ def genetic_search(
             for (key, genome), value in zip(new.items(), values, strict=True):
                 known[key] = Scored(genome, value if np.isfinite(value) else float("inf"))
             if new:
-                bar.advance(len(new), best=min(scored.score for scored in known.values()))
+                lowest = min(scored.score for scored in known.values())
+                bar.advance(len(new), best=lowest)
+                track("search", len(known) - 1, best=lowest, generation=float(np.mean(values)))
             for candidate in generation:
                 if candidate.key in known:
                     # A large finite number, since nevergrad compares losses by arithmetic.

@@ -43,6 +43,7 @@ from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites, hold_parameters
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import fingerprint
+from hq_plugin.tracking import track, tracking
 
 EvalFunction = Callable[[nn.Module], float]
 
@@ -308,7 +309,8 @@ class Session:
             The packed model, with `.hq` (a `Result`).
         """
         budget = Budget.parse(budget)
-        return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
+        with tracking(self.config):
+            return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
 
     def finetune(
         self,
@@ -396,6 +398,16 @@ class Session:
             sensitivities=group_sensitivities(self.space, self.sensitivities),
             front=found.front,
         )
+        with tracking(config):
+            accuracies = {"accuracy": fidelity.accuracy, "float_accuracy": float_accuracy}
+            track(
+                "result",
+                0,
+                kl=fidelity.distance,
+                bits=found.costs.weight_bits,
+                bytes=found.costs.size,
+                **accuracies,
+            )
         adapter = adapters.find(packed)
         return packed if adapter is None else adapter.finish(packed)
 
@@ -440,7 +452,7 @@ def _checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Ch
 
 def _decisive(config: Config) -> dict[str, Any]:
     """Returns the options that a result depends on."""
-    free = ("progress", "checkpoint_dir", "checkpoint_seconds")
+    free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 

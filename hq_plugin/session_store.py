@@ -15,15 +15,18 @@ from torch import nn
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import loss_name
-from hq_plugin.errors import ArtifactError, HQError, ModelError
+from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
 from hq_plugin.outline import Outline, read_outline, read_table, write_outline, write_table
 from hq_plugin.search import Scored
 from hq_plugin.session import Session, search_space, teacher_of
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
+from hq_plugin.untrusted import at_most, clean_errors
 
 FORMAT, VERSION = "hq_plugin session", 1
+#: Building the network registers its tensors some times over, but not more than this.
+_SLACK = 16
 
 
 def save_session(session: Session, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -74,7 +77,7 @@ def read_session(
     """
     content = read_json(directory, FORMAT, VERSION)
     tensors = read_tensors(directory, content.get("sha256"))
-    try:
+    with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
         teacher = teacher_of(model, data)
         if content.get("model") != fingerprint(teacher.state_dict()):
@@ -83,7 +86,9 @@ def read_session(
             )
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
         space = search_space(teacher, data, config)
-        network = build_network(teacher, space, data, config)
+        size = sum(tensor.numel() for tensor in [*tensors.values(), *teacher.state_dict().values()])
+        with at_most(_SLACK * size, _SLACK * len(tensors)):
+            network = build_network(teacher, space, data, config)
         network.load_state_dict(tensors)
         session = Session(teacher, network.eval(), space, data, config)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
@@ -94,11 +99,8 @@ def read_session(
         if "outline" in content:  # sessions that an earlier version saved have none
             outline = read_outline(content["outline"], content["sensitivities"])
             session.source = outline.source
-            session.scored = [Scored(genome, score) for genome, score in outline.scored]
-    except HQError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{directory} is damaged, or an option changed its search space: {error}") from error
+            if outline.space.groups == space.groups:  # an option may have changed the choices
+                session.scored = [Scored(genome, score) for genome, score in outline.scored]
     return session
 
 

@@ -63,16 +63,21 @@ def inspect(
 
 
 def _kernels(loaded: Any, inputs: Any, as_json: bool) -> None:
-    from hq_plugin.kernels import REFERENCE, choose_kernels, machine
+    from hq_plugin.kernels import choose_kernels
+    from hq_plugin.nn.kernels import REFERENCE
+    from hq_plugin.timing import machine
 
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
     choices = choose_kernels(loaded, *args, **kwargs)
     if as_json:
         say_json({"machine": machine(), "layers": {name: asdict(choice) for name, choice in choices.items()}})
         return
-    rows = [
-        (name, choice.kernel, f"{choice.milliseconds[choice.kernel]:.3f}", f"{choice.milliseconds[REFERENCE]:.3f}")
-        for name, choice in choices.items()
-    ]
-    print_table(("layer", "kernel", "ms", f"ms {REFERENCE}"), rows)
+    rows = []
+    for name, choice in choices.items():
+        cells = [name]
+        for part in (choice, choice.one_row):
+            best, own = ("", "") if part is None else (part.kernel, REFERENCE)
+            cells += [best, *("" if part is None else f"{part.milliseconds[kernel]:.3f}" for kernel in (best, own))]
+        rows.append(tuple(cells))
+    print_table(("layer", "kernel", "ms", f"ms {REFERENCE}", "for one row", "ms", f"ms {REFERENCE}"), rows)
     say(machine())

@@ -38,8 +38,8 @@ class Source:
         return self.adapter is not None and self.adapter.name == "huggingface"
 
     def config(self) -> Config:
-        """Returns the options that fit the model."""
-        config = Config(processor=self.processor)
+        """Returns the options that fit the model, for measuring it: on the user's text alone."""
+        config = Config(processor=self.processor, self_written=0.0)
         return config.filled(None if self.adapter is None else self.adapter.options(self.model, config))
 
     def batches(self, data: Any) -> Any:

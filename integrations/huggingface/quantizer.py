@@ -8,7 +8,7 @@ and does not fill the layers with random numbers.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from hq_plugin.compact import write_beside
 from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
+from hq_plugin.integrations.huggingface.integrity import add_checksum, check_folder
 from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
@@ -52,6 +53,7 @@ class HqConfig(QuantizationConfigMixin):
         tied: Sites that use the weight of another: `{site: owner}`.
         summary: Budget and fidelity, for people; nothing depends on it.
         version: Version of the format.
+        checksum: Of the folder; written and compared by `integrity.py`.
     """
 
     def __init__(
@@ -60,10 +62,12 @@ class HqConfig(QuantizationConfigMixin):
         tied: Mapping[str, str] | None = None,
         summary: Mapping[str, Any] | None = None,
         version: int = VERSION,
+        checksum: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
+        self.checksum = checksum
         self.policy = dict(policy or {})
         self.tied = dict(tied or {})
         self.summary = dict(summary or {})
@@ -74,7 +78,7 @@ class HqConfig(QuantizationConfigMixin):
         Raises:
             ArtifactError: It is damaged, or from a newer version.
         """
-        if not isinstance(self.version, int) or self.version > VERSION:
+        if type(self.version) is not int or not 1 <= self.version <= VERSION:
             raise ArtifactError(
                 f"The model was saved in version {self.version!r} of hq_plugin's format; this hq_plugin reads "
                 f"up to {VERSION}. Upgrade: pip install -U hq-plugin."
@@ -159,6 +163,8 @@ class HqQuantizer(HfQuantizer):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+        if not files:
+            return
         mapping = get_model_conversion_mapping(model, None, self)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -172,27 +178,22 @@ class HqQuantizer(HfQuantizer):
                     part = tensors.get_slice(name)
                     key, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
                     found[key if key in state else name] = (tuple(part.get_shape()), part.get_dtype())
-        if not files:
-            return
-        packed = packed_modules(model)
+        expected, held = _by_layer(state, self._names.values()), _by_layer(found, self._names.values())
         problems = []
         for site, here in self._names.items():
-            module = packed[here]
-            expected = {f"{here}.{name}": tensor for name, tensor in module.state_dict().items()}
-            for key, tensor in expected.items():
-                shape, dtype = tuple(tensor.shape), _DTYPES.get(tensor.dtype)
+            for key in expected[here]:
+                shape, dtype = tuple(state[key].shape), _DTYPES.get(state[key].dtype)
                 if key not in found:
                     problems.append(f"{site}: {key} is missing")
                 elif found[key][0] != shape or (dtype is not None and found[key][1] != dtype):
                     problems.append(f"{key} is {found[key][1]} {found[key][0]}, not {dtype or ''} {shape}")
-            problems += [
-                f"{key} is too much" for key in found if key.startswith(f"{here}.") and key not in expected
-            ]
+            problems += [f"{key} is too much" for key in held[here] if key not in state]
         if problems:
             raise ArtifactError(
                 f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. The folder is damaged, or parts of two were mixed."
             )
+        check_folder(files)
 
     def _untie(self, model: PreTrainedModel) -> None:
         """Takes packed weights out of what transformers ties: we tie them, packed."""
@@ -235,14 +236,15 @@ class HqQuantizer(HfQuantizer):
         return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
 
     def get_weight_conversions(self) -> list[Any]:
-        """Returns the renamings from the names of a file to those of the layers."""
-        from transformers.core_model_loading import WeightRenaming
+        """Returns the renaming from the names of a file to those of the layers."""
+        from hq_plugin.integrations.huggingface.names import StoredNames
 
-        return [
-            WeightRenaming(f"{name}.{stored}", f"{name}.{buffer}")
+        names = {
+            f"{name}.{stored}": f"{name}.{buffer}"
             for name in getattr(self, "_names", {})
             for buffer, stored in _STORED.items()
-        ]
+        }
+        return [StoredNames(names)] if names else []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes."""
@@ -255,6 +257,18 @@ class HqQuantizer(HfQuantizer):
             path, _, last = name.rpartition(".")
             renamed[f"{path}.{_STORED[last]}" if last in _STORED else name] = tensor
         return renamed, {}
+
+
+def _by_layer(keys: Iterable[str], layers: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the names of tensors by the layer that they lie in, those outside of any left out."""
+    found: dict[str, list[str]] = {layer: [] for layer in layers}
+    for key in keys:
+        path = key.rpartition(".")[0]
+        while path and path not in found:
+            path = path.rpartition(".")[0]
+        if path:
+            found[path].append(key)
+    return found
 
 
 def attach(model: nn.Module) -> nn.Module:
@@ -296,6 +310,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
     options.setdefault("is_main_process", is_first())
     type(self).save_pretrained(self, save_directory, **options)
     if options["is_main_process"]:
+        add_checksum(Path(save_directory))
         config: Any = self.config.quantization_config
         page = Path(save_directory) / "README.md"
         page.write_text(
