@@ -112,9 +112,10 @@ class Page:
     def middle(self, selector: str) -> tuple[float, float]:
         """Scrolls an element into view and returns its middle, in pixels of the window."""
         box = self.evaluate(
-            f"""(() => {{
+            f"""(async () => {{
                 const element = document.querySelector({json.dumps(selector)});
                 element.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}});
+                for (let n = 0; n < 2; n++) await new Promise(requestAnimationFrame);
                 const box = element.getBoundingClientRect();
                 return [box.left + box.width / 2, box.top + box.height / 2];
             }})()"""
