@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
-from hq_plugin.compact import compact, expand
+from hq_plugin.compact import compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_held_weights
@@ -155,6 +155,22 @@ def read_info(directory: str | Path) -> SavedModel:
     result = None if report is None else expand(report)
     path = Path(directory).expanduser() / TENSOR_FILE
     return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
+
+
+def read_result(directory: str | Path) -> Result:
+    """Reads the report of a saved model, also of one that its own library saved.
+
+    Raises:
+        ArtifactError: The directory holds no saved model, or one without a report.
+    """
+    beside = read_beside(directory)
+    result = beside or read_info(directory).result
+    if result is None:
+        raise ArtifactError(
+            f"{directory} has no report: its model was converted by hand. hq_plugin.quantize and session.finetune "
+            "make models that have one."
+        )
+    return result
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -310,4 +326,4 @@ def _tie(model: nn.Module, tied: dict[str, str]) -> None:
                 getattr(holder, field)[last] = getattr(source, field)[owner_last]
 
 
-__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save"]
+__all__ = ["SavedModel", "SavedSite", "load", "read_info", "read_result", "save"]

@@ -83,6 +83,15 @@ class Profile:
                     times[g, w, a] = sum(self._time(site, group.bits(site, w, a)) for site in group.sites)
         return self.slope * times
 
+    def put_into(self, costs: CostTable) -> None:
+        """Gives a cost table the latency of its choices.
+
+        Raises:
+            ConfigError: The profile lacks a layer or a width of its space.
+        """
+        costs.latency, costs.latency_rest = self.table(costs.space), self.rest
+        costs.latency_batch = self.batch
+
     def _time(self, site: Site, bits: LayerBits) -> float:
         try:
             return self.layers[signature(site)][width(bits)]
@@ -248,8 +257,7 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
                 f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
                 "for that, or give Budget(latency_ms=..., batch=...)."
             )
-    costs.latency, costs.latency_rest = profile.table(costs.space), profile.rest
-    costs.latency_batch = budget.batch
+    profile.put_into(costs)
 
 
 LayerTimer = Callable[[PackedModule, Tensor], float]

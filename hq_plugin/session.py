@@ -99,6 +99,7 @@ class Session:
         seconds: Wall time of the stages so far.
         memory: Most bytes in use so far at the end of each stage.
         scored: Every policy that the session's searches scored.
+        source: Arguments of the command line that give the float model and its data, where it made the session.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Session:
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, dict[str, int]] = {}
         self.scored: list[Scored] = []
+        self.source: tuple[str, ...] = ()
         self.sensitivities: Table
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hq_plugin.compact import write_beside
 from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
@@ -325,7 +326,9 @@ def _bind(model: PreTrainedModel) -> None:
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
-    """As `PreTrainedModel.save_pretrained`, and writes a model card; of several processes the first alone.
+    """As `PreTrainedModel.save_pretrained`, and writes a model card and the report's data.
+
+    Of several processes the first alone writes.
 
     Raises:
         ModelError: Dequantized weights were edited, as merging an adapter does: the packed ones lack it.
@@ -340,6 +343,9 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
         page.write_text(
             card(type(self).__name__, getattr(self.config, "_name_or_path", ""), config), encoding="utf-8"
         )
+        result = getattr(self, "hq", None)
+        if isinstance(result, Result):
+            write_beside(result, save_directory)
 
         _write_card(self, save_directory)
 
