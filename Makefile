@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DATA ?= digits
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types docs package bench clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -30,6 +30,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy integrations
+
+# Builds sdist and wheel, installs the wheel away from the sources, and uses it.
+package: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
 # Accuracies and timings of docs/benchmarks; hours on 2 cores, and resumable.
 bench: $(VENV)/.dev

@@ -16,6 +16,7 @@ from torch import nn
 
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError
+from hq_plugin.untrusted import build_at_most
 
 #: Integration to the library that makes its models. A saved file can name these and nothing else.
 KNOWN = {"timm": "timm", "huggingface": "transformers"}
@@ -52,7 +53,7 @@ class Adapter(Protocol):
         """Returns what `rebuild` needs, as JSON values, or None where a name is not enough."""
 
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
-        """Builds the float architecture, randomly initialised, without any download."""
+        """Builds the float architecture without any download; its parameters need no values and no memory."""
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Gives a packed model what its library expects of one."""
@@ -110,11 +111,16 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     return None if adapter is None or description is None else {"integration": adapter.name, **description}
 
 
-def rebuild(description: dict[str, Any]) -> nn.Module:
-    """Builds the float architecture that `describe` told of.
+def rebuild(description: dict[str, Any], elements: int, tensors: int) -> nn.Module:
+    """Builds the float architecture that `describe` told of; its parameters are to be filled.
+
+    Args:
+        description: Read from a file.
+        elements: Most elements that the model may have.
+        tensors: Most tensors.
 
     Raises:
-        ArtifactError: The description is not one of ours, or its library is not installed.
+        ArtifactError: The description is not one of ours, asks for a larger model, or its library is not installed.
     """
     name = description.get("integration")
     if name not in KNOWN:
@@ -129,7 +135,8 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
             f"The saved model needs {KNOWN[name]}, which cannot be imported ({error}). "
             f"pip install 'hq-plugin[{name}]'."
         ) from error
-    return adapter.rebuild({key: value for key, value in description.items() if key != "integration"})
+    rest = {key: value for key, value in description.items() if key != "integration"}
+    return build_at_most(lambda: adapter.rebuild(rest), elements, tensors)
 
 
 def _adapter(name: str) -> Adapter:

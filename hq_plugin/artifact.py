@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.compact import compact, expand
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_held_weights
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
+from hq_plugin.untrusted import clean_errors
 
 FORMAT, VERSION = "hq_plugin model", 1
-#: Records that are kept of each history; those of the search lose their policies.
-HISTORY = 50
+#: A model that is rebuilt by its name has at most so many elements for each byte of the tensor file and in any case
+#: (what is constant takes no bytes there), and so many tensors for each that the file names.
+_ELEMENTS_A_BYTE, _ELEMENTS, _TENSORS_AN_ENTRY = 16, 16 << 20, 16
 
 _CONSTANT_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -107,18 +110,9 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         "tied": tied,
         "constants": constants,
         "architecture": adapters.describe(model),
-        "report": _report(result) if isinstance(result, Result) else None,
+        "report": compact(result) if isinstance(result, Result) else None,
     }
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
-
-
-def _report(result: Result) -> dict[str, Any]:
-    """Returns a result for storing: its histories thinned, since a small model must stay small on disk."""
-    data = result.to_json()
-    for name, records in result.history.items():
-        thin = records[:: max(1, len(records) // HISTORY)]
-        data["history"][name] = [{k: v for k, v in record.items() if k != "policy"} for record in thin]
-    return data
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -145,20 +139,20 @@ def read_info(directory: str | Path) -> SavedModel:
         ArtifactError: The directory holds no saved model, or a damaged or newer one.
     """
     data = read_json(directory, FORMAT, VERSION)
-    try:
+    with clean_errors(directory):
         sites = []
         policy = HybridPolicy.from_json({name: site["bits"] for name, site in data["sites"].items()})
         for name, bits in policy.items():
-            shape = tuple(int(size) for size in data["sites"][name]["shape"])
+            shape = tuple(data["sites"][name]["shape"])
+            if not all(type(size) is int and 0 < size < 1 << 48 for size in shape):
+                raise TypeError(f"the shape of {name} is {shape}")
             size = weight_bytes(shape, bits)
             sites.append(SavedSite(name, str(data["sites"][name]["type"]), shape, bits, size))
         architecture = data["architecture"]
         if architecture is not None and not isinstance(architecture, dict):
             raise TypeError("architecture")
         report = data["report"]
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
-        raise ArtifactError(f"{directory} is damaged: its description cannot be read ({error!r}).") from error
-    result = None if report is None else Result.from_json(report)
+    result = None if report is None else expand(report)
     path = Path(directory).expanduser() / TENSOR_FILE
     return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
 
@@ -181,30 +175,58 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     data = read_json(directory, FORMAT, VERSION)
     info = read_info(directory)
-    if model is None:
-        if info.architecture is None:
-            raise ArtifactError(
-                f"{directory} does not say how to build the model's architecture. Pass a float model of the "
-                "same class: hq_plugin.load(directory, model)."
-            )
-        skeleton = adapters.rebuild(info.architecture)
-    else:
-        skeleton = copy.deepcopy(adapters.unwrap(model).model).cpu()
-    skeleton = _pack_sites(skeleton, info)
-    expected = skeleton.state_dict()
-    tensors = {**read_tensors(directory, data.get("sha256")), **_constants(data, expected)}
-    tied = data.get("tied")
-    if not isinstance(tied, dict) or any(owner not in tensors for owner in tied.values()):
-        raise ArtifactError(f"{directory} is damaged: a shared tensor has no owner.")
-    tensors |= {name: tensors[owner] for name, owner in tied.items()}
-    _check_fit(tensors, expected)
-    skeleton.load_state_dict(tensors)
-    _tie(skeleton, tied)
+    if model is None and info.architecture is None:
+        raise ArtifactError(
+            f"{directory} does not say how to build the model's architecture. Pass a float model of the "
+            "same class: hq_plugin.load(directory, model)."
+        )
+    skeleton = None if model is None else _without_values(adapters.unwrap(model).model)
+    with clean_errors(directory):
+        written = read_tensors(directory, data.get("sha256"))
+        if skeleton is None:
+            assert info.architecture is not None
+            entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
+            elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
+            rebuilt = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
+            skeleton = _without_values(rebuilt, inplace=True)
+        skeleton = _pack_sites(skeleton, info)
+        expected = skeleton.state_dict()
+        tensors = {**written, **_constants(data, expected)}
+        tied = data["tied"]
+        if not isinstance(tied, dict) or any(owner not in tensors for owner in tied.values()):
+            raise ArtifactError(f"{directory} is damaged: a shared tensor has no owner.")
+        tensors |= {name: tensors[owner] for name, owner in tied.items()}
+        _check_fit(tensors, expected)
+        skeleton.load_state_dict(tensors)
+        _tie(skeleton, tied)
     skeleton.eval().requires_grad_(False)
     if info.result is not None:
         skeleton.hq = info.result  # type: ignore[assignment]
     adapter = adapters.find(skeleton)
     return skeleton if adapter is None else adapter.finish(skeleton)
+
+
+def _without_values(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Returns a copy of a model on the CPU whose parameters, all of which a file fills, have no values yet.
+
+    Memory that nobody has written to costs nothing: neither the copy nor what packed layers replace is paid for.
+
+    Args:
+        model: A model; what no file fills (non-persistent buffers) keeps its values.
+        inplace: Whether to change `model` itself, whose parameters may then be on the meta device.
+    """
+    filled = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        for parameter in model.parameters()
+        if id(parameter) in filled and type(parameter) is nn.Parameter
+    }
+    if not inplace:
+        return copy.deepcopy(model, empty).cpu()  # type: ignore[arg-type]
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = empty.get(id(parameter), parameter)
+    return model
 
 
 def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError
-from hq_plugin.storage import JSON_FILE, read_json, read_tensors, write_directory, write_text
+from hq_plugin.storage import read_json, read_sealed, read_tensors, sealed, write_directory, write_text
+from hq_plugin.untrusted import clean_errors, read_file
 
 FORMAT, VERSION = "hq_plugin checkpoint", 1
 _KEY, _SCORES = "checkpoint.json", "scores.jsonl"
@@ -62,17 +63,13 @@ class Checkpoint:
                         f"{self.directory} holds something else ({', '.join(others[:4])}). Choose an empty or a "
                         "new directory for the checkpoint."
                     )
-                write_text(file, json.dumps({"format": FORMAT, "version": VERSION, "key": wanted}, indent=1))
-            found = json.loads(file.read_text())
+                content = sealed({"format": FORMAT, "version": VERSION, "key": wanted})
+                write_text(file, json.dumps(content, indent=1))
         except ArtifactPathError:
             raise
         except OSError as error:
             raise ArtifactPathError(f"{self.directory} cannot be used for a checkpoint: {error}") from error
-        except ValueError as error:
-            raise ArtifactError(f"{file} is damaged: {error}. Delete the directory to start anew.") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
-            raise ArtifactError(f"{file} is not a checkpoint that this hq_plugin reads. Choose another directory.")
-        kept = found.get("key")
+        kept = read_sealed(file, FORMAT, VERSION).get("key")
         different = [
             name
             for name in wanted
@@ -88,11 +85,16 @@ class Checkpoint:
         scores: dict[str, float] = {}
         file = self.directory / _SCORES
         if file.exists():
-            for line in file.read_text().splitlines():
-                # A line that a kill cut short is scored again.
-                with contextlib.suppress(ValueError, TypeError, KeyError):
+            try:
+                lines = read_file(file).decode(errors="replace").splitlines()
+            except OSError as error:
+                raise ArtifactError(f"{file} cannot be read: {error}") from error
+            for line in lines:
+                # A line that a kill cut short, or that is damaged, is scored again.
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
                     record = json.loads(line)
-                    scores[str(record["of"])] = float.fromhex(record["score"])
+                    if record == sealed(record):
+                        scores[str(record["of"])] = float.fromhex(record["score"])
         return scores
 
     def score(self, of: str) -> float | None:
@@ -104,7 +106,7 @@ class Checkpoint:
         self._scores.update(scores)
         if not is_first() or not scores:
             return
-        lines = [json.dumps({"of": of, "score": float(value).hex()}) for of, value in scores.items()]
+        lines = [json.dumps(sealed({"of": of, "score": float(value).hex()})) for of, value in scores.items()]
         file = self.directory / _SCORES
         torn = file.exists() and not file.read_bytes().endswith(b"\n")
         with open(file, "a") as log:
@@ -139,14 +141,14 @@ class Checkpoint:
             ArtifactError: The state is damaged.
         """
         place = self._place(stage)
-        if not (place / JSON_FILE).exists():
+        if not place.exists():
             return 0, []
         content = read_json(place, FORMAT, VERSION)
         tensors = read_tensors(place, content.get("sha256"))
-        try:
+        with clean_errors(f"{place} (delete {self.directory} to start anew)"):
             own = _own_tensors(network)
             kept = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-            if set(kept) != set(own):
+            if {name: t.shape for name, t in kept.items()} != {name: t.shape for name, t in own.items()}:
                 raise ValueError("it is of another network")
             with torch.no_grad():
                 for name, tensor in own.items():
@@ -159,8 +161,6 @@ class Checkpoint:
                     state["state"].setdefault(int(index), {})[field] = tensor
             optimizer.load_state_dict(state)
             return int(content["step"]), list(content["history"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{place} is damaged: {error}. Delete {self.directory} to start anew.") from error
 
     def _place(self, stage: str) -> Path:
         return self.directory / hashlib.sha256(stage.encode()).hexdigest()[:16]

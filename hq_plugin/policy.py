@@ -94,7 +94,7 @@ class HybridPolicy(Mapping[str, LayerBits]):
         try:
             data = json.loads(text) if isinstance(text, str) else text
             return cls({str(name): LayerBits(*map(_whole, pair)) for name, pair in data.items()})
-        except (ValueError, TypeError, AttributeError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, PolicyError):
                 raise
             raise PolicyError(

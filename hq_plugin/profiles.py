@@ -25,7 +25,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.data import Batch
 from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
-from hq_plugin.kernels import choose_kernels, machine, measure, median_milliseconds
+from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.progress import progress
@@ -33,7 +33,9 @@ from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.result import versions
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
-from hq_plugin.storage import write_text
+from hq_plugin.storage import read_sealed, sealed, write_text
+from hq_plugin.timing import machine, median_milliseconds
+from hq_plugin.untrusted import check_types, clean_errors
 
 FORMAT, VERSION = "hq_plugin profile", 1
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
@@ -98,7 +100,8 @@ class Profile:
         """Writes the profile as JSON; the file appears whole or not at all."""
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1))
+        content = sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
+        write_text(target, json.dumps(content, indent=1))
         return target
 
     @classmethod
@@ -110,17 +113,15 @@ class Profile:
         """
         source = Path(path).expanduser()
         try:
-            data = json.loads(source.read_text())
-            if data["format"] != FORMAT or not 1 <= int(data["version"]) <= VERSION:
-                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
-            made = cls(**{name: data[name] for name in cls.__dataclass_fields__})
-            numbers = [made.rest, made.slope, *(ms for times in made.layers.values() for ms in times.values())]
-            if not all(isinstance(number, (int, float)) and 0 <= number < np.inf for number in numbers):
-                raise ValueError("a time is not a positive number")
-        except OSError as error:
+            data = read_sealed(source, FORMAT, VERSION)
+        except FileNotFoundError as error:
             raise ArtifactError(f"{source} cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{source} is not a profile that this hq_plugin reads: {error!r}") from error
+        with clean_errors(source):
+            made = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+            check_types(made)
+            numbers = [made.rest, made.slope, *(ms for times in made.layers.values() for ms in times.values())]
+            if not all(0 <= number < np.inf for number in numbers):
+                raise ValueError("a time is not a positive number")
         return made
 
     def warn_if_foreign(self) -> None:

@@ -15,12 +15,15 @@ from torch import nn
 
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.errors import ArtifactError, HQError, ModelError
+from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.meta_training import build_network
 from hq_plugin.session import Session, search_space, teacher_of
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
+from hq_plugin.untrusted import at_most, clean_errors
 
 FORMAT, VERSION = "hq_plugin session", 1
+#: Building the network registers its tensors some times over, but not more than this.
+_SLACK = 16
 
 
 def save_session(session: Session, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -72,7 +75,7 @@ def read_session(
     """
     content = read_json(directory, FORMAT, VERSION)
     tensors = read_tensors(directory, content.get("sha256"))
-    try:
+    with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
         teacher = teacher_of(model, data)
         if content.get("model") != fingerprint(teacher.state_dict()):
@@ -81,7 +84,9 @@ def read_session(
             )
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
         space = search_space(teacher, data, config)
-        network = build_network(teacher, space, data, config)
+        size = sum(tensor.numel() for tensor in [*tensors.values(), *teacher.state_dict().values()])
+        with at_most(_SLACK * size, _SLACK * len(tensors)):
+            network = build_network(teacher, space, data, config)
         network.load_state_dict(tensors)
         session = Session(teacher, network.eval(), space, data, config)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
@@ -89,8 +94,4 @@ def read_session(
         if table.shape != session.costs.weight_bytes.shape:
             raise ArtifactError(f"{directory} is damaged, or an option changed its search space.")
         session.sensitivities = np.where(np.isfinite(table), table, np.inf)
-    except HQError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{directory} is damaged, or an option changed its search space: {error}") from error
     return session

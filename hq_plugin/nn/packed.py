@@ -166,14 +166,17 @@ class PackedModule(nn.Module):
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, self.weight_step.float(), self.bits.weight, zero)
         weight = weight.view(self.weight_shape).to(self.weight_dtype)
-        if self._cache_enabled and self._kernel is None and not torch.compiler.is_compiling():
+        wanted = self._kernel is None or self._kernel.needs_weight
+        if self._cache_enabled and wanted and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float layer's forward on the quantized input and the dequantized weight, or a kernel."""
         if self._kernel is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            return self._kernel(args[0])
+            run = self._kernel.select(args[0])
+            if run is not None:
+                return run(args[0])
         if self.bits.activation != FLOAT_BITS:
             if args:
                 args = (self._quantize_input(args[0]), *args[1:])
@@ -182,7 +185,7 @@ class PackedModule(nn.Module):
         return super().forward(*args, **kwargs)
 
     def set_kernel(self, kernel: Any) -> None:
-        """Sets what computes the layer, a `hq_plugin.kernels.Bound`; None is the layer's own forward."""
+        """Sets what computes the layer, a `Bound` or `ByRows` of `nn/kernels.py`; None is its own forward."""
         self._kernel, self._cached = kernel, None
 
     def _quantize_input(self, x: Any) -> Any:

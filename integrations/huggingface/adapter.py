@@ -14,6 +14,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import Pipeline, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from hq_plugin.adapters import Unwrapped
 from hq_plugin.config import Config
@@ -143,7 +144,7 @@ class HuggingFaceAdapter:
         return {"class": type(model).__name__, "config": config}
 
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
-        """Builds the architecture, randomly initialised, without any download.
+        """Builds the architecture without values in its parameters, and without any download.
 
         Raises:
             ArtifactError: transformers has no such class, or not with this configuration.
@@ -157,8 +158,9 @@ class HuggingFaceAdapter:
             )
         try:
             config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), no_init_weights():
                 model = made(config)
+            model.tie_weights()  # a part of the initialisation that was left out
         except Exception as error:  # whatever a class makes of a damaged configuration
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
         return with_linear_layers(model.eval())
