@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA ?= digits
 JOBS ?= 2
 
-.PHONY: demo test lint types bench coverage-sweep clean
+.PHONY: demo test lint types docs package bench coverage-sweep clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -31,6 +31,10 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy integrations
+
+# Builds sdist and wheel, installs the wheel away from the sources, and uses it.
+package: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
 # Accuracies and timings of docs/benchmarks; hours on 2 cores, and resumable.
 bench: $(VENV)/.dev

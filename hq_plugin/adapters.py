@@ -53,7 +53,7 @@ class Adapter(Protocol):
         """Returns what `rebuild` needs, as JSON values, or None where a name is not enough."""
 
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
-        """Builds the float architecture, randomly initialised, without any download."""
+        """Builds the float architecture without any download; its parameters need no values and no memory."""
 
     def finish(self, model: nn.Module) -> nn.Module:
         """Gives a packed model what its library expects of one."""
@@ -112,7 +112,7 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
 
 
 def rebuild(description: dict[str, Any], elements: int, tensors: int) -> nn.Module:
-    """Builds the float architecture that `describe` told of.
+    """Builds the float architecture that `describe` told of; its parameters are to be filled.
 
     Args:
         description: Read from a file.

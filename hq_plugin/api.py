@@ -16,6 +16,7 @@ from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.profiles import Profile, measure_profile
 from hq_plugin.session import EvalFunction, Session, search_space, teacher_of
 from hq_plugin.synthetic import synthetic_data
+from hq_plugin.tracking import tracking
 
 
 def quantize(
@@ -53,8 +54,9 @@ def quantize(
     """
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
-    session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
-    packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
+    with tracking(config):
+        session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
+        packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
     return packed
 
 
@@ -127,7 +129,7 @@ def profile(
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     wrapper = adapters.unwrap(model)
-    config = _config(wrapper, config, options)
+    config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
     teacher = teacher_of(wrapper.model, prepared)
     space = search_space(teacher, prepared, config)

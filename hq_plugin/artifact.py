@@ -16,17 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.compact import compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule, packed_modules, with_held_weights
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_held_weights
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
 from hq_plugin.untrusted import clean_errors
 
 FORMAT, VERSION = "hq_plugin model", 1
-#: Records that are kept of each history; those of the search lose their policies.
-HISTORY = 50
 #: A model that is rebuilt by its name has at most so many elements for each byte of the tensor file and in any case
 #: (what is constant takes no bytes there), and so many tensors for each that the file names.
 _ELEMENTS_A_BYTE, _ELEMENTS, _TENSORS_AN_ENTRY = 16, 16 << 20, 16
@@ -77,12 +76,13 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         The directory.
 
     Raises:
-        ModelError: The model holds no packed layer.
+        ModelError: The model holds no packed layer, or its dequantized weights were edited.
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
     packed = packed_modules(model)
     if not packed:
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    check_unedited(model)
     written: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -110,18 +110,9 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         "tied": tied,
         "constants": constants,
         "architecture": adapters.describe(model),
-        "report": _report(result) if isinstance(result, Result) else None,
+        "report": compact(result) if isinstance(result, Result) else None,
     }
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
-
-
-def _report(result: Result) -> dict[str, Any]:
-    """Returns a result for storing: its histories thinned, since a small model must stay small on disk."""
-    data = result.to_json()
-    for name, records in result.history.items():
-        thin = records[:: max(1, len(records) // HISTORY)]
-        data["history"][name] = [{k: v for k, v in record.items() if k != "policy"} for record in thin]
-    return data
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -161,9 +152,25 @@ def read_info(directory: str | Path) -> SavedModel:
         if architecture is not None and not isinstance(architecture, dict):
             raise TypeError("architecture")
         report = data["report"]
-    result = None if report is None else Result.from_json(report)
+    result = None if report is None else expand(report)
     path = Path(directory).expanduser() / TENSOR_FILE
     return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
+
+
+def read_result(directory: str | Path) -> Result:
+    """Reads the report of a saved model, also of one that its own library saved.
+
+    Raises:
+        ArtifactError: The directory holds no saved model, or one without a report.
+    """
+    beside = read_beside(directory)
+    result = beside or read_info(directory).result
+    if result is None:
+        raise ArtifactError(
+            f"{directory} has no report: its model was converted by hand. hq_plugin.quantize and session.finetune "
+            "make models that have one."
+        )
+    return result
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -189,15 +196,15 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{directory} does not say how to build the model's architecture. Pass a float model of the "
             "same class: hq_plugin.load(directory, model)."
         )
-    skeleton = None if model is None else copy.deepcopy(adapters.unwrap(model).model).cpu()
+    skeleton = None if model is None else _without_values(adapters.unwrap(model).model)
     with clean_errors(directory):
         written = read_tensors(directory, data.get("sha256"))
         if skeleton is None:
             assert info.architecture is not None
             entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
-            skeleton = adapters.rebuild(
-                info.architecture, _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS, _TENSORS_AN_ENTRY * entries
-            )
+            elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
+            rebuilt = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
+            skeleton = _without_values(rebuilt, inplace=True)
         skeleton = _pack_sites(skeleton, info)
         expected = skeleton.state_dict()
         tensors = {**written, **_constants(data, expected)}
@@ -213,6 +220,29 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         skeleton.hq = info.result  # type: ignore[assignment]
     adapter = adapters.find(skeleton)
     return skeleton if adapter is None else adapter.finish(skeleton)
+
+
+def _without_values(model: nn.Module, *, inplace: bool = False) -> nn.Module:
+    """Returns a copy of a model on the CPU whose parameters, all of which a file fills, have no values yet.
+
+    Memory that nobody has written to costs nothing: neither the copy nor what packed layers replace is paid for.
+
+    Args:
+        model: A model; what no file fills (non-persistent buffers) keeps its values.
+        inplace: Whether to change `model` itself, whose parameters may then be on the meta device.
+    """
+    filled = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    empty = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
+        for parameter in model.parameters()
+        if id(parameter) in filled and type(parameter) is nn.Parameter
+    }
+    if not inplace:
+        return copy.deepcopy(model, empty).cpu()  # type: ignore[arg-type]
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            module._parameters[name] = empty.get(id(parameter), parameter)
+    return model
 
 
 def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:
@@ -296,4 +326,4 @@ def _tie(model: nn.Module, tied: dict[str, str]) -> None:
                 getattr(holder, field)[last] = getattr(source, field)[owner_last]
 
 
-__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save"]
+__all__ = ["SavedModel", "SavedSite", "load", "read_info", "read_result", "save"]

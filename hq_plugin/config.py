@@ -130,6 +130,9 @@ class Config:
             have done: the same call, started again after it was killed, goes on from there to the same result.
         checkpoint_seconds: Seconds between two states of training there.
         progress: Progress bars on stderr; None shows them on a terminal.
+        trackers: Experiment trackers that meta-training, search and fine-tuning log to: names that accelerate
+            knows (`"tensorboard"`, `"wandb"`, `"mlflow"`, ...), or its tracker objects, which are left open.
+        tracker_dir: Directory of trackers that write files.
     """
 
     effort: Effort = "balanced"
@@ -170,6 +173,8 @@ class Config:
     checkpoint_dir: str | None = None
     checkpoint_seconds: float = 60.0
     progress: bool | None = None
+    trackers: tuple[Any, ...] = ()
+    tracker_dir: str | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("effort", tuple(EFFORTS))
@@ -212,8 +217,11 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
                 raise ConfigError(f"{name}={value!r} must be a positive number.")
-        if self.checkpoint_dir is not None:
-            object.__setattr__(self, "checkpoint_dir", str(self.checkpoint_dir))
+        for name in ("checkpoint_dir", "tracker_dir"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers)
+        object.__setattr__(self, "trackers", trackers)
         if not isinstance(self.checkpoint_seconds, (int, float)) or not self.checkpoint_seconds >= 0:
             raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds!r} must be a number, 0 or more.")
         if self.self_written is not None and not 0 <= self.self_written <= 1:
@@ -280,6 +288,7 @@ class Config:
                 prepare_batch=None,
                 processor=None,
                 profile=None,
+                trackers=tuple(getattr(tracker, "name", tracker) for tracker in self.trackers),
                 loss="auto" if callable(self.loss) else self.loss,
             )
         )
@@ -293,6 +302,7 @@ class Config:
         """Reads what `to_json` wrote. Functions are not restored: pass them again as options."""
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         values["prepare_batch"] = values["processor"] = values["profile"] = None
+        values["trackers"] = ()
         if values.get("loss") not in ("auto", "kl", "mse"):
             values["loss"] = "auto"
         pinned = values.get("pinned")

@@ -122,6 +122,15 @@ def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
     return _kl_of_outputs
 
 
+def loss_name(loss: LossFunction) -> str:
+    """Returns what a distillation loss is called in reports."""
+    if loss is _kl_of_outputs:
+        return "KL divergence"
+    if loss is relative_error:
+        return "relative squared error"
+    return str(getattr(loss, "__name__", type(loss).__name__))
+
+
 def _kl_of_outputs(student: Any, teacher: Any) -> Tensor:
     student_scores, teacher_scores = class_scores(student), class_scores(teacher)
     assert student_scores is not None

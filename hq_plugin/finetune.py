@@ -20,6 +20,7 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.metaquantnet import ActivationSteps, WeightBlock
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.scoring import calibrate_activations
+from hq_plugin.tracking import tracking
 from hq_plugin.training import Task, seeded, train
 
 
@@ -104,6 +105,6 @@ def finetune_network(
         checkpoint=checkpoint,
         show=config.progress,
     )
-    with seeded(config.seed + 1):
+    with seeded(config.seed + 1), tracking(config):
         train(task)
     return task.history

@@ -1,248 +1,32 @@
-"""Which kernel a packed layer runs on, chosen by measurement on this machine.
+"""Which kernel each packed layer runs on, chosen by measurement on this machine.
 
-A packed layer's own forward dequantizes its weight and computes in floating point: exact, and as fast as the
-float model. A kernel here computes the same from the integers, with what torch ships. None is taken on trust:
-`choose_kernels` compares each one's result with the layer's own before it measures it.
-
-=============== ======================================== ===================== ==========================
-kernel          layers                                   computes in           result
-=============== ======================================== ===================== ==========================
-`dequantized`   all                                      dtype of the input    the reference
-`bfloat16`      Linear, float input                      bfloat16              rounded to bfloat16
-`int4`          Linear, float input, weights up to 4 bit bfloat16              rounded to bfloat16
-`int8_weight`   Linear, float input, whole channels      bfloat16              rounded to bfloat16
-`int8`          Linear and Conv2d, quantized input,      8-bit integers        equal up to float rounding
-                whole channels
-=============== ======================================== ===================== ==========================
+`choose_kernels` runs each layer on the input that it gets in one forward, on each kernel of
+`hq_plugin.nn.kernels` that takes it. A kernel's result is compared with the layer's own before its time counts,
+and times are kept in a file.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import platform
-import statistics
-import time
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_plugin.errors import HQWarning, KernelError
-from hq_plugin.nn import PackedModule, affine_weight, is_plain, packed_modules
-from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.nn import PackedModule, is_plain, packed_modules
+from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows
 from hq_plugin.storage import write_text
+from hq_plugin.timing import device_name, machine, median_milliseconds
 
-#: The kernel that every layer has: its own forward.
-REFERENCE = "dequantized"
-#: Calls of which the median is taken, after as many to warm up as the second number says.
-_REPEATS, _WARM_UP = 15, 3
-#: A kernel must be faster than the reference by this factor to be worth its memory.
+#: A kernel must be faster by this factor to be worth its memory: than the reference, and as a second one.
 _WORTH = 1.05
-
-Run = Callable[[Tensor], Tensor]
-
-
-class Kernel(ABC):
-    """A way to compute a packed layer.
-
-    Attributes:
-        name: Its name in the registry.
-        tolerance: Largest error that passes its check, relative to the norm of the reference's result.
-    """
-
-    name: str
-    tolerance: float
-
-    @abstractmethod
-    def refuses(self, layer: PackedModule) -> str | None:
-        """Returns why the kernel cannot compute a layer, or None if it can."""
-
-    @abstractmethod
-    def bind(self, layer: PackedModule) -> Run:
-        """Prepares a layer's weight; returns what computes the layer from its input."""
-
-
-class Bound:
-    """A kernel bound to a layer: what the layer's forward calls."""
-
-    def __init__(self, kernel: Kernel, layer: PackedModule) -> None:
-        self.kernel = kernel
-        self.run = kernel.bind(layer)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Computes the layer from its float input."""
-        return self.run(x)
-
-    def again(self, layer: PackedModule) -> Bound | None:
-        """Returns the kernel bound to the layer as it is now (moved, or in another dtype), if it still can be."""
-        return None if self.kernel.refuses(layer) else Bound(self.kernel, layer)
-
-
-def _not_a_float_linear(layer: PackedModule) -> str | None:
-    if not is_plain(layer, nn.Linear):
-        return "it is not a plain Linear layer"
-    if layer.bits.activation != FLOAT_BITS:
-        return "its input is quantized"
-    if layer.weight_packed.device.type != "cpu":
-        return "it is for CPUs"
-    return None
-
-
-class _BFloat16(Kernel):
-    name, tolerance = "bfloat16", 1e-2
-
-    def refuses(self, layer: PackedModule) -> str | None:
-        return _not_a_float_linear(layer)
-
-    def bind(self, layer: PackedModule) -> Run:
-        weight, bias = layer.weight.detach().bfloat16(), _bias(layer)
-
-        def run(x: Tensor) -> Tensor:
-            return _biased(F.linear(x.bfloat16(), weight).to(x.dtype), bias)
-
-        return run
-
-
-class _Int4(Kernel):
-    """torch's 4-bit weights in groups with float zero points; narrower widths are widened to 4 bits."""
-
-    name, tolerance = "int4", 2e-2
-
-    def refuses(self, layer: PackedModule) -> str | None:
-        if (reason := _not_a_float_linear(layer)) is not None:
-            return reason
-        if layer.bits.weight > 4:
-            return "its weights have more than 4 bits"
-        rows, inputs = layer.weight_shape
-        if rows % 16 or _int4_group(layer) is None:
-            return f"its weight of {rows} x {inputs} does not fit groups of 32, 64, 128 or 256 and rows of 16"
-        return None
-
-    def bind(self, layer: PackedModule) -> Run:
-        rows, inputs = layer.weight_shape
-        group = _int4_group(layer)
-        assert group is not None
-        # The kernel's weight is (integer - 8) * scale + zero; ours (integer [+ 1/2] - zero) * step.
-        integers, step, offset = affine_weight(layer)
-        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(integers.int() + 8, 1)
-        pairs = torch.stack([step, offset * step], dim=-1)  # [rows, groups, 2]
-        pairs = pairs.repeat_interleave(inputs // group // pairs.shape[1], dim=1)
-        pairs, bias = pairs.transpose(0, 1).contiguous().bfloat16(), _bias(layer)
-
-        def run(x: Tensor) -> Tensor:
-            flat = x.reshape(-1, inputs).bfloat16()
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, packed, group, pairs)
-            return _biased(y.to(x.dtype).view(*x.shape[:-1], rows), bias)
-
-        return run
-
-
-def _int4_group(layer: PackedModule) -> int | None:
-    """Returns the largest group of the kernel that lies inside the layer's own."""
-    own = layer.bits.group_size or layer.weight_shape[1]
-    return next((size for size in (256, 128, 64, 32) if own % size == 0), None)
-
-
-class _Int8Weight(Kernel):
-    """torch's 8-bit weights a channel; any width fits."""
-
-    name, tolerance = "int8_weight", 2e-2
-
-    def refuses(self, layer: PackedModule) -> str | None:
-        if (reason := _not_a_float_linear(layer)) is not None:
-            return reason
-        if layer.bits.group_size:
-            return "its weight has groups"
-        # torch reads past the end of other rows, and may crash.
-        return f"its {layer.weight_shape[1]} inputs are no multiple of 16" if layer.weight_shape[1] % 16 else None
-
-    def bind(self, layer: PackedModule) -> Run:
-        integers, scale = _whole(layer)
-        scale, bias = scale.bfloat16(), _bias(layer)
-        rows, inputs = layer.weight_shape
-
-        def run(x: Tensor) -> Tensor:
-            y = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, inputs).bfloat16(), integers, scale)
-            return _biased(y.to(x.dtype).view(*x.shape[:-1], rows), bias)
-
-        return run
-
-
-class _Int8(Kernel):
-    """oneDNN's product of 8-bit inputs and 8-bit weights, accumulated in 32-bit integers."""
-
-    name, tolerance = "int8", 1e-4
-
-    def refuses(self, layer: PackedModule) -> str | None:
-        if not (is_plain(layer, nn.Linear) or is_plain(layer, nn.Conv2d)):
-            return "it is not a plain Linear or Conv2d layer"
-        if layer.bits.activation == FLOAT_BITS:
-            return "its input is not quantized"
-        if layer.bits.group_size:
-            return "its weight has groups"
-        if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
-            return "its padding is not a number of zeros"
-        if layer.weight_packed.device.type != "cpu" or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
-            return "it is for CPUs with oneDNN"
-        return None
-
-    def bind(self, layer: PackedModule) -> Run:
-        integers, scale = _whole(layer)
-        step, zero_point = float(layer.activation_step), int(layer.activation_zero_point)
-        top = 2**layer.bits.activation - 1
-        zeros = torch.zeros(layer.weight_shape[0], dtype=torch.int32)
-        bias = _bias(layer)
-        bias = None if bias is None else bias.float()
-
-        def quantized(x: Tensor) -> Tensor:
-            return (x / step).round_().add_(zero_point).clamp_(0, top).to(torch.uint8)
-
-        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-        if isinstance(layer, nn.Conv2d):
-            settings = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]  # type: ignore[arg-type]
-            packed = torch.ops.onednn.qconv_prepack(integers, scale, step, zero_point, *settings)
-
-            def convolve(x: Tensor) -> Tensor:
-                y = torch.ops.onednn.qconv2d_pointwise(
-                    quantized(x), step, zero_point, packed, scale, zeros, bias, *settings, *tail
-                )
-                return y.to(x.dtype)
-
-            return convolve
-        packed = torch.ops.onednn.qlinear_prepack(integers, None)
-
-        def multiply(x: Tensor) -> Tensor:
-            y = torch.ops.onednn.qlinear_pointwise(
-                quantized(x), step, zero_point, packed, scale, zeros, bias, *tail
-            )
-            return y.to(x.dtype)
-
-        return multiply
-
-
-def _whole(layer: PackedModule) -> tuple[Tensor, Tensor]:
-    """Returns a weight of whole channels as int8 integers in its shape and float32 steps."""
-    integers, step, _ = affine_weight(layer)
-    return integers.view(layer.weight_shape), step.view(-1)
-
-
-def _bias(layer: PackedModule) -> Tensor | None:
-    bias = layer._parameters.get("bias")
-    return None if bias is None else bias.detach()
-
-
-def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias
-
-
-KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in (_BFloat16(), _Int4(), _Int8Weight(), _Int8())}
 
 
 @dataclass(frozen=True)
@@ -253,11 +37,13 @@ class Choice:
         kernel: The kernel chosen.
         milliseconds: Median time of each kernel that passed its check, the reference included.
         refused: Why each other kernel was not measured.
+        one_row: The same for a single row of the input, where that was measured, too.
     """
 
     kernel: str
     milliseconds: dict[str, float]
     refused: dict[str, str]
+    one_row: Choice | None = None
 
 
 def use_kernel(model: nn.Module, name: str) -> list[str]:
@@ -286,9 +72,16 @@ def use_kernel(model: nn.Module, name: str) -> list[str]:
     return done
 
 
-def kernel_of(layer: PackedModule) -> str:
-    """Returns the name of the kernel that a layer runs on."""
+def kernel_of(layer: PackedModule, rows: int | None = None) -> str:
+    """Returns the name of the kernel that a layer runs on.
+
+    Args:
+        layer: The layer.
+        rows: Rows of its input, where the kernel depends on them; None is many.
+    """
     bound = layer._kernel
+    if isinstance(bound, ByRows):
+        bound = bound.many if rows is None else bound.of(rows)
     return bound.kernel.name if isinstance(bound, Bound) else REFERENCE
 
 
@@ -296,12 +89,14 @@ def kernel_of(layer: PackedModule) -> str:
 def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kwargs: Any) -> dict[str, Choice]:
     """Measures the kernels of every packed layer on this machine, and lets each layer run on its fastest.
 
-    Each layer is measured on the input that it gets in one forward. Layers of equal shapes and widths are
-    measured once; results are kept in a file, under the machine and the versions they are for.
+    Each layer is measured on the input that it gets in one forward; a linear layer also on one row (sample, token)
+    of it, and keeps a kernel for each of the two where they differ. Inputs whose rows are nearer to one than to
+    those measured, by ratio, run on the first. Layers of equal shapes and widths are measured once; results are
+    kept in a file, under the machine and the versions they are for.
 
     Args:
         model: A converted model in eval mode; changed in place.
-        *args: Inputs of the size that it will be used with.
+        *args: Inputs of the size that it will be used with: for a language model, a prompt.
         cache: File that keeps measurements; None takes `kernels.json` in `~/.cache/hq_plugin`, or in the
             folder that the environment variable `HQ_PLUGIN_CACHE` names.
         **kwargs: More inputs.
@@ -319,17 +114,38 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     inputs = _inputs(model, layers, args, kwargs)
     path = cache or _cache_file()
     known = _read_cache(path)
-    choices: dict[str, Choice] = {}
-    for name, x in inputs.items():
-        layer = layers[name]
+
+    def found(layer: PackedModule, x: Tensor) -> Choice:
         key = _key(layer, x)
         if key not in known:
             known[key] = measure(layer, x)
-        choices[name] = known[key]
-        if choices[name].kernel != REFERENCE:
-            layer.set_kernel(Bound(KERNELS[choices[name].kernel], layer))
+        return known[key]
+
+    choices: dict[str, Choice] = {}
+    for name, x in inputs.items():
+        layer, choice = layers[name], found(layers[name], x)
+        rows = x.numel() // max(x.shape[-1], 1)
+        if is_plain(layer, nn.Linear) and rows > 1:
+            choice = _by_rows(choice, found(layer, x.reshape(-1, x.shape[-1])[:1]))
+        choices[name] = choice
+        many, few = (_bound(layer, part.kernel) for part in (choice, choice.one_row or choice))
+        same = choice.one_row is None or choice.one_row.kernel == choice.kernel
+        layer.set_kernel(many if same else ByRows(few, many, math.isqrt(rows)))
     _write_cache(path, known)
     return choices
+
+
+def _by_rows(many: Choice, one: Choice) -> Choice:
+    """Joins what was found for many rows and for one; one kernel serves both where it is nearly as fast."""
+    if many.milliseconds.get(one.kernel, math.inf) <= _WORTH * many.milliseconds[many.kernel]:
+        many = replace(many, kernel=one.kernel)
+    elif one.milliseconds.get(many.kernel, math.inf) <= _WORTH * one.milliseconds[one.kernel]:
+        one = replace(one, kernel=many.kernel)
+    return replace(many, one_row=one)
+
+
+def _bound(layer: PackedModule, name: str) -> Bound | None:
+    return None if name == REFERENCE else Bound(KERNELS[name], layer)
 
 
 @torch.no_grad()
@@ -347,8 +163,8 @@ def measure(layer: PackedModule, x: Tensor) -> Choice:
         reason = kernel.refuses(layer)
         if reason is None:
             try:
-                run = Bound(kernel, layer)
-                error = float((run(x) - expected).norm() / expected.norm().clamp_min(1e-12))
+                run = Bound(kernel, layer).run
+                error = relative_error(run(x), expected, layer, x)
                 if not error <= kernel.tolerance:
                     reason = f"it is wrong on this machine (error {error:.2g}, allowed {kernel.tolerance:g})"
             except (RuntimeError, NotImplementedError) as failure:
@@ -366,29 +182,13 @@ def measure(layer: PackedModule, x: Tensor) -> Choice:
     return Choice(fastest, milliseconds, refused)
 
 
-def median_milliseconds(call: Callable[[], Any]) -> float:
-    """Returns the median wall time of a call, after some to warm up."""
-    for _ in range(_WARM_UP):
-        call()
-    times = []
-    for _ in range(_REPEATS):
-        began = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times) * 1e3
-
-
-def machine() -> str:
-    """Returns what a measurement is for: processor, threads and version of torch."""
-    return f"{platform.machine()}, {_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.platform()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+def relative_error(found: Tensor, expected: Tensor, layer: PackedModule, x: Tensor) -> float:
+    """Returns the norm of an error relative to that of the result, as it would be if no products cancelled."""
+    size = float(expected.norm())
+    if is_plain(layer, nn.Linear):
+        # A single sum may be close to zero by chance; what rounding does to its products is not.
+        size = max(size, float(x.norm() * layer.weight.norm()) / math.sqrt(layer.weight_shape[1]))
+    return float((found - expected).norm()) / max(size, 1e-12)
 
 
 def _inputs(
@@ -414,7 +214,8 @@ def _inputs(
 
 
 def _key(layer: PackedModule, x: Tensor) -> str:
-    return f"{layer} {tuple(layer.weight_shape)} {x.dtype} {tuple(x.shape)} {tuple(x.stride())}"
+    shape = f"{tuple(x.shape)} {tuple(x.stride())}"
+    return f"{layer} {tuple(layer.weight_shape)} {x.dtype} {shape} {device_name(x.device)}"
 
 
 def _cache_file() -> Path:
@@ -442,7 +243,10 @@ def _write_cache(path: Path, known: Mapping[str, Choice]) -> None:
         everything = {}
     if not isinstance(everything, dict):
         everything = {}
-    everything[machine()] = {key: vars(choice) for key, choice in known.items()}
+    fields = ("kernel", "milliseconds", "refused")
+    everything[machine()] = {
+        key: {field: getattr(choice, field) for field in fields} for key, choice in known.items()
+    }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(everything, indent=1))

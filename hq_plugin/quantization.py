@@ -240,6 +240,11 @@ def fake_quantize_activation(x: Tensor, step: Tensor, zero_point: Tensor, bits: 
         zero_point: Float scalar tensor; it is rounded to an integer.
         bits: 2 to 8.
     """
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        # Reading the step as a number, as below, would cut a compiled graph in two.
+        zero = zero_point.round()
+        low, high = (limit - zero for limit in activation_range(bits))
+        return ((x * (1 / step)).round().clamp(low, high) * step).to(x.dtype)
     return _FakeQuantizeActivation.apply(x, step, zero_point, bits)  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +25,12 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
-from hq_plugin.distillation import Fidelity, LossFunction, loss_function
+from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
 from hq_plugin.distribution import map_split
+from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.kernels import choose_kernels
+from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
@@ -41,6 +43,7 @@ from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites, hold_parameters
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import fingerprint
+from hq_plugin.tracking import track, tracking
 
 EvalFunction = Callable[[nn.Module], float]
 
@@ -62,9 +65,11 @@ class Found:
         costs: What it costs.
         used: Share of each limit that it uses.
         baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
-        history: One `{"evaluation", "policy", "score"}` for every policy scored.
+        history: One `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
         seconds: Wall time of the sensitivities, of the search with its re-ranking, and of the genetic
             search alone: in scoring, and outside it (`search_overhead`).
+        memory: Most bytes in use so far at the end of the search.
+        front: What additive sensitivities predict to be best over the budget's first limit.
     """
 
     policy: HybridPolicy
@@ -74,6 +79,8 @@ class Found:
     baselines: dict[str, Baseline]
     history: list[dict[str, Any]]
     seconds: dict[str, float]
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    front: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Session:
@@ -90,6 +97,9 @@ class Session:
             meta-training; dynamic programming and the sampler of policies plan with it.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
+        memory: Most bytes in use so far at the end of each stage.
+        scored: Every policy that the session's searches scored.
+        source: Arguments of the command line that give the float model and its data, where it made the session.
     """
 
     def __init__(
@@ -101,6 +111,9 @@ class Session:
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, dict[str, int]] = {}
+        self.scored: list[Scored] = []
+        self.source: tuple[str, ...] = ()
         self.sensitivities: Table
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
@@ -149,12 +162,14 @@ class Session:
         session.checkpoint = _checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
+        session.memory["sensitivities"] = peak_memory()
         sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
         session.history = meta_train_network(
             session.network, teacher, sampler, data, session.loss, config, session.checkpoint
         )
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
+        session.memory["meta_training"] = peak_memory()
         return session
 
     @property
@@ -183,6 +198,7 @@ class Session:
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
             ranked = self._rerank(found.leaders, found.seeds)
+        self.scored += found.evaluations
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
         return Found(
@@ -191,15 +207,14 @@ class Session:
             costs=ranked[chosen].costs,
             used={resource.name: resource.used(genome) for resource in resources},
             baselines=ranked,
-            history=[
-                {"evaluation": n, "policy": self.space.policy(scored.genome).to_json(), "score": scored.score}
-                for n, scored in enumerate(found.evaluations)
-            ],
+            history=scored_history(self.costs, found.evaluations),
             seconds={
                 "search": time.perf_counter() - began,
                 "search_scoring": found.scoring_seconds,
                 "search_overhead": found.seconds - found.scoring_seconds,
             },
+            memory={"search": peak_memory()},
+            front=predicted_front(self.costs, self.sensitivities, resources[0].cost),
         )
 
     def _resources(self, budget: str | Budget) -> list[Resource]:
@@ -294,7 +309,8 @@ class Session:
             The packed model, with `.hq` (a `Result`).
         """
         budget = Budget.parse(budget)
-        return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
+        with tracking(self.config):
+            return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
 
     def finetune(
         self,
@@ -322,7 +338,8 @@ class Session:
         """
         if isinstance(found, HybridPolicy):
             costs = self.costs.costs(self.space.genome(found))
-            found = Found(found, "given", costs, {}, {}, [], {})
+            front = predicted_front(self.costs, self.sensitivities, self.costs.weight_bytes)
+            found = Found(found, "given", costs, {}, {}, [], {}, front=front)
         config = replace(
             self.config,
             finetune_from=start or self.config.finetune_from,
@@ -340,6 +357,7 @@ class Session:
             network = self._start(found.policy, config)
             fidelity = untrained
         tuned = time.perf_counter()
+        memory = {**self.memory, **found.memory, "finetune": peak_memory()}
         # accelerate may have trained on another device than the one that the model came from.
         packed = torch_ao.convert(network).to(self.device)
         if config.target == "torch" or (config.target == "storage" and budget is not None and budget.latency_ms):
@@ -368,13 +386,28 @@ class Session:
             metric=None if eval_fn is None else float(eval_fn(packed)),
             float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
             baselines=found.baselines,
-            layers=self.costs.layers(found.policy),
+            layers=with_activations(self.costs.layers(found.policy), packed),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],
             history={"meta_training": self.history, "search": found.history, "finetune": history},
             seconds=seconds,
+            memory={**memory, "convert": peak_memory()},
             config=config.to_json(),
             versions=versions(),
+            model=model_name(self.teacher),
+            distance=loss_name(self.loss),
+            sensitivities=group_sensitivities(self.space, self.sensitivities),
+            front=found.front,
         )
+        with tracking(config):
+            accuracies = {"accuracy": fidelity.accuracy, "float_accuracy": float_accuracy}
+            track(
+                "result",
+                0,
+                kl=fidelity.distance,
+                bits=found.costs.weight_bits,
+                bytes=found.costs.size,
+                **accuracies,
+            )
         adapter = adapters.find(packed)
         return packed if adapter is None else adapter.finish(packed)
 
@@ -419,7 +452,7 @@ def _checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Ch
 
 def _decisive(config: Config) -> dict[str, Any]:
     """Returns the options that a result depends on."""
-    free = ("progress", "checkpoint_dir", "checkpoint_seconds")
+    free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 

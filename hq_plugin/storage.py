@@ -68,7 +68,7 @@ def write_directory(
             staging / TENSOR_FILE,
         )
         head = {"format": kind, "version": version, "sha256": _digest(staging / TENSOR_FILE)}
-        (staging / JSON_FILE).write_text(json.dumps(sealed({**head, **content})))
+        (staging / JSON_FILE).write_text(json.dumps(sealed({**head, **content}), separators=(",", ":")))
         for name in (TENSOR_FILE, JSON_FILE):
             with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
@@ -90,10 +90,11 @@ def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all, in place of an old one."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp lets only the owner read
         os.replace(name, path)
     except OSError:
         Path(name).unlink(missing_ok=True)

@@ -23,6 +23,7 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.progress import progress
+from hq_plugin.tracking import track
 
 #: Share of the steps over which the learning rate rises, and how often a good state is kept.
 WARMUP, SNAPSHOTS = 0.05, 20
@@ -135,24 +136,26 @@ def train(task: Task) -> None:
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
                 break
-            optimizer.zero_grad()
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
+            optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
             schedule.step()
             task.history.append({"step": step, "loss": value})
+            track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:
                 due = torch.tensor(float(keep.due()), device=accelerator.device)
                 # The processes' clocks differ: they keep a state together or not at all.
                 if bool(accelerator.reduce(due)):
                     keep.keep(task.stage, step + 1, network, optimizer, task.history)
-    optimizer.zero_grad()  # gradients are as large as the weights, and nobody needs them any more
     # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
     if keep is not None:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
+    # References in circles would keep the moments, twice the weights, until Python finds them.
+    optimizer.state.clear()
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -1,97 +1,18 @@
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import hq_plugin
 from hq_plugin import HQWarning, KernelError, LayerBits, kernels
-from hq_plugin.kernels import KERNELS, REFERENCE, Bound, choose_kernels, kernel_of, measure, use_kernel
-from hq_plugin.nn import PackedModule
-from hq_plugin.quantization import weight_range, weight_rows
-
-
-def packed(layer: nn.Module, bits: LayerBits, seed: int = 0) -> PackedModule:
-    """A packed layer with random integers, steps and zero points."""
-    generator = torch.Generator().manual_seed(seed)
-    weight = layer._parameters["weight"]
-    assert weight is not None
-    low, high = weight_range(bits.weight)
-    integers = torch.randint(low, high + 1, weight.shape, generator=generator).to(torch.int8)
-    rows = weight_rows(weight, bits.group_size).shape[0]
-    step = (0.5 + torch.rand(rows, generator=generator)) / 2**bits.weight
-    zero = torch.rand(rows, generator=generator) * 2 - 1 if bits.group_size else None
-    return PackedModule.from_integers(
-        layer, integers, step, bits, torch.tensor(0.031), torch.tensor(3), zero=zero
-    ).eval()
-
-
-def error(layer: PackedModule, name: str, x: Tensor) -> float:
-    expected = layer(x)
-    layer.set_kernel(Bound(KERNELS[name], layer))
-    return float((layer(x) - expected).norm() / expected.norm())
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(["bfloat16", "int4", "int8_weight"]),
-    st.integers(1, 8),
-    st.sampled_from([0, 32, 64]),
-    st.sampled_from([(16, 64), (48, 192), (7, 33), (33, 64), (5, 48), (32, 40)]),
-    st.sampled_from([(1,), (5,), (2, 3)]),
-    st.booleans(),
-)
-def test_weight_only_kernels_agree_with_the_reference(
-    name: str, bits: int, group: int, shape: tuple[int, int], batch: tuple[int, ...], bias: bool
-) -> None:
-    group = group if shape[1] % (group or 1) == 0 else 0
-    layer = packed(nn.Linear(shape[1], shape[0], bias=bias), LayerBits(bits, 16, group))
-    reason = KERNELS[name].refuses(layer)
-    if reason is not None:
-        odd = shape[0] % 16 or shape[1] % 32
-        assert (name == "int4" and (bits > 4 or odd)) or (name == "int8_weight" and (group or odd))
-        return
-    x = torch.randn(*batch, shape[1], generator=torch.Generator().manual_seed(1))
-    assert error(layer, name, x) < KERNELS[name].tolerance
-
-
-@settings(max_examples=40, deadline=None)
-@given(
-    st.integers(1, 8),
-    st.integers(2, 8),
-    st.sampled_from([(3, 5, 3, 1, 1, 1), (4, 4, 3, 2, 1, 4), (8, 6, 1, 1, 0, 2), (4, 8, 5, 1, 4, 1)]),
-    st.booleans(),
-)
-def test_integer_convolutions_equal_the_reference(
-    bits: int, activation: int, geometry: tuple[int, ...], bias: bool
-) -> None:
-    inputs, outputs, kernel, stride, padding, groups = geometry
-    conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, groups=groups, bias=bias)
-    layer = packed(conv, LayerBits(bits, activation))
-    x = torch.randn(2, inputs, 9, 9, generator=torch.Generator().manual_seed(1))
-    assert error(layer, "int8", x) < 1e-5
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_integer_linear_layers_equal_the_reference(bits: int) -> None:
-    layer = packed(nn.Linear(33, 7), LayerBits(bits, 8))
-    assert error(layer, "int8", torch.randn(2, 5, 33)) < 1e-5
-
-
-def test_kernels_refuse_what_they_cannot_do() -> None:
-    class Own(nn.Linear):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) + 1
-
-    for name, kernel in KERNELS.items():
-        assert "plain" in (kernel.refuses(packed(Own(32, 32), LayerBits(4, 16))) or ""), name
-        assert "plain" in (kernel.refuses(packed(nn.Conv1d(32, 32, 3), LayerBits(4, 8))) or ""), name
-    assert "not quantized" in (KERNELS["int8"].refuses(packed(nn.Linear(4, 4), LayerBits(4, 16))) or "")
-    same = packed(nn.Conv2d(4, 4, 3, padding="same"), LayerBits(4, 8))
-    assert "padding" in (KERNELS["int8"].refuses(same) or "")
+from hq_plugin.kernels import choose_kernels, kernel_of, measure, use_kernel
+from hq_plugin.nn import PackedModule, packed_modules
+from hq_plugin.nn.kernels import KERNELS, REFERENCE, ByRows
+from hq_plugin.timing import machine
+from tests.nn.test_kernels import packed
 
 
 @pytest.fixture
@@ -117,7 +38,7 @@ def test_the_fastest_is_chosen_kept_in_a_file_and_read_again(
     torch.testing.assert_close(model(x), expected, rtol=1e-3, atol=1e-3)
     # What the file says is believed, and not measured again.
     content = json.loads(file.read_text())
-    for entry in content[kernels.machine()].values():
+    for entry in content[machine()].values():
         entry["kernel"] = "int8"
     file.write_text(json.dumps(content))
     monkeypatch.setattr(kernels, "measure", None)
@@ -125,12 +46,91 @@ def test_the_fastest_is_chosen_kept_in_a_file_and_read_again(
     assert {kernel_of(layer) for layer in model if isinstance(layer, PackedModule)} == {"int8"}  # type: ignore[union-attr, attr-defined]
 
 
+def pretend(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, tuple[float, float]]) -> None:
+    """Lets kernels take given times, for one row and for many; all others take for ever."""
+
+    def measured(layer: PackedModule, x: torch.Tensor) -> kernels.Choice:
+        times = {name: ms[x.shape[0] > 1] for name, ms in milliseconds.items()}
+        return kernels.Choice(min(times, key=lambda name: times[name]), times, {})
+
+    monkeypatch.setattr(kernels, "measure", measured)
+
+
+def linear(
+    monkeypatch: pytest.MonkeyPatch, **milliseconds: tuple[float, float]
+) -> tuple[nn.Module, kernels.Choice]:
+    """A layer that was measured on 64 rows."""
+    pretend(monkeypatch, milliseconds)
+    model = nn.Sequential(packed(nn.Linear(64, 32), LayerBits(4, 16, 32)))
+    return model, choose_kernels(model, torch.randn(64, 64), cache=Path("/dev/null/none"))["0"]
+
+
+def test_one_row_and_many_have_a_kernel_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, choice = linear(monkeypatch, dequantized=(3.0, 30.0), int4=(1.0, 20.0), bfloat16=(2.0, 10.0))
+    layer = model[0]  # type: ignore[index]
+    assert (choice.kernel, choice.one_row.kernel) == ("bfloat16", "int4")  # type: ignore[union-attr]
+    # 8 is as far from 1 as from 64.
+    assert [kernel_of(layer, rows) for rows in (1, 8, 9, 64, 1000, None)] == ["int4"] * 2 + ["bfloat16"] * 4
+    ran = []
+    for bound in (layer._kernel.few, layer._kernel.many):
+        run, name = bound.run, bound.kernel.name
+        monkeypatch.setattr(bound, "run", lambda x, run=run, name=name: ran.append(name) or run(x))
+    expected = layer.weight.detach()
+    for shape, name in (((1, 64), "int4"), ((1, 1, 64), "int4"), ((2, 4, 64), "int4"), ((3, 3, 64), "bfloat16")):
+        x = torch.randn(shape)
+        torch.testing.assert_close(model(x), x @ expected.T + layer.bias, rtol=3e-2, atol=3e-2)
+        assert ran.pop() == name
+    assert layer._cached is None
+
+
+def test_a_second_kernel_must_be_worth_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, choice = linear(monkeypatch, dequantized=(3.0, 30.0), int4=(1.0, 10.3), bfloat16=(2.0, 10.0))
+    assert not isinstance(model[0]._kernel, ByRows)  # type: ignore[index]
+    assert (choice.kernel, choice.one_row.kernel) == ("int4", "int4")  # type: ignore[union-attr]
+    model, choice = linear(monkeypatch, dequantized=(3.0, 30.0), int4=(1.0, 20.0), bfloat16=(1.02, 10.0))
+    assert (choice.kernel, choice.one_row.kernel) == ("bfloat16", "bfloat16")  # type: ignore[union-attr]
+
+
+def test_the_reference_may_be_one_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = linear(monkeypatch, dequantized=(3.0, 10.0), int4=(1.0, 20.0))
+    layer = model[0]  # type: ignore[index]
+    x = torch.randn(64, 64)
+    assert torch.equal(model(x), nn.functional.linear(x, layer.weight, layer.bias))
+    assert layer._cached is not None, "many rows read it again"
+    assert kernel_of(layer, 1) == "int4"
+    assert kernel_of(layer) == REFERENCE
+    moved = model.double()
+    torch.testing.assert_close(
+        moved(x[:1].double()).float(), model(x[:2].double())[:1].float(), rtol=3e-2, atol=3e-2
+    )
+    assert (kernel_of(layer, 1), kernel_of(layer)) == ("int4", REFERENCE)
+
+
+def test_layers_are_measured_on_one_row_as_well(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        packed(nn.Conv2d(3, 4, 3), LayerBits(4, 8)), nn.Flatten(), packed(nn.Linear(64, 8), LayerBits(4, 16))
+    )
+    found = choose_kernels(model, torch.randn(5, 3, 6, 6), cache=tmp_path / "kernels.json")
+    assert found["0"].one_row is None
+    assert found["2"].one_row is not None
+    assert set(found["2"].one_row.milliseconds) >= {REFERENCE, "bfloat16", "int8_weight"}
+    assert found["2"] == choose_kernels(model, torch.randn(5, 3, 6, 6), cache=tmp_path / "kernels.json")["2"]
+    assert choose_kernels(model, torch.randn(1, 3, 6, 6), cache=tmp_path / "kernels.json")["2"].one_row is None
+    entries = json.loads((tmp_path / "kernels.json").read_text())[machine()]
+    assert len(entries) == 4
+    assert all(math.isfinite(ms) for entry in entries.values() for ms in entry["milliseconds"].values())
+
+
+def test_every_layer_of_a_model_has_a_choice(model: nn.Module, tmp_path: Path) -> None:
+    assert set(choose_kernels(model, torch.randn(2, 64), cache=tmp_path / "k.json")) == set(packed_modules(model))
+
+
 def test_a_damaged_file_is_measured_again(model: nn.Module, tmp_path: Path) -> None:
     file = tmp_path / "kernels.json"
-    for text in ("{", "[]", json.dumps({kernels.machine(): {"key": 3}})):
+    for text in ("{", "[]", json.dumps({machine(): {"key": 3}})):
         file.write_text(text)
         assert choose_kernels(model, torch.randn(1, 64), cache=file)
-        assert kernels.machine() in json.loads(file.read_text())
+        assert machine() in json.loads(file.read_text())
 
 
 def test_a_kernel_that_is_wrong_here_is_passed_over(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.quantization import (
@@ -165,14 +166,17 @@ class PackedModule(nn.Module):
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, self.weight_step.float(), self.bits.weight, zero)
         weight = weight.view(self.weight_shape).to(self.weight_dtype)
-        if self._cache_enabled and self._kernel is None and not torch.compiler.is_compiling():
+        wanted = self._kernel is None or self._kernel.needs_weight
+        if self._cache_enabled and wanted and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float layer's forward on the quantized input and the dequantized weight, or a kernel."""
         if self._kernel is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
-            return self._kernel(args[0])
+            run = self._kernel.select(args[0])
+            if run is not None:
+                return run(args[0])
         if self.bits.activation != FLOAT_BITS:
             if args:
                 args = (self._quantize_input(args[0]), *args[1:])
@@ -181,7 +185,7 @@ class PackedModule(nn.Module):
         return super().forward(*args, **kwargs)
 
     def set_kernel(self, kernel: Any) -> None:
-        """Sets what computes the layer, a `hq_plugin.kernels.Bound`; None is the layer's own forward."""
+        """Sets what computes the layer, a `Bound` or `ByRows` of `nn/kernels.py`; None is its own forward."""
         self._kernel, self._cached = kernel, None
 
     def _quantize_input(self, x: Any) -> Any:
@@ -264,6 +268,25 @@ def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """Returns the packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def check_unedited(model: nn.Module) -> None:
+    """Checks, before a model is saved, that its dequantized weights are still those that its integers give.
+
+    Raises:
+        ModelError: They were edited in place. Merging a LoRA adapter does that, and it would be lost.
+    """
+    for name, module in packed_modules(model).items():
+        if module._cached is not None:
+            kept, module._cached = module._cached, None
+            fresh = module.weight
+            module._cached = kept
+            if not torch.equal(kept, fresh):
+                raise ModelError(
+                    f"The dequantized weight of {name!r} was edited (by merging an adapter?): the packed integers "
+                    "do not hold that. Save the adapter beside the packed model, or merge it into the float model "
+                    "and quantize that."
+                )
 
 
 def cache_weights(model: nn.Module, enabled: bool) -> nn.Module:

@@ -8,7 +8,7 @@ and does not fill the layers with random numbers.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hq_plugin.compact import write_beside
 from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.card import card
 from hq_plugin.integrations.huggingface.integrity import add_checksum, check_folder
-from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, share_packed_weight, with_held_weights
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
@@ -39,6 +40,8 @@ METHOD, VERSION = "hq", 1
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.int32: "I32"}
 #: Buffers that tied layers share.
 _SHARED = ("weight_packed", "weight_step", "weight_zero")
+#: What transformers writes into the model card of a new repository.
+_EMPTY_CARD = "This model card has been automatically generated."
 #: Buffer of a packed layer, and its name in a file.
 _STORED = {"weight_packed": "weight"}
 
@@ -162,6 +165,8 @@ class HqQuantizer(HfQuantizer):
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+        if not files:
+            return
         mapping = get_model_conversion_mapping(model, None, self)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
@@ -175,22 +180,17 @@ class HqQuantizer(HfQuantizer):
                     part = tensors.get_slice(name)
                     key, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
                     found[key if key in state else name] = (tuple(part.get_shape()), part.get_dtype())
-        if not files:
-            return
-        packed = packed_modules(model)
+        expected, held = _by_layer(state, self._names.values()), _by_layer(found, self._names.values())
         problems = []
         for site, here in self._names.items():
-            module = packed[here]
-            expected = {f"{here}.{name}": tensor for name, tensor in module.state_dict().items()}
-            for key, tensor in expected.items():
-                shape, dtype = tuple(tensor.shape), _DTYPES.get(tensor.dtype)
+            for key in expected[here]:
+                shape, dtype = tuple(state[key].shape), _DTYPES.get(state[key].dtype)
                 if key not in found:
-                    problems.append(f"{site}: {key} is missing")
+                    if key not in model.all_tied_weights_keys:
+                        problems.append(f"{site}: {key} is missing")
                 elif found[key][0] != shape or (dtype is not None and found[key][1] != dtype):
                     problems.append(f"{key} is {found[key][1]} {found[key][0]}, not {dtype or ''} {shape}")
-            problems += [
-                f"{key} is too much" for key in found if key.startswith(f"{here}.") and key not in expected
-            ]
+            problems += [f"{key} is too much" for key in held[here] if key not in state]
         if problems:
             raise ArtifactError(
                 f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
@@ -201,12 +201,12 @@ class HqQuantizer(HfQuantizer):
     def _untie(self, model: PreTrainedModel) -> None:
         """Takes packed weights out of what transformers ties: we tie them, packed."""
         packed = packed_modules(model)
-        keys = {
+        ours = {f"{name}.weight" for name in packed}
+        model.all_tied_weights_keys = {
             target: source
             for target, source in getattr(model, "all_tied_weights_keys", {}).items()
-            if target.rpartition(".")[0] not in packed and source.rpartition(".")[0] not in packed
+            if target not in ours and source not in ours
         }
-        model.all_tied_weights_keys = keys
         for name, owner in self.quantization_config.tied.items():
             if name in self._names and owner in self._names:
                 share_packed_weight(packed[self._names[owner]], packed[self._names[name]])
@@ -228,6 +228,7 @@ class HqQuantizer(HfQuantizer):
             )
         for module in packed.values():
             module._cached = None
+        _initialise_buffers(model, packed)
         model.requires_grad_(False)
         _bind(model)
         return model
@@ -239,14 +240,15 @@ class HqQuantizer(HfQuantizer):
         return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
 
     def get_weight_conversions(self) -> list[Any]:
-        """Returns the renamings from the names of a file to those of the layers."""
-        from transformers.core_model_loading import WeightRenaming
+        """Returns the renaming from the names of a file to those of the layers."""
+        from hq_plugin.integrations.huggingface.names import StoredNames
 
-        return [
-            WeightRenaming(f"{name}.{stored}", f"{name}.{buffer}")
+        names = {
+            f"{name}.{stored}": f"{name}.{buffer}"
             for name in getattr(self, "_names", {})
             for buffer, stored in _STORED.items()
-        ]
+        }
+        return [StoredNames(names)] if names else []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes."""
@@ -259,6 +261,36 @@ class HqQuantizer(HfQuantizer):
             path, _, last = name.rpartition(".")
             renamed[f"{path}.{_STORED[last]}" if last in _STORED else name] = tensor
         return renamed, {}
+
+
+def _by_layer(keys: Iterable[str], layers: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the names of tensors by the layer that they lie in, those outside of any left out."""
+    found: dict[str, list[str]] = {layer: [] for layer in layers}
+    for key in keys:
+        path = key.rpartition(".")[0]
+        while path and path not in found:
+            path = path.rpartition(".")[0]
+        if path:
+            found[path].append(key)
+    return found
+
+
+def _initialise_buffers(model: PreTrainedModel, packed: Mapping[str, PackedModule]) -> None:
+    """Lets the model set buffers of packed layers that no file holds (Gemma's scale of its embeddings)."""
+    from transformers import PreTrainedModel, initialization
+
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    with torch.no_grad(), initialization.guard_torch_init_functions():
+        for name, module in packed.items():
+            if not module._non_persistent_buffers_set:
+                continue
+            owner = max((part for part in parts if not part or name.startswith(f"{part}.")), key=len)
+            # What it does to weights does not reach this one, of which there is only a shape.
+            weight: Any = torch.empty((), dtype=module.weight_dtype, device="meta").expand(module.weight_shape)
+            weight._is_hf_initialized = True
+            module._cached = weight
+            parts[owner]._init_weights(module)
+            module._cached = None
 
 
 def attach(model: nn.Module) -> nn.Module:
@@ -288,12 +320,20 @@ def attach(model: nn.Module) -> nn.Module:
 
 
 def _bind(model: PreTrainedModel) -> None:
-    # A bound method, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
+    # Bound methods, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
     model.save_pretrained = types.MethodType(_save_pretrained, model)
+    model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
-    """As `PreTrainedModel.save_pretrained`, and writes a model card; of several processes the first alone."""
+    """As `PreTrainedModel.save_pretrained`, and writes a model card and the report's data.
+
+    Of several processes the first alone writes.
+
+    Raises:
+        ModelError: Dequantized weights were edited, as merging an adapter does: the packed ones lack it.
+    """
+    check_unedited(self)
     options.setdefault("is_main_process", is_first())
     type(self).save_pretrained(self, save_directory, **options)
     if options["is_main_process"]:
@@ -303,6 +343,25 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
         page.write_text(
             card(type(self).__name__, getattr(self.config, "_name_or_path", ""), config), encoding="utf-8"
         )
+        result = getattr(self, "hq", None)
+        if isinstance(result, Result):
+            write_beside(result, save_directory)
+
+        _write_card(self, save_directory)
+
+
+def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **options: Any) -> Any:
+    """As `PreTrainedModel._upload_modified_files`, with our model card where transformers put an empty one."""
+    page = Path(working_dir) / "README.md"
+    if not page.exists() or _EMPTY_CARD in page.read_text(encoding="utf-8"):
+        _write_card(self, working_dir)
+    return type(self)._upload_modified_files(self, working_dir, *args, **options)
+
+
+def _write_card(model: PreTrainedModel, directory: Any) -> None:
+    config: Any = model.config.quantization_config
+    page = card(type(model).__name__, getattr(model.config, "_name_or_path", ""), config)
+    (Path(directory) / "README.md").write_text(page, encoding="utf-8")
 
 
 def _summary(result: Result) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from hq_plugin.data import Batch
 from hq_plugin.integrations.onnxruntime.export import to_onnx
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
-from hq_plugin.kernels import median_milliseconds
 from hq_plugin.nn import PackedModule
+from hq_plugin.timing import median_milliseconds
 
 #: Times by what decides them: a layer's shape and settings, its operator, the width of its integers, its input.
 _known: dict[tuple[Any, ...], float] = {}

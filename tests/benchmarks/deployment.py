@@ -31,9 +31,9 @@ import hq_plugin
 from hq_plugin import Budget, Config, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, generate
 from hq_plugin.integrations.onnxruntime.timing import model_milliseconds
-from hq_plugin.kernels import median_milliseconds
 from hq_plugin.profiles import first_samples, with_latency
 from hq_plugin.sites import find_sites
+from hq_plugin.timing import median_milliseconds
 
 ROWS = Path("docs/benchmarks/deployment.jsonl")
 ROUNDS = 15

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import timm
@@ -135,3 +136,25 @@ def test_missing_activation_step() -> None:
     linear = nn.Linear(6, 4)
     with pytest.raises(ValueError, match="activation_step"):
         PackedModule.from_integers(linear, torch.zeros(4, 6, dtype=torch.int8), torch.ones(4), LayerBits(4, 8))
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_torch_compile_makes_one_graph_of_every_width(cached: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        pack(nn.Conv2d(3, 8, 3), LayerBits(3, 8)),
+        nn.ReLU(),
+        pack(nn.Conv2d(8, 8, 3, groups=8), LayerBits(6, 4)),
+        nn.Flatten(),
+        pack(nn.Linear(128, 64), LayerBits(5, 16)),
+        nn.ReLU(),
+        pack(nn.Linear(64, 7), LayerBits(2, 8)),
+    ).eval()
+    cache_weights(model, cached)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, fullgraph=True, backend="inductor" if shutil.which("g++") else "aot_eager")
+        found = compiled(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert all((layer._cached is not None) == cached for layer in packed_modules(model).values())

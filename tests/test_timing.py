@@ -1,0 +1,28 @@
+import time
+
+import torch
+
+from hq_plugin.timing import device_name, machine, median_milliseconds
+
+
+def test_the_median_of_many_calls_is_taken() -> None:
+    calls = []
+
+    def call() -> None:
+        calls.append(0)
+        time.sleep(0.05 if len(calls) % 5 == 0 else 0.002)
+
+    assert 2 <= median_milliseconds(call) < 50
+    assert len(calls) >= 18
+
+
+def test_short_calls_are_repeated_more_often() -> None:
+    calls = []
+    assert median_milliseconds(lambda: calls.append(0)) > 0
+    assert len(calls) > 100
+
+
+def test_machines_and_devices_have_names() -> None:
+    assert torch.__version__ in machine()
+    assert f"{torch.get_num_threads()} threads" in machine()
+    assert device_name(torch.device("cpu")) == "cpu"
