@@ -130,6 +130,8 @@ def collect_moments(
     sites = list(sites)
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
     read = {site.name: _read_weight(teacher, site) for site in sites if site.kind == "held" or not site.called}
+    if not sums and not read:
+        return {}  # only convolutions: nothing to see, and no gradient to see it by
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
     positions = 0
     lookups = _Lookups()

@@ -129,3 +129,10 @@ def test_it_needs_class_scores() -> None:
     batch = Batch((torch.randn(2, 5, 4),), {}, None, 2)
     with pytest.raises(ConfigError, match="class scores"):
         collect_moments(model, find_sites(model, batch.run, 2), [batch], 0)
+
+
+def test_a_network_of_convolutions_has_no_moments() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()).eval().requires_grad_(False)
+    batch = Batch((torch.randn(2, 1, 4, 4),), {}, None, 2)
+    table = find_sites(model, batch.run, 2)
+    assert collect_moments(model, table, [batch], seed=0) == {}
