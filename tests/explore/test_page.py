@@ -28,7 +28,8 @@ def shown(page: Page, server: Server, start: str = "", **how: Any) -> None:
 def tile(page: Page, name: str) -> str:
     value = page.evaluate(
         f"""[...document.querySelectorAll('#tiles > div')]
-            .find((e) => e.firstChild.textContent.startsWith('{name}')).querySelector('dd').firstChild.textContent"""
+            .find((e) => e.firstChild.textContent.startsWith('{name}'))
+            .querySelector('dd').firstChild.textContent"""
     )
     return str(value)
 
