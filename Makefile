@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 DATA ?= digits
+JOBS ?= 2
 
-.PHONY: demo test lint types docs docs-serve figures notebook package bench clean
+.PHONY: demo test lint types docs docs-serve figures notebook package bench coverage-sweep clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -55,6 +56,10 @@ package: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.spine
 	$(BIN)/python -m tests.benchmarks.overhead
+
+# Every architecture of timm and transformers once, in small; docs/benchmarks/coverage.md. Hours, and resumable.
+coverage-sweep: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks.coverage -j $(JOBS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

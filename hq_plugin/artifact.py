@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
-from hq_plugin.compact import compact, expand
+from hq_plugin.compact import compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule, packed_modules, with_held_weights
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_held_weights
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
@@ -76,12 +76,13 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         The directory.
 
     Raises:
-        ModelError: The model holds no packed layer.
+        ModelError: The model holds no packed layer, or its dequantized weights were edited.
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
     packed = packed_modules(model)
     if not packed:
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    check_unedited(model)
     written: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -154,6 +155,22 @@ def read_info(directory: str | Path) -> SavedModel:
     result = None if report is None else expand(report)
     path = Path(directory).expanduser() / TENSOR_FILE
     return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
+
+
+def read_result(directory: str | Path) -> Result:
+    """Reads the report of a saved model, also of one that its own library saved.
+
+    Raises:
+        ArtifactError: The directory holds no saved model, or one without a report.
+    """
+    beside = read_beside(directory)
+    result = beside or read_info(directory).result
+    if result is None:
+        raise ArtifactError(
+            f"{directory} has no report: its model was converted by hand. hq_plugin.quantize and session.finetune "
+            "make models that have one."
+        )
+    return result
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -309,4 +326,4 @@ def _tie(model: nn.Module, tied: dict[str, str]) -> None:
                 getattr(holder, field)[last] = getattr(source, field)[owner_last]
 
 
-__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save"]
+__all__ = ["SavedModel", "SavedSite", "load", "read_info", "read_result", "save"]

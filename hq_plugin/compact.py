@@ -6,13 +6,19 @@ and policies list widths in the order of the layers. What is read back is a `Res
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from hq_plugin.errors import ArtifactError
 from hq_plugin.result import Result
-from hq_plugin.untrusted import clean_errors
+from hq_plugin.storage import JSON_LIMIT, write_text
+from hq_plugin.untrusted import clean_errors, read_file
 
+#: The compact result beside a model that its own library saved.
+REPORT_FILE = "hq_result.json"
 #: Records that are kept of each history, and as many of those that were the best of a search until then.
 HISTORY = 50
 #: Significant digits of what a report shows in charts; the model itself is stored exactly.
@@ -53,6 +59,30 @@ def expand(stored: Mapping[str, Any]) -> Result:
 
         data["baselines"] = {name: named(baseline) for name, baseline in stored["baselines"].items()}
         return Result.from_json(named(data))
+
+
+def write_beside(result: Result, directory: str | Path) -> Path:
+    """Writes a result into the folder of a model that its own library saved."""
+    path = Path(directory) / REPORT_FILE
+    write_text(path, json.dumps(compact(result), separators=(",", ":")))
+    return path
+
+
+def read_beside(directory: str | Path) -> Result | None:
+    """Reads what `write_beside` wrote, or returns None where there is none.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    path = Path(directory).expanduser() / REPORT_FILE
+    if not path.exists():
+        return None
+    with clean_errors(f"{path}, without which the model works,"):
+        try:
+            text = read_file(path, JSON_LIMIT)
+        except OSError as error:
+            raise ArtifactError(f"{path} cannot be read: {error}. Remove it; the model works without.") from error
+        return expand(json.loads(text))
 
 
 def _thin(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -180,11 +180,15 @@ class Result:
         """Writes the report: what was decided, why, and what it gave.
 
         Args:
-            path: `"report.html"`, one page that needs nothing else, or `"report.json"`, the data of that page. The
-                file appears whole or not at all.
+            path: `"report.html"`, one page that needs nothing else; `"report.json"`, the data of that page; or
+                `"report.png"`, `.svg` or `.pdf`, its figures by matplotlib. The file appears whole or not at all.
+
+        Returns:
+            The file.
 
         Raises:
-            ConfigError: The name ends in neither.
+            ConfigError: The name ends in none of these, or matplotlib is missing.
+            ArtifactPathError: The file cannot be written.
         """
         from hq_plugin.report import write_report
 

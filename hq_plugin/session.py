@@ -99,6 +99,7 @@ class Session:
         seconds: Wall time of the stages so far.
         memory: Most bytes in use so far at the end of each stage.
         scored: Every policy that the session's searches scored.
+        source: Arguments of the command line that give the float model and its data, where it made the session.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Session:
         self.seconds: dict[str, float] = {}
         self.memory: dict[str, dict[str, int]] = {}
         self.scored: list[Scored] = []
+        self.source: tuple[str, ...] = ()
         self.sensitivities: Table
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
@@ -178,6 +180,15 @@ class Session:
                 self.teacher, self.data, self.loss, self.config.steps.holdout, self.config.recalibration
             )
         return self._scorer
+
+    def sampler(self, budget: str | Budget | None = None) -> PolicySampler:
+        """Returns what gives the policy of each step of meta-training, for a training loop of your own.
+
+        Args:
+            budget: Around which policies are sampled; None samples near the front of all budgets.
+        """
+        focus = [] if budget is None else self._resources(budget)
+        return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
 
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.

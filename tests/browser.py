@@ -1,4 +1,4 @@
-"""A real browser for tests: Chromium without a window, driven over its DevTools pipe, with nothing to install but it.
+"""A real browser for tests: Chromium without a window, driven over its DevTools pipe.
 
 `Page` loads a page at a size and colour scheme, evaluates JavaScript, presses keys and clicks, and remembers what
 the console said.
@@ -102,23 +102,33 @@ class Page:
         """Drags from the middle of an element to a point of the window."""
         x, y = self.middle(selector)
         steps = [(x + (to[0] - x) * n / 5, y + (to[1] - y) * n / 5) for n in range(6)]
-        events = [
-            ("mousePressed", steps[0]),
-            *(("mouseMoved", step) for step in steps),
-            ("mouseReleased", steps[-1]),
-        ]
-        for kind, (at_x, at_y) in events:
+        moves = [("mouseMoved", step) for step in steps]
+        for kind, (at_x, at_y) in [("mousePressed", steps[0]), *moves, ("mouseReleased", steps[-1])]:
             self._call(
                 "Input.dispatchMouseEvent",
                 {"type": kind, "x": at_x, "y": at_y, "button": "left", "buttons": 1, "clickCount": 1},
             )
 
+    def download(self, selector: str, path: Path) -> None:
+        """Clicks a link that downloads, and waits until the file, named as the link says, is whole."""
+        self._call("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(path.parent)}, None)
+        self.click(selector)
+        end = time.monotonic() + 20
+        while not path.exists() or list(path.parent.glob("*.crdownload")):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{path.name} did not come; there are {[p.name for p in path.parent.iterdir()]}")
+            time.sleep(0.02)
+
     def middle(self, selector: str) -> tuple[float, float]:
         """Scrolls an element into view and returns its middle, in pixels of the window."""
         box = self.evaluate(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); e.scrollIntoView({{block: 'center', "
-            "behavior: 'instant'}); const b = e.getBoundingClientRect(); "
-            "return [b.left + b.width / 2, b.top + b.height / 2]; })()"
+            f"""(async () => {{
+                const element = document.querySelector({json.dumps(selector)});
+                element.scrollIntoView({{block: 'center', inline: 'center', behavior: 'instant'}});
+                for (let n = 0; n < 2; n++) await new Promise(requestAnimationFrame);
+                const box = element.getBoundingClientRect();
+                return [box.left + box.width / 2, box.top + box.height / 2];
+            }})()"""
         )
         return box[0], box[1]
 
@@ -133,8 +143,8 @@ class Page:
             """[...document.querySelectorAll('body *')].filter((e) => {
                  const b = e.getBoundingClientRect();
                  if (b.width === 0 || b.right <= document.documentElement.clientWidth + 0.5) return false;
-                 for (let p = e; p; p = p.parentElement)
-                   if (/auto|scroll|hidden/.test(getComputedStyle(p).overflowX) && p !== document.body) return false;
+                 const scrolls = (p) => /auto|scroll|hidden/.test(getComputedStyle(p).overflowX);
+                 for (let p = e; p !== document.body; p = p.parentElement) if (scrolls(p)) return false;
                  return true;
                }).map((e) => e.tagName + '.' + (e.className.baseVal ?? e.className) + '#' + e.id)"""
         )

@@ -12,11 +12,13 @@ import typer
 
 from hq_plugin.cli.demo import demo
 from hq_plugin.cli.evaluate import evaluate
+from hq_plugin.cli.explore import explore
 from hq_plugin.cli.export import export
 from hq_plugin.cli.inspect import inspect
 from hq_plugin.cli.meta_train import meta_train
 from hq_plugin.cli.profile import profile
 from hq_plugin.cli.quantize import quantize
+from hq_plugin.cli.report import report
 
 app = typer.Typer(
     name="hq-plugin",
@@ -31,6 +33,8 @@ app.command()(meta_train)
 app.command()(profile)
 app.command()(export)
 app.command()(inspect)
+app.command()(report)
+app.command()(explore)
 app.command()(evaluate)
 app.command()(demo)
 
@@ -56,6 +60,7 @@ def main(
       hq-plugin demo
       hq-plugin quantize resnet18 12% --pretrained --data photographs/ --out small
       hq-plugin inspect small
+      hq-plugin report small
       hq-plugin quantize --help
 
     \b

@@ -84,6 +84,19 @@ def load_model(
     return source
 
 
+def source_arguments(
+    reference: str, data: str | None, checkpoint: Path | None, arguments: Sequence[str] | None, pretrained: bool
+) -> tuple[str, ...]:
+    """Returns the arguments that give a float model and its data again, for commands that a user is shown."""
+    named = [
+        ("--checkpoint", checkpoint),
+        *(("--model-arg", argument) for argument in arguments or ()),
+        ("--data", data),
+    ]
+    given = [text for flag, value in named if value is not None for text in (flag, str(value))]
+    return (reference, *(["--pretrained"] if pretrained else []), *given)
+
+
 def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> Source:
     name = reference.removeprefix("timm:")
     folder = Path(reference).is_dir() and not reference.startswith("timm:")

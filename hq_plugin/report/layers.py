@@ -153,7 +153,11 @@ def _cells(layer: Layer, widths: Sequence[int], shade: dict[float, float]) -> li
 
 def _row_head(widths: Sequence[int]) -> str:
     digits = "".join(f'<text x="{place * 16 + 8}" y="12">{bits}</text>' for place, bits in enumerate(widths))
-    cells = f'<svg class="cells" viewBox="0 0 {16 * len(widths)} 16">{digits}</svg>' if widths else ""
+    cells = (
+        f'<svg class="cells" viewBox="0 0 {16 * len(widths)} 16" aria-hidden="true">{digits}</svg>'
+        if widths
+        else ""
+    )
     return (
         '<li class="row head" aria-hidden="true"><span>layer</span><span class="track-head">bits of weights</span>'
         f'<span class="bits"></span>{cells}<span class="bytes"><i></i><span>bytes</span></span></li>'
@@ -175,7 +179,9 @@ def _row(
         f'style="--s:{value:.2f}"/>'
         for place, value, chosen in _cells(layer, widths, shade)
     )
-    heat = f'<svg class="cells" viewBox="0 0 {16 * len(widths)} 16">{cells}</svg>' if widths else ""
+    heat = (
+        f'<svg class="cells" viewBox="0 0 {16 * len(widths)} 16" aria-hidden="true">{cells}</svg>' if widths else ""
+    )
     return (
         f'<li class="row" tabindex="-1" title="{escape(description(layer, document.distance_name))}">'
         f'<span class="name">{module_name(layer.name)}</span>'

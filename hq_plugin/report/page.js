@@ -14,6 +14,11 @@
     tip.style.top = `${below ? y + 18 : Math.max(8, y - box.height - 12)}px`;
   }
 
+  function showAt(mark) {
+    const box = mark.getBoundingClientRect();
+    show(mark, box.left, box.bottom - 10);
+  }
+
   function hide() {
     tip.hidden = true;
   }
@@ -46,8 +51,7 @@
     group.addEventListener("focusin", (event) => {
       const mark = found(event);
       if (!mark || !mark.matches(":focus-visible")) return;
-      const box = mark.getBoundingClientRect();
-      show(mark, box.left, box.bottom - 10);
+      showAt(mark);
     });
     group.addEventListener("focusout", hide);
     group.addEventListener("keydown", (event) => {
@@ -60,7 +64,12 @@
       reach(marks[to]);
     });
   }
-  window.addEventListener("scroll", hide, { passive: true });
+  // The keyboard itself scrolls to what it reaches: there the tip follows.
+  window.addEventListener("scroll", () => {
+    const mark = document.activeElement;
+    if (!tip.hidden && mark.matches("[data-tip]:focus-visible")) showAt(mark);
+    else hide();
+  }, { passive: true });
 
   const download = document.getElementById("download");
   const data = document.getElementById("data");

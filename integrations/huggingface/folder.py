@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -16,12 +15,12 @@ from torch.utils.data import Dataset
 from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from hq_plugin.artifact import SavedModel, SavedSite
+from hq_plugin.compact import read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
 from hq_plugin.image_files import find_images
 from hq_plugin.nn import packed_modules
-from hq_plugin.result import Result
 
 #: Main input of a model, to what makes it.
 _PROCESSORS = {
@@ -30,8 +29,6 @@ _PROCESSORS = {
     "input_values": AutoFeatureExtractor,
     "input_features": AutoFeatureExtractor,
 }
-#: The report of a quantized model without its histories, beside what `save_pretrained` writes.
-REPORT_FILE = "hq_result.json"
 
 
 def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any]:
@@ -87,8 +84,6 @@ def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
         model.save_pretrained(staging / "new")
         if processor is not None:
             processor.save_pretrained(staging / "new")
-        if isinstance(getattr(model, "hq", None), Result):
-            (staging / "new" / REPORT_FILE).write_text(json.dumps({**model.hq.to_json(), "history": {}}))
         if target.exists():
             target.rename(staging / "old")
         (staging / "new").rename(target)
@@ -116,14 +111,9 @@ def read_info(directory: str | Path) -> SavedModel:
         for name, module in packed_modules(model).items()
         for shape in (tuple(module.weight_shape),)
     )
-    report = root / REPORT_FILE
-    try:
-        result = Result.from_json(json.loads(report.read_text())) if report.exists() else None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{report} is damaged: {error}. Remove it; the model works without.") from error
     architecture = {"integration": "huggingface", "class": type(model).__name__}
     size = sum(path.stat().st_size for path in root.glob("*.safetensors"))
-    return SavedModel(sites, architecture, result, size)
+    return SavedModel(sites, architecture, read_beside(root), size)
 
 
 class ImageFolder(Dataset[Any]):
