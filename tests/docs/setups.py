@@ -6,6 +6,7 @@ block sees. A page that needs nothing has none. Nothing here is shown to readers
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -140,6 +141,15 @@ def timm() -> Iterator[Names]:
     yield {"name": "test_resnet", "picture": photographs[0]}
 
 
+def report() -> Iterator[Names]:
+    names = images()
+    yield names
+    session = hq.meta_train(names["model"], names["data"], progress=False)
+    session.save("session")
+    Path("policy.json").write_text(json.dumps(session.search("2.5bit").policy.to_json()))
+    yield {}
+
+
 #: Page to setup; pages that stand for themselves are not here.
 SETUPS: dict[str, Callable[[], Iterator[Names]]] = {
     "README.md": readme,
@@ -148,5 +158,6 @@ SETUPS: dict[str, Callable[[], Iterator[Names]]] = {
     "docs/deployment.md": deployment,
     "docs/distributed.md": plain,
     "docs/huggingface.md": huggingface,
+    "docs/report.md": report,
     "docs/timm.md": timm,
 }

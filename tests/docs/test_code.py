@@ -55,7 +55,8 @@ def commands() -> list[tuple[str, str]]:
     for page in pages():
         for block in blocks(page):
             if block.language in ("", "bash", "sh", "console"):
-                lines = (re.sub(r"\s+#.*", "", line).removeprefix("$ ") for line in block.code.splitlines())
+                # Without a comment, or what the output is piped to.
+                lines = (re.sub(r"\s+[#|] .*", "", line).removeprefix("$ ") for line in block.code.splitlines())
                 found += [(page, line) for line in lines if line.startswith("hq-plugin ")]
     return found
 
