@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hq_plugin.cost import CostTable, Resource, Table
+from hq_plugin.errors import BudgetError
 from hq_plugin.space import Genome, SearchSpace
 
 #: Bins of the dynamic program. It is exact while the capacity, in units of the costs' greatest common
@@ -38,6 +40,9 @@ def dynamic_programming(loss: Table, resources: Sequence[Resource]) -> Genome:
 
     Returns:
         A genome that keeps every limit.
+
+    Raises:
+        BudgetError: Each limit can be kept, but no genome was found that keeps all.
     """
     first, others = resources[0], list(resources[1:])
     genome = _knapsack(loss, first)
@@ -64,6 +69,13 @@ def dynamic_programming(loss: Table, resources: Sequence[Resource]) -> Genome:
             else:
                 low = middle
         prices[worst] = high
+    exceeded = [resource.name for resource in resources if resource.used(genome) > 1]
+    if exceeded:
+        names = " and ".join(resource.name for resource in resources)
+        raise BudgetError(
+            f"No policy was found that keeps {names} at once: where the others are kept, {', '.join(exceeded)} is "
+            "exceeded. Widths that are fast are not always those that are small; ask for more of one of them."
+        )
     return genome
 
 
@@ -133,6 +145,9 @@ class Repair:
     while one fits, the step up that gains the most loss for what it costs. Both are drawn with a little
     noise, so that two different genomes are not always repaired in the same way.
 
+    A choice that costs no less than a wider one is never worth taking (a layer may be faster on a float input
+    than on one that must be quantized first): it counts as that wider one, and becomes it in the end.
+
     Args:
         loss: Additive losses, as for `dynamic_programming`.
         resources: The limits.
@@ -150,14 +165,25 @@ class Repair:
         *,
         noise: float = NOISE,
     ) -> None:
-        self.loss, self.resources, self.top, self.rng, self.noise = loss, list(resources), top, rng, noise
+        self.top, self.rng, self.noise = top, rng, noise
         self._rows = np.arange(len(top))
+        self._wider = undominated(resources)
+        at = (self._rows[:, None, None], self._wider[..., 0], self._wider[..., 1])
+        self.loss = loss[at]
+        self.resources = [replace(resource, cost=resource.cost[at]) for resource in resources]
         self._columns = [column for column in (0, 1) if top[:, column].any()]
 
     def __call__(self, genome: Genome) -> Genome:
         """Returns a repaired copy: never over a limit, and full (97 %) wherever the space allows it."""
         noise = np.exp(self.rng.normal(0, self.noise, size=genome.shape))
-        genome = self._fit(np.clip(genome, 0, self.top), noise)
+        return self._widened(self._filled(np.clip(genome, 0, self.top), noise))
+
+    def _widened(self, genome: Genome) -> Genome:
+        widened: Genome = self._wider[self._rows, genome[:, 0], genome[:, 1]]
+        return widened
+
+    def _filled(self, genome: Genome, noise: NDArray) -> Genome:
+        genome = self._fit(genome, noise)
         if self._usage(genome) >= FULL or self._usage(self.fullest) < FULL:
             return genome
         for _ in range(2 * len(genome)):
@@ -167,6 +193,11 @@ class Repair:
             if self._usage(genome) >= FULL:
                 return genome
         return self.fullest.copy()
+
+    @cached_property
+    def planned(self) -> Genome:
+        """The genome of the least additive loss."""
+        return dynamic_programming(self.loss, self.resources)
 
     @cached_property
     def fullest(self) -> Genome:
@@ -179,9 +210,15 @@ class Repair:
         return max(resource.used(genome) for resource in self.resources)
 
     def _fit(self, genome: Genome, noise: NDArray) -> Genome:
-        while any(resource.used(genome) > 1 for resource in self.resources):
-            genome = self._step_down(genome, noise)
-        return self._fill(genome, noise)
+        # Where each step down saves of every resource, there are no more steps than this.
+        for _ in range(int(self.top.sum()) + 1):
+            if all(resource.used(genome) <= 1 for resource in self.resources):
+                return self._fill(genome, noise)
+            lower = self._step_down(genome, noise)
+            if lower is None:
+                break
+            genome = lower
+        return self._fill(self.planned.copy(), noise)
 
     def _at(self, table: Table, genome: Genome) -> NDArray[np.float64]:
         values: NDArray[np.float64] = table[self._rows, genome[:, 0], genome[:, 1]]
@@ -199,7 +236,7 @@ class Repair:
         )
         return possible, loss, cost
 
-    def _step_down(self, genome: Genome, noise: NDArray) -> Genome:
+    def _step_down(self, genome: Genome, noise: NDArray) -> Genome | None:
         broken = np.array([resource.used(genome) > 1 for resource in self.resources])
         best, place = np.inf, None
         for column in self._columns:
@@ -214,7 +251,8 @@ class Repair:
             row = int(score.argmin())
             if score[row] < best:
                 best, place = score[row], (row, column)
-        assert place is not None, "the smallest genome keeps every limit"
+        if place is None:  # of two resources, each step may cost of one what it saves of the other
+            return None
         genome = genome.copy()
         genome[place] -= 1
         return genome
@@ -252,6 +290,25 @@ class Repair:
         # The width just moved is the last to be moved back.
         noise[row, column] *= 1e9 if step > 0 else 1e-9
         return self._fit(exchanged, noise)
+
+
+def undominated(resources: Sequence[Resource]) -> NDArray[np.int64]:
+    """Returns, for each choice, the widest that costs no more of any resource and is as wide in both widths.
+
+    Returns:
+        Indices `[groups, weight widths, activation widths, 2]`.
+    """
+    costs = np.stack([resource.cost for resource in resources])
+    _, groups, weights, activations = costs.shape
+    found = np.empty((groups, weights, activations, 2), dtype=np.int64)
+    for w, a in np.ndindex(weights, activations):
+        wider = costs[:, :, w:, a:]
+        allowed = np.all(wider <= costs[:, :, w, a, None, None], axis=0) & np.isfinite(wider[0])
+        allowed[:, 0, 0] = True
+        # Of those allowed, the one of the largest indices, weights first.
+        last = allowed.shape[1] * allowed.shape[2] - 1 - allowed.reshape(groups, -1)[:, ::-1].argmax(axis=1)
+        found[:, w, a, 0], found[:, w, a, 1] = np.divmod(last, allowed.shape[2]) + np.array([[w], [a]])
+    return found
 
 
 def best_uniform(space: SearchSpace, costs: CostTable, resources: Sequence[Resource]) -> list[Genome]:

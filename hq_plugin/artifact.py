@@ -19,7 +19,7 @@ from hq_plugin import adapters
 from hq_plugin.compact import compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule, packed_modules, with_held_weights
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_held_weights
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
@@ -76,12 +76,13 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         The directory.
 
     Raises:
-        ModelError: The model holds no packed layer.
+        ModelError: The model holds no packed layer, or its dequantized weights were edited.
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
     packed = packed_modules(model)
     if not packed:
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    check_unedited(model)
     written: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     constants: dict[str, Any] = {}

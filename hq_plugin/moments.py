@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from hq_plugin.data import Batch
 from hq_plugin.distillation import class_scores
@@ -128,17 +130,23 @@ def collect_moments(
     sites = list(sites)
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
     read = {site.name: _read_weight(teacher, site) for site in sites if site.kind == "held" or not site.called}
+    if not sums and not read:
+        return {}  # only convolutions: nothing to see, and no gradient to see it by
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
     positions = 0
+    lookups = _Lookups()
     handles = []
     for name, sum_ in sums.items():
         module = teacher.get_submodule(name)
-        handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
+        if sum_.site.kind == "embedding":
+            handles += lookups.watch(module, sum_)
+        else:
+            handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
     generator: torch.Generator | None = None
     try:
         with torch.enable_grad():
             for batch in batches:
-                with autocast():
+                with autocast(), lookups:
                     scores = class_scores(batch.run(teacher))
                 if scores is None:
                     raise ConfigError('sensitivities="fisher" needs class scores: an output with `.logits`.')
@@ -175,14 +183,49 @@ def _read_weight(teacher: nn.Module, site: Site) -> Tensor:
 
 def _hook(sums: _Sums) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        sums.see_input(args[0] if args else next(iter(kwargs.values())))
-        # Parameters need no gradient, so the graph starts at the first site.
-        if not output.requires_grad:
-            output = output.detach().requires_grad_(True)
-        output.register_hook(sums.see_gradient)
-        return output
+        return _see(sums, args[0] if args else next(iter(kwargs.values())), output)
 
     return hook
+
+
+def _see(sums: _Sums, x: Tensor, output: Tensor) -> Tensor:
+    sums.see_input(x)
+    # Parameters need no gradient, so the graph starts at the first site.
+    if not output.requires_grad:
+        output = output.detach().requires_grad_(True)
+    output.register_hook(sums.see_gradient)
+    return output
+
+
+class _Lookups(TorchFunctionMode):
+    """Sees which rows embeddings look up where they do it.
+
+    What a subclass is called with need not be rows (OPT's positions are called with a mask), and what it returns
+    need not be what it looked up (Gemma scales it).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: list[_Sums] = []
+
+    def watch(self, module: nn.Module, sums: _Sums) -> list[RemovableHandle]:
+        """Watches an embedding; returns the handles of its hooks."""
+
+        def enter(*_: Any) -> None:
+            self._inside.append(sums)
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self._inside and func is F.embedding:
+            return _see(self._inside[-1], args[0], output)
+        return output
 
 
 @torch.no_grad()

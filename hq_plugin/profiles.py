@@ -1,8 +1,7 @@
 """How long each layer takes at each width on a machine, measured once: latency as a cost like any other.
 
 Each distinct layer is timed alone at each of its widths. Their sum is not yet the time of the model: what stays
-float comes on top, and a runtime fuses layers. Both are taken from the whole model, timed at its widest and at its
-narrowest policy.
+float comes on top, and a runtime fuses layers. Both are taken from the whole model, timed under a few policies.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.result import versions
 from hq_plugin.sites import Site
-from hq_plugin.space import SearchSpace
+from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import read_sealed, sealed, write_text
 from hq_plugin.timing import machine, median_milliseconds
 from hq_plugin.untrusted import check_types, clean_errors
@@ -40,7 +39,7 @@ from hq_plugin.untrusted import check_types, clean_errors
 FORMAT, VERSION = "hq_plugin profile", 1
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
 _SLOPE = (0.25, 4.0)
-#: Sums of the widest and the narrowest policy must differ by this factor to tell a slope.
+#: Sums of the slowest and the fastest policy must differ by this factor to tell a slope.
 _DIFFERENT = 1.15
 
 
@@ -71,7 +70,7 @@ class Profile:
     def table(self, space: SearchSpace) -> Table:
         """Returns milliseconds, `[groups, weight widths, activation widths]`.
 
-        A narrower width never counts more than a wider one: where it is slower, the wider one counts as much.
+        A narrower width may take longer: an input that is quantized first, integers that are unpacked.
 
         Raises:
             ConfigError: The profile lacks a layer or a width of the space.
@@ -82,10 +81,7 @@ class Profile:
             for w in range(len(group.weight_bits)):
                 for a in range(len(group.activation_bits)):
                     times[g, w, a] = sum(self._time(site, group.bits(site, w, a)) for site in group.sites)
-        finite = np.where(np.isfinite(times), times, 0.0)
-        for axis in (1, 2):
-            finite = np.maximum.accumulate(finite, axis=axis)
-        return np.where(np.isfinite(times), self.slope * finite, np.inf)
+        return self.slope * times
 
     def put_into(self, costs: CostTable) -> None:
         """Gives a cost table the latency of its choices.
@@ -205,23 +201,32 @@ def measure_profile(
         1.0,
         layers,
     )
-    sums, totals = [], []
     times_of = made.table(space)
-    for genome in (space.top, np.zeros_like(space.top)):
-        sums.append(float(times_of[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()))
-        policy = space.policy(genome)
-        packed = torch_ao.convert(torch_ao.prepare(teacher, policy, whole_zero_points=True))
+    genomes = _spread(times_of, space)
+    sums = [float(times_of[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()) for genome in genomes]
+    totals = []
+    for genome in genomes:
+        packed = torch_ao.convert(torch_ao.prepare(teacher, space.policy(genome), whole_zero_points=True))
         totals.append(model_time(packed, part))
     slope, rest = _line(sums, totals)
     return Profile(**{**vars(made), "rest": rest, "slope": slope})
 
 
+def _spread(times: Table, space: SearchSpace) -> list[Genome]:
+    """Returns the narrowest, the widest and the fastest policy, and one at random between them."""
+    flat = times.reshape(len(times), -1).argmin(axis=1)
+    fastest = np.stack(np.unravel_index(flat, times.shape[1:]), axis=1)
+    mixed = np.random.RandomState(0).randint(0, space.top + 1)
+    genomes = {genome.tobytes(): genome for genome in (np.zeros_like(space.top), space.top, fastest, mixed)}
+    return list(genomes.values())
+
+
 def _line(sums: list[float], totals: list[float]) -> tuple[float, float]:
-    """Returns slope and rest of the model's time over the sum of its layers'."""
+    """Returns slope and rest of the model's time over the sum of its layers', by least squares."""
     slope = 1.0
     if max(sums) > _DIFFERENT * min(sums):
-        slope = min(max((totals[0] - totals[1]) / (sums[0] - sums[1]), _SLOPE[0]), _SLOPE[1])
-    rest = max(float(np.mean([total - slope * part for total, part in zip(totals, sums, strict=True)])), 0.0)
+        slope = min(max(float(np.polyfit(sums, totals, 1)[0]), _SLOPE[0]), _SLOPE[1])
+    rest = max(float(np.mean(totals)) - slope * float(np.mean(sums)), 0.0)
     if rest == 0.0:
         slope = sum(totals) / max(sum(sums), 1e-9)
     return slope, rest

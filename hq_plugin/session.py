@@ -181,6 +181,15 @@ class Session:
             )
         return self._scorer
 
+    def sampler(self, budget: str | Budget | None = None) -> PolicySampler:
+        """Returns what gives the policy of each step of meta-training, for a training loop of your own.
+
+        Args:
+            budget: Around which policies are sampled; None samples near the front of all budgets.
+        """
+        focus = [] if budget is None else self._resources(budget)
+        return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
+
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 

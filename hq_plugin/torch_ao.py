@@ -145,6 +145,22 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
         generated: Tensor = self._ready(weight)(weight, self.bits)
         return generated
 
+    def lookup(self, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns fake-quantized rows for a lookup, without quantizing the whole table.
+
+        Args:
+            weight: `[rows, width]`.
+            ids: Rows that are looked up, whole numbers of any shape.
+
+        Returns:
+            The distinct rows, `[distinct, width]`, and the place among them of each id, in the shape of `ids`;
+            None where the whole table is at hand anyway.
+        """
+        if not self.active or self._cache is not None or ids.numel() >= len(weight):
+            return None
+        distinct, places = torch.unique(ids, return_inverse=True)
+        return self._ready(weight).channels(weight, self.bits, distinct), places
+
     def _ready(self, weight: Tensor) -> WeightBlock:
         if self.block is None:
             self.block = WeightBlock(weight.detach(), (self.bits,), self._group_size).to(weight.device)
@@ -238,8 +254,23 @@ class QATMixin(nn.Module):
             args = (self.activation_fake_quant(args[0]), *args[1:])
         elif not args:
             kwargs = {name: self.activation_fake_quant(value) for name, value in kwargs.items()}
+        elif self._float_type.forward is nn.Embedding.forward:
+            return self._look_up(args[0])
         output: Tensor = super().forward(*args, **kwargs)
         return output
+
+    def _look_up(self: Any, ids: Tensor) -> Tensor:
+        """Does what an embedding does, on the rows that are looked up alone: a vocabulary has many more."""
+        found = self.weight_fake_quant.lookup(self._parameters["weight"], ids)
+        if found is None or self.max_norm is not None or self.sparse or self.scale_grad_by_freq:
+            output: Tensor = super().forward(ids)
+            return output
+        rows, places = found
+        if self.padding_idx is not None:  # which gets no gradient
+            padding = (ids == self.padding_idx).unsqueeze(-1)
+            looked_up = F.embedding(places, rows)
+            return torch.where(padding, looked_up.detach(), looked_up)
+        return F.embedding(places, rows)
 
 
 @cache

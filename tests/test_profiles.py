@@ -1,20 +1,18 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
 from hq_plugin import ArtifactError, Budget, BudgetError, ConfigError, HQWarning, Profile
-from hq_plugin.data import Batch, prepare_data
+from hq_plugin.data import Batch
 from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
 from hq_plugin.kernels import kernel_of
 from hq_plugin.nn import packed_modules
 from hq_plugin.policy import LayerBits
-from hq_plugin.profiles import first_samples, random_layer, signature, width
-from hq_plugin.session import search_space
+from hq_plugin.profiles import _line, first_samples, random_layer, signature, width
 from hq_plugin.sites import find_sites
 from tests.conftest import TinyNet
 
@@ -75,17 +73,42 @@ def test_without_a_profile_this_machine_is_measured(
     assert 0 < small.hq.costs.latency_ms < 1e6  # type: ignore[union-attr]
 
 
-def test_a_wider_width_never_counts_less(
-    made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]]
+def test_a_layer_that_is_faster_on_a_float_input_gets_one(
+    made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
 ) -> None:
-    layers = {name: {**times, "2,8": 100.0} for name, times in made.layers.items()}
-    profile = Profile(**{**vars(made), "layers": layers, "slope": 1.0})
-    config = hq.Config(weight_bits=(2, 4, 8), activation_bits=(8, 16)).filled()
-    space = search_space(trained, prepare_data(batches, trained, config), config)
-    table = profile.table(space)
-    assert np.all(np.diff(table, axis=1) >= 0)
-    assert np.all(np.diff(table, axis=2) >= 0)
-    assert np.all(table >= 100)
+    # For one layer, quantizing the input takes longer than it saves; the others are as fast as they are narrow.
+    slow = next(name for name in made.layers if "[8, 1, 3, 3]" in name and name.endswith("inputs=512"))
+    layers = {
+        name: {
+            key: float(sum(map(int, key.split(",")[:2]))) + 100 * (name == slow and key.endswith(",8"))
+            for key in times
+        }
+        for name, times in made.layers.items()
+    }
+    profile = Profile(**{**vars(made), "layers": layers, "rest": 5.0, "slope": 1.0})
+    # 3 layers of 2+8, and one of 2+16.
+    fastest = 3 * 10 + 18 + 5
+    small = hq.quantize(trained, Budget(latency_ms=fastest, batch=4), batches, profile=profile, **options)  # type: ignore[arg-type]
+    result: hq.Result = small.hq  # type: ignore[assignment]
+    assert result.costs.latency_ms == fastest
+    assert {name: bits.activation for name, bits in result.policy.items()} == {
+        "stem": 8,
+        "depthwise": 16,
+        "pointwise": 8,
+        "head": 8,
+    }
+    with pytest.raises(BudgetError, match=f"takes {fastest} ms"):
+        hq.quantize(trained, Budget(latency_ms=fastest - 1, batch=4), batches, profile=profile, **options)  # type: ignore[arg-type]
+    # Time that is left is not spent on what gains nothing.
+    small = hq.quantize(trained, Budget(latency_ms=150, batch=4), batches, profile=profile, **options)  # type: ignore[arg-type]
+    assert small.hq.policy["depthwise"].activation == 16  # type: ignore[union-attr]
+
+
+def test_the_line_goes_through_what_was_measured() -> None:
+    assert _line([1.0, 2.0, 3.0], [7.0, 9.0, 11.0]) == (pytest.approx(2.0), pytest.approx(5.0))
+    # Sums that hardly differ tell no slope; a negative rest becomes a slope.
+    assert _line([1.0, 1.01], [3.0, 5.0]) == (1.0, pytest.approx(2.995))
+    assert _line([10.0, 11.0], [5.0, 5.0]) == (pytest.approx(10 / 21), 0.0)
 
 
 def test_a_profile_of_something_else(

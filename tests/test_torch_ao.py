@@ -10,11 +10,13 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-from hq_plugin import HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin import Config, HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin.metaquantnet import Kind, MetaQuantNet
 from hq_plugin.nn import packed_modules
 from hq_plugin.packing import unpack_bits
 from hq_plugin.quantization import weight_range
 from hq_plugin.sites import find_sites
+from hq_plugin.space import SearchSpace
 from tests.conftest import SITES
 
 
@@ -207,3 +209,32 @@ def test_graph_mode(tiny: nn.Module) -> None:
     train_a_little(prepared, x)
     converted = check_converted(prepared, x)
     assert sorted(m.bits.weight for m in packed_modules(converted).values()) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["dense", "low_rank", "table"])
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_a_lookup_quantizes_only_the_rows_that_it_needs(
+    kind: Kind, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Embedding(50, 32, padding_idx=3)
+    table = find_sites(model, lambda m: m(torch.tensor([[1]])), 1)
+    config = Config(block=kind, group_size=group_size, weight_bits=(3,))
+    space = SearchSpace.build(table, config)
+    meta = MetaQuantNet(space, {"": model.weight}, config)
+    prepared = torch_ao.prepare(model, space.policy(space.top), metaquantnet=meta)
+    for parameter in prepared.weight_fake_quant.block.parameters():
+        nn.init.uniform_(parameter, -2.0, -1.0)
+    ids = torch.tensor([[7, 3, 7], [0, 3, 49]])
+    found = []
+    for rows_only in (True, False):
+        if not rows_only:
+            monkeypatch.setattr(torch_ao.HybridWeightFakeQuantize, "lookup", lambda *_: None)
+        prepared.zero_grad()
+        output = prepared(ids)
+        (output * torch.arange(32)).sum().backward()
+        found.append((output.detach(), [p.grad.clone() for p in prepared.parameters() if p.grad is not None]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert len(found[0][1]) == len(found[1][1]) >= 2
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other)

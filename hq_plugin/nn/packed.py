@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.quantization import (
@@ -267,6 +268,25 @@ def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """Returns the packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def check_unedited(model: nn.Module) -> None:
+    """Checks, before a model is saved, that its dequantized weights are still those that its integers give.
+
+    Raises:
+        ModelError: They were edited in place. Merging a LoRA adapter does that, and it would be lost.
+    """
+    for name, module in packed_modules(model).items():
+        if module._cached is not None:
+            kept, module._cached = module._cached, None
+            fresh = module.weight
+            module._cached = kept
+            if not torch.equal(kept, fresh):
+                raise ModelError(
+                    f"The dequantized weight of {name!r} was edited (by merging an adapter?): the packed integers "
+                    "do not hold that. Save the adapter beside the packed model, or merge it into the float model "
+                    "and quantize that."
+                )
 
 
 def cache_weights(model: nn.Module, enabled: bool) -> nn.Module:

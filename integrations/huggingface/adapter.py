@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from hq_plugin.adapters import Unwrapped
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.integrations.huggingface import inputs
+from hq_plugin.integrations.huggingface import inputs, rows
 from hq_plugin.integrations.huggingface.layers import with_linear_layers
 from hq_plugin.integrations.huggingface.quantizer import attach
 
@@ -30,6 +30,9 @@ FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("linear_q", "linear_k", "linear_v"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),
@@ -90,9 +93,9 @@ class HuggingFaceAdapter:
         64, and few, long samples; others keep the general options.
         """
         assert isinstance(model, PreTrainedModel)
-        proposed: dict[str, Any] = {"prepare_batch": inputs.split_batch, "train_float": False}
+        proposed: dict[str, Any] = {"prepare_batch": rows.splitter(model), "train_float": False}
         if inputs.takes_text(model):
-            length = inputs.positions(model) or 512
+            length = rows.positions(model) or 512
             causal = model.can_generate()
             proposed |= {"batch_size": 4 if causal else 16, "sequence_length": min(256 if causal else 128, length)}
             if causal:
