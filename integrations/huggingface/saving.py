@@ -43,9 +43,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
     if options["is_main_process"]:
         add_checksum(Path(save_directory))
         _write_card(self, save_directory)
-        result = getattr(self, "hq", None)
-        if isinstance(result, Result):
-            write_beside(result, save_directory)
+        _write_report(self, save_directory)
 
 
 def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **options: Any) -> Any:
@@ -55,6 +53,7 @@ def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, 
         _write_card(self, working_dir)
     # `save_pretrained(push_to_hub=True)` uploads before it returns to us.
     add_checksum(Path(working_dir))
+    _write_report(self, working_dir)
     return type(self)._upload_modified_files(self, working_dir, *args, **options)
 
 
@@ -62,6 +61,12 @@ def _write_card(model: PreTrainedModel, directory: Any) -> None:
     config: Any = model.config.quantization_config
     page = card(type(model).__name__, getattr(model.config, "_name_or_path", ""), config)
     (Path(directory) / "README.md").write_text(page, encoding="utf-8")
+
+
+def _write_report(model: PreTrainedModel, directory: Any) -> None:
+    result = getattr(model, "hq", None)
+    if isinstance(result, Result):
+        write_beside(result, directory)
 
 
 __all__ = ["bind"]
