@@ -6,6 +6,7 @@ block sees. A page that needs nothing has none. Nothing here is shown to readers
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,6 +121,15 @@ def huggingface() -> Iterator[Names]:
     }
 
 
+def report() -> Iterator[Names]:
+    names = images()
+    yield names
+    session = hq.meta_train(names["model"], names["data"], effort="smoke", progress=False)
+    session.save("session")
+    Path("policy.json").write_text(json.dumps(session.search("5bit").policy.to_json()))
+    yield names
+
+
 def timm() -> Iterator[Names]:
     import timm
     from safetensors.torch import save_file
@@ -142,5 +152,6 @@ SETUPS: dict[str, Callable[[], Iterator[Names]]] = {
     "docs/deployment.md": deployment,
     "docs/distributed.md": plain,
     "docs/huggingface.md": huggingface,
+    "docs/report.md": report,
     "docs/timm.md": timm,
 }

@@ -55,7 +55,7 @@ def commands() -> list[tuple[str, str]]:
     for page in pages():
         for block in blocks(page):
             if block.language in ("", "bash", "sh", "console"):
-                lines = (re.sub(r"\s+#.*", "", line).removeprefix("$ ") for line in block.code.splitlines())
+                lines = (re.sub(r"\s+[#|]\s.*", "", line).removeprefix("$ ") for line in block.code.splitlines())
                 found += [(page, line) for line in lines if line.startswith("hq-plugin ")]
     return found
 
