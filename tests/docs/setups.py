@@ -127,6 +127,15 @@ def huggingface() -> Iterator[Names]:
     }
 
 
+def report() -> Iterator[Names]:
+    names = images()
+    yield names
+    session = hq.meta_train(names["model"], names["data"], effort="smoke", progress=False)
+    session.save("session")
+    Path("policy.json").write_text(json.dumps(session.search("5bit").policy.to_json()))
+    yield names
+
+
 def timm() -> Iterator[Names]:
     import timm
     from safetensors.torch import save_file
