@@ -142,7 +142,7 @@ def profile(
     wrapper = adapters.unwrap(model)
     config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
-    teacher = teacher_of(wrapper.model, prepared)
+    teacher = teacher_of(wrapper.model, prepared, config)
     space = search_space(teacher, prepared, config)
     return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
 

@@ -26,7 +26,7 @@ from hq_plugin.data import Batch
 from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
-from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.policy import LayerBits
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.result import versions
@@ -154,7 +154,7 @@ def signature(site: Site) -> str:
 
 def width(bits: LayerBits) -> str:
     """Returns the key of a layer's widths."""
-    return f"{bits.weight},{bits.activation}" + (f",{bits.group_size}" if bits.group_size else "")
+    return ",".join(map(str, bits.to_json()))
 
 
 @torch.no_grad()
@@ -290,7 +290,7 @@ def random_layer(module: nn.Module, bits: LayerBits) -> PackedModule:
     rows = weight_rows(weight, bits.group_size).shape[0]
     offset = 0.5 if bits.weight <= 2 else 0.0  # a whole zero point, as fast kernels have
     zero = torch.full((rows,), offset, device=weight.device) if bits.group_size else None
-    quantized = bits.activation != FLOAT_BITS
+    quantized = bits.static_input
     return PackedModule.from_integers(
         module,
         integers,

@@ -74,6 +74,7 @@ def layers_table(document: Document) -> str:
     for layer in document.layers:
         group = f" g{layer.group_size}" if layer.group_size else ""
         inputs = "float" if layer.activation_bits == FLOAT_BITS else str(layer.activation_bits)
+        inputs += ", a row" if layer.dynamic else ""
         cells = [layer.kind, size_of(layer.shape), f"{layer.weight_bits}{group}", inputs]
         cells += [f"{layer.size:,}", format_count(layer.bitops).strip()]
         cells += [number(layer.sensitivity)] if sensitive else []

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.integrity import check_folder
 from hq_plugin.integrations.huggingface.saving import bind
-from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
+from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_layers_of
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
@@ -121,7 +121,7 @@ class HqQuantizer(HfQuantizer):
         policy = config.hybrid_policy()
         # AutoModel loads the body of a model with a head, and the other way round.
         places = {name: (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") for name in policy}
-        with_held_weights(model, [place for names in places.values() for place in names], inplace=True)
+        with_layers_of(model, [place for names in places.values() for place in names], inplace=True)
         modules = dict(model.named_modules())
         self._names: dict[str, str] = {}
         lacking = []
