@@ -150,15 +150,6 @@ def timm() -> Iterator[Names]:
     yield {"name": "test_resnet", "picture": photographs[0]}
 
 
-def report() -> Iterator[Names]:
-    names = images()
-    yield names
-    session = hq.meta_train(names["model"], names["data"], progress=False)
-    session.save("session")
-    Path("policy.json").write_text(json.dumps(session.search("2.5bit").policy.to_json()))
-    yield {}
-
-
 #: Page to setup; pages that stand for themselves are not here.
 SETUPS: dict[str, Callable[[], Iterator[Names]]] = {
     "README.md": readme,
