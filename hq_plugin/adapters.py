@@ -16,6 +16,7 @@ from torch import nn
 
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError
+from hq_plugin.seeding import seeded
 from hq_plugin.untrusted import build_at_most
 
 #: Integration to the library that makes its models. A saved file can name these and nothing else.
@@ -136,7 +137,8 @@ def rebuild(description: dict[str, Any], elements: int, tensors: int) -> nn.Modu
             f"pip install 'hq-plugin[{name}]'."
         ) from error
     rest = {key: value for key, value in description.items() if key != "integration"}
-    return build_at_most(lambda: adapter.rebuild(rest), elements, tensors)
+    with seeded(0):
+        return build_at_most(lambda: adapter.rebuild(rest), elements, tensors)
 
 
 def _adapter(name: str) -> Adapter:

@@ -14,6 +14,7 @@ from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.profiles import Profile, measure_profile
+from hq_plugin.seeding import seeded
 from hq_plugin.session import EvalFunction, Session, search_space, teacher_of
 from hq_plugin.synthetic import synthetic_data
 from hq_plugin.tracking import tracking
@@ -115,7 +116,8 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
         config = _config(wrapper, stored, {})
         return config, _data(wrapper.model, data, config)
 
-    return read_session(directory, wrapper.model, prepare, options)
+    with seeded(0):
+        return read_session(directory, wrapper.model, prepare, options)
 
 
 def profile(
@@ -142,9 +144,10 @@ def profile(
     wrapper = adapters.unwrap(model)
     config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
-    teacher = teacher_of(wrapper.model, prepared, config)
-    space = search_space(teacher, prepared, config)
-    return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
+    with seeded(config.seed):
+        teacher = teacher_of(wrapper.model, prepared, config)
+        space = search_space(teacher, prepared, config)
+        return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
 
 
 def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **options: Any) -> Any:
@@ -168,7 +171,8 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **opt
         from hq_plugin.integrations.onnxruntime.export import export as write
     except ImportError as error:
         raise ExportError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
-    return write(model, path, example_inputs, **options)
+    with seeded(0):
+        return write(model, path, example_inputs, **options)
 
 
 def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[str, Any]) -> Config:
@@ -182,6 +186,11 @@ def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[st
 
 
 def _data(model: nn.Module, data: Any, config: Config) -> Data:
+    with seeded(config.seed):
+        return _prepared(model, data, config)
+
+
+def _prepared(model: nn.Module, data: Any, config: Config) -> Data:
     adapter = adapters.find(model)
     if adapter is not None:
         data = adapter.batches(model, data, config)

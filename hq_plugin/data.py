@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hq_plugin.config import Config
 from hq_plugin.errors import DataError, HQError
+from hq_plugin.memory import out_of_memory
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 #: Leaders of the search are re-ranked on this many times the samples that score a candidate.
@@ -50,9 +51,11 @@ class Batch:
         """
         try:
             return self._without_padding(model(*self.args, **self.kwargs))
-        except (HQError, torch.OutOfMemoryError):
+        except HQError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if out_of_memory(error):
+                raise
             named = [*enumerate(self.args), *self.kwargs.items()]
             shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
             raise DataError(
@@ -173,6 +176,7 @@ def _from_dataset(
     options: dict[str, Any] = {"batch_size": batch_size}
     if like is not None:
         options |= {"collate_fn": like.collate_fn, "num_workers": like.num_workers}
+        options |= {"worker_init_fn": like.worker_init_fn}
     train_order = order[held:]
     generator = torch.Generator()
     loader = DataLoader(

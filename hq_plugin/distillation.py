@@ -5,6 +5,7 @@ Outputs may be tensors, tuples, dicts or objects with `logits`. Nothing here run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -179,7 +180,7 @@ class Fidelity:
     def distance(self) -> float:
         """Mean distance; infinite where the student's outputs were not finite."""
         mean = self._total / max(self._samples, 1)
-        return mean if mean == mean else float("inf")
+        return mean if math.isfinite(mean) else float("inf")
 
     @property
     def agreement(self) -> float | None:

@@ -20,8 +20,9 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.metaquantnet import ActivationSteps, WeightBlock
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.scoring import calibrate_activations
+from hq_plugin.seeding import seeded
 from hq_plugin.tracking import tracking
-from hq_plugin.training import Task, seeded, train
+from hq_plugin.training import Task, train
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Peak memory of this process, in bytes, on any system: what a stage of the work needed.
+"""Memory of this process: the most that was in use, in bytes, on any system, and whether an error means too little.
 
 Operating systems count a peak since the process began, so that a stage can only add to it.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 
 def peak_memory() -> dict[str, int]:
@@ -32,3 +33,10 @@ def _resident_peak() -> int:
         return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return int(peak if sys.platform == "darwin" else peak * 1024)  # kibibytes everywhere but on macOS
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was too little, on a GPU or a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return bool(error.args) and isinstance(error.args[0], str) and should_reduce_batch_size(error)

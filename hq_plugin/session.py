@@ -7,13 +7,14 @@ policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quant
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +30,7 @@ from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_n
 from hq_plugin.distribution import map_split
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
+from hq_plugin.interruption import interrupted
 from hq_plugin.kernels import choose_kernels
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
@@ -40,12 +42,15 @@ from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
+from hq_plugin.seeding import seeded
 from hq_plugin.sites import find_sites, hold_parameters, split_tables
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import fingerprint
 from hq_plugin.tracking import track, tracking
 
 EvalFunction = Callable[[nn.Module], float]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
 QUICK = 4
@@ -81,6 +86,17 @@ class Found:
     seconds: dict[str, float]
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     front: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _seeded(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
+    """Lets what is random in a method of `Session` follow from its seed, and leaves the caller's alone."""
+
+    @functools.wraps(method)
+    def seeded_method(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with seeded(self.config.seed):
+            return method(self, *args, **kwargs)
+
+    return seeded_method
 
 
 class Session:
@@ -138,6 +154,11 @@ class Session:
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
         """
+        with seeded(config.seed):
+            return cls._created(model, data, config, budget, share)
+
+    @classmethod
+    def _created(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None, share: bool) -> Session:
         config = config.filled()
         if config.activation_bits is None:
             limits_bitops = budget is not None and budget.bitops is not None
@@ -177,7 +198,12 @@ class Session:
         """Scores policies on the held-out data."""
         if self._scorer is None:
             self._scorer = Scorer(
-                self.teacher, self.data, self.loss, self.config.steps.holdout, self.config.recalibration
+                self.teacher,
+                self.data,
+                self.loss,
+                self.config.steps.holdout,
+                self.config.recalibration,
+                self.config.seed,
             )
         return self._scorer
 
@@ -190,6 +216,7 @@ class Session:
         focus = [] if budget is None else self._resources(budget)
         return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
 
+    @_seeded
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
@@ -240,10 +267,18 @@ class Session:
         known = {name: None if kept is None else kept.score(name) for name in names}
         new = [(name, policy) for name, policy in zip(names, policies, strict=True) if known[name] is None]
 
-        def distance(item: tuple[str, HybridPolicy]) -> float:
-            return self.scorer.score(self.network, item[1], samples=samples).distance
+        scored: dict[str, float] = {}
 
-        found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+        def distance(item: tuple[str, HybridPolicy]) -> float:
+            scored[item[0]] = self.scorer.score(self.network, item[1], samples=samples).distance
+            return scored[item[0]]
+
+        try:
+            found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+        except KeyboardInterrupt:
+            if kept is not None:
+                kept.add_scores(scored)
+            raise interrupted(stage, None if kept is None else kept.directory) from None
         if kept is not None:
             kept.add_scores(found)
         return [found[name] if name in found else float(known[name] or 0.0) for name in names]
@@ -321,6 +356,7 @@ class Session:
         with tracking(self.config):
             return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
 
+    @_seeded
     def finetune(
         self,
         found: Found | HybridPolicy,

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
+from hq_plugin.interruption import Interruption, deferred, interrupted
 from hq_plugin.progress import progress
 from hq_plugin.tracking import track
 
@@ -78,15 +79,6 @@ class Task:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's randomness follows from `seed`; outside, the caller's is untouched."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def train(task: Task) -> None:
     """Runs a training stage.
 
@@ -118,7 +110,8 @@ def train(task: Task) -> None:
                 schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
-    with progress(task.show) as bars:
+    # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
+    with progress(task.show) as bars, nullcontext(Interruption()) if keep is None else deferred() as stop:
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)
         for step in range(first, task.steps):
@@ -145,10 +138,13 @@ def train(task: Task) -> None:
             track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:
-                due = torch.tensor(float(keep.due()), device=accelerator.device)
+                due = torch.tensor([float(keep.due()), float(stop.wanted)], device=accelerator.device)
                 # The processes' clocks differ: they keep a state together or not at all.
-                if bool(accelerator.reduce(due)):
+                keeps, stops = accelerator.reduce(due).tolist()
+                if keeps or stops:
                     keep.keep(task.stage, step + 1, network, optimizer, task.history)
+                if stops:
+                    raise interrupted(f"{task.name}, after step {step + 1} of {task.steps}", keep.directory)
     # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()

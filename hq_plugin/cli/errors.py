@@ -34,8 +34,10 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             # Whoever read our output, `head` for one, has seen enough; Python would complain when it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
-        except KeyboardInterrupt:
-            _line("error", "interrupted (with --checkpoint-dir the same command goes on from there)", "red")
+        except KeyboardInterrupt as error:
+            # A stage that knows what was kept says so.
+            told = str(error) or "Interrupted. With --checkpoint-dir the same command goes on from there."
+            _line("error", told, "red")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if debug:

@@ -22,7 +22,7 @@ from hq_plugin.data import RERANK_FACTOR
 from hq_plugin.errors import DataError, HQWarning
 from hq_plugin.integrations.huggingface import rows
 from hq_plugin.precision import autocast
-from hq_plugin.training import seeded
+from hq_plugin.seeding import seeded
 
 #: Most sequences that a causal model writes itself, by effort.
 _WRITTEN = {"smoke": 8, "fast": 128, "balanced": 384, "best": 2048}

@@ -16,6 +16,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 
+from hq_plugin.integrations.timm import data_config
+
 #: Kinds of the sweep, and the mappings of transformers that they are.
 MAPPINGS = {
     "causal": ("CAUSAL_LM",),
@@ -174,8 +176,8 @@ def smallest(module: str) -> str:
 def timm_model(name: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """Returns a model in eval mode, and what makes inputs for it from a seed."""
     torch.manual_seed(0)
-    model = timm.create_model(name).eval()
-    channels, *native = timm.data.resolve_model_data_config(model)["input_size"]
+    model = _timm_built(name)
+    channels, *native = data_config(model)["input_size"]
     sizes = (
         [native]
         if model.default_cfg.get("fixed_input_size")
@@ -194,6 +196,21 @@ def timm_model(name: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
         return torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
 
     return model, inputs
+
+
+def _timm_built(name: str) -> Any:
+    """Builds a model for images that are as small as it can be built for."""
+    with torch.device("meta"):
+        fixed = timm.create_model(name).default_cfg.get("fixed_input_size")
+    for size in (64, 96, 112, 128) if fixed else ():
+        try:
+            model = timm.create_model(name, img_size=size).eval()
+            with torch.no_grad():
+                model(torch.randn(1, 3, size, size))
+            return model
+        except Exception:  # a size that its windows do not divide, or a model that takes no size
+            continue
+    return timm.create_model(name).eval()
 
 
 def transformers_model(kind: str, name: str) -> tuple[Any, Callable[[int], dict[str, Tensor]]]:
