@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,9 @@ class Profile:
         """Warns where the profile is of another machine or of other versions than these."""
         here = machine()
         different = [f"machine ({self.machine}; this is {here})"] if self.machine != here else []
+        now = _versions(self.target)
         different += [
-            f"{name} {then} (now {versions().get(name)})"
-            for name, then in self.versions.items()
-            if versions().get(name) != then
+            f"{name} {then} (now {now.get(name)})" for name, then in self.versions.items() if now.get(name) != then
         ]
         if different:
             warnings.warn(
@@ -145,6 +145,16 @@ class Profile:
                 HQWarning,
                 stacklevel=3,
             )
+
+
+def _versions(target: str) -> dict[str, str]:
+    """Returns the versions of what a model runs on."""
+    if target != "onnxruntime":
+        return versions()
+    try:
+        return {**versions(), "onnxruntime": metadata.version("onnxruntime")}
+    except metadata.PackageNotFoundError:  # a profile may be used where the engine is not
+        return versions()
 
 
 def signature(site: Site) -> str:
@@ -196,7 +206,7 @@ def measure_profile(
         samples,
         machine(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions(),
+        _versions(target),
         0.0,
         1.0,
         layers,

@@ -102,11 +102,11 @@ class PackedModule(nn.Module):
         packed._cache_enabled, packed._cached, packed._kernel = True, None, None
         device = weight.device
         length = packed_bytes(weight.numel(), bits.weight)
-        packed.register_buffer("weight_packed", torch.zeros(length, dtype=torch.uint8, device=device))
+        packed.register_buffer("weight_packed", torch.empty(length, dtype=torch.uint8, device=device))
         rows = weight_rows(weight, bits.group_size).shape[0]
-        packed.register_buffer("weight_step", torch.ones(rows, dtype=STEP_DTYPE, device=device))
+        packed.register_buffer("weight_step", torch.empty(rows, dtype=STEP_DTYPE, device=device))
         if bits.group_size:
-            packed.register_buffer("weight_zero", torch.zeros(rows, dtype=torch.int8, device=device))
+            packed.register_buffer("weight_zero", torch.empty(rows, dtype=torch.int8, device=device))
         if bits.static_input:
             packed.register_buffer("activation_step", torch.ones((), device=device))
             packed.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
