@@ -15,6 +15,19 @@ def test_kl_by_hand() -> None:
     assert float(kl_divergence(teacher, teacher)) == 0.0
 
 
+def test_hidden_states_count_most() -> None:
+    hidden, pooled = torch.randn(2, 5, 8), torch.randn(2, 8)
+    teacher = {"last_hidden_state": hidden, "pooler_output": pooled}
+    near = {"last_hidden_state": hidden + 1, "pooler_output": pooled}
+    pooler = {"last_hidden_state": hidden, "pooler_output": pooled + 1}
+    one, other = float(relative_error(near, teacher)), float(relative_error(pooler, teacher))
+    assert one == pytest.approx(1 / 1.1 / float(hidden.var(correction=0)), rel=1e-4)
+    assert other == pytest.approx(0.1 / 1.1 / float(pooled.var(correction=0)), rel=1e-4)
+    # Without that name all count alike.
+    alike = relative_error((hidden, pooled + 1), (hidden, pooled))
+    assert float(alike) == pytest.approx(0.5 / float(pooled.var(correction=0)), rel=1e-4)
+
+
 def test_relative_error_is_free_of_scale() -> None:
     t, s = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
     assert float(relative_error(s, t)) == pytest.approx(float(relative_error(s * 100, t * 100)), rel=1e-4)

@@ -11,13 +11,21 @@ import torch
 from huggingface_hub import CommitOperationAdd
 from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 import hq_plugin as hq
 from hq_plugin import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import HqConfig, inputs
 from hq_plugin.nn import packed_modules
-from tests.integrations.huggingface.conftest import KINDS, SMOKE, TEXTS, build, llama, tokenizer
+from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer
 
 IDS = torch.arange(12).view(1, 12)
 
@@ -48,6 +56,29 @@ def test_round_trip_and_the_same_bytes_again(kind: str, tmp_path: Path) -> None:
     # What the report promised, and the header of the file.
     size = (tmp_path / "one" / "model.safetensors").stat().st_size
     assert packed.hq.size <= size <= packed.hq.size + 20_000
+
+
+def test_an_encoder_with_a_large_vocabulary(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**{**BERT, "vocab_size": 5000})).eval()
+    packed = hq.quantize(model, "4.6bit", TEXTS, config=SMOKE, processor=tokenizer())
+    tables = {name: bits for name, bits in packed.hq.policy.items() if "word_embeddings" in name}
+    assert set(tables) == {f"embeddings.word_embeddings.parts.{n}" for n in range(16)}
+    inputs_ = {bits.dynamic for name, bits in packed.hq.policy.items() if "embeddings" not in name}
+    assert inputs_ == {True}
+    assert packed.get_input_embeddings().weight.shape == (5000, 64)
+    packed.save_pretrained(tmp_path / "packed")
+    assert "a step for each token" in (tmp_path / "packed" / "README.md").read_text()
+    loaded = BertModel.from_pretrained(tmp_path / "packed")
+    ids = torch.tensor([[3, 4999, 700, 12]])
+    with torch.no_grad():
+        expected = packed(ids).last_hidden_state
+        assert torch.equal(loaded(ids).last_hidden_state, expected)
+        again = hq.load(hq.save(packed, tmp_path / "saved"))
+        assert torch.equal(again(ids).last_hidden_state, expected)
+    loaded.save_pretrained(tmp_path / "two")
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 @pytest.mark.filterwarnings("ignore:No data")
