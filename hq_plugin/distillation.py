@@ -141,7 +141,8 @@ def loss_name(loss: LossFunction) -> str:
         return "KL divergence"
     if loss is relative_error:
         return "relative squared error"
-    return str(getattr(loss, "__name__", type(loss).__name__))
+    name = str(getattr(loss, "__name__", type(loss).__name__))
+    return "custom loss" if name == "<lambda>" else name
 
 
 def _kl_of_outputs(student: Any, teacher: Any) -> Tensor:

@@ -2,10 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hq_plugin import ModelError, distillation
-from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, relative_error
+from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, loss_name, relative_error
 
 
 def test_kl_by_hand() -> None:
@@ -89,3 +89,15 @@ def test_kl_and_its_gradient_are_those_of_the_definition(monkeypatch: pytest.Mon
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, torch.autograd.grad(3 * expected, student)[0])
     assert kl_divergence(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_losses_have_names_for_reports() -> None:
+    def my_loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).abs().mean()
+
+    scores, image = torch.zeros(2, 10), torch.zeros(2, 3, 4, 4)
+    assert loss_name(loss_function("auto", scores)) == "KL divergence"
+    assert loss_name(loss_function("auto", image)) == "relative squared error"
+    assert loss_name(loss_function(my_loss, scores)) == "my_loss"
+    assert loss_name(lambda student, teacher: student.sum()) == "custom loss"
+    assert loss_name(nn.MSELoss()) == "MSELoss"

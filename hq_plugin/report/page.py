@@ -114,7 +114,8 @@ def _compared(document: Document) -> str:
         uniform = baselines.get("uniform")
         if uniform and document.chosen != "uniform" and uniform.distance and baselines[document.chosen].distance:
             factor = uniform.distance / (baselines[document.chosen].distance or 1.0)
-            text += f"It came {factor:.3g} times as close as the best uniform policy. "
+            times = "as close as" if factor < 1.005 else f"{factor:.3g} times as close as"
+            text += f"It came {times} the best uniform policy. "
         before = baselines[document.chosen].distance
         if before and result.distance is not None:
             text += (
