@@ -9,12 +9,13 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import hq_plugin as hq
 from hq_plugin import ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.packing import pack_bits
-from tests.integrations.huggingface.conftest import SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
+from tests.integrations.huggingface.conftest import BERT, SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
 
 
 def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool = False) -> nn.Module:
@@ -202,14 +203,19 @@ def test_targets_restrict_widths_and_zero_points() -> None:
         hq.Config(target="tensorrt")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("build", [bert, vit])
+def large_bert() -> BertModel:
+    """Its vocabulary is split into tables."""
+    return BertModel(BertConfig(**{**BERT, "vocab_size": 5000})).eval()
+
+
+@pytest.mark.parametrize("build", [bert, large_bert, vit])
 def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(build(), "5bit", config=SMOKE)
     hq.export(small, tmp_path / "m.onnx")
     made = session(tmp_path / "m.onnx")
-    if build is bert:
-        ids = torch.randint(3, 60, (3, 11))
+    if build is not vit:
+        ids = torch.randint(3, 60 if build is bert else 5000, (3, 11))
         feed = {entry.name: np.ones((3, 11), dtype=np.int64) for entry in made.get_inputs()}
         feed["input_ids"] = ids.numpy()
         expected = small(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
