@@ -39,6 +39,14 @@ def test_space_costs_and_scores_come_back(session: Session, content: dict[str, A
     assert best
 
 
+def test_dynamic_inputs_come_back(trained: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+    options: dict[str, Any] = {"meta_steps": 1, "activation_scheme": "dynamic"}
+    made = hq.meta_train(trained, batches, effort="smoke", **options)
+    outline = read_outline(write_outline(made, "net", "loss"), write_table(made.sensitivities))
+    assert outline.space == made.space
+    assert outline.space.policy(outline.space.top)["head"].dynamic
+
+
 def test_latency_comes_back(session: Session) -> None:
     session.costs.latency = np.where(np.isfinite(session.costs.bitops), 0.25, np.inf)
     session.costs.latency_rest, session.costs.latency_batch = 0.5, 4
