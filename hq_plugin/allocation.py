@@ -97,6 +97,8 @@ def _knapsack(loss: Table, resource: Resource) -> Genome:
     if unit == 0.0 or room / unit > BINS:
         unit = max(room / BINS, 1e-12)
     bins = min(int(room / unit + 1e-9), int(finite.max(initial=0.0) * groups / unit) + 1)
+    if bins * unit > room:  # what the tolerance let in would exceed the limit by a rounding error
+        bins = max(bins - 1, 0)
     units = np.where(np.isfinite(extra), np.ceil(extra / unit - 1e-9), bins + 1).astype(np.int64)
 
     best, updated, moved = np.zeros(bins + 1), np.empty(bins + 1), np.empty(bins + 1)
