@@ -11,6 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -88,15 +89,15 @@ class Found:
     front: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _seeded(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
-    """Lets what is random in a method of `Session` follow from its seed, and leaves the caller's alone."""
+def _stage(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
+    """Lets what is random in a method of `Session` follow from its seed, with its checkpoint for itself alone."""
 
     @functools.wraps(method)
-    def seeded_method(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with seeded(self.config.seed):
+    def stage(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with seeded(self.config.seed), self.checkpoint.held() if self.checkpoint else nullcontext():
             return method(self, *args, **kwargs)
 
-    return seeded_method
+    return stage
 
 
 class Session:
@@ -184,14 +185,17 @@ class Session:
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
-        sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
-        session.history = meta_train_network(
-            session.network, teacher, sampler, data, session.loss, config, session.checkpoint
-        )
+        session._meta_train(PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus))
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
         session.memory["meta_training"] = peak_memory()
         return session
+
+    @_stage
+    def _meta_train(self, sampler: PolicySampler) -> None:
+        self.history = meta_train_network(
+            self.network, self.teacher, sampler, self.data, self.loss, self.config, self.checkpoint
+        )
 
     @property
     def scorer(self) -> Scorer:
@@ -207,7 +211,7 @@ class Session:
             )
         return self._scorer
 
-    @_seeded
+    @_stage
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
@@ -314,6 +318,7 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
+    @_stage
     def _measure_sensitivities(self, moments: Mapping[str, Moments]) -> Table:
         """Finds, on the network as it is, what each width of each group costs alone.
 
@@ -347,7 +352,7 @@ class Session:
         with tracking(self.config):
             return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
 
-    @_seeded
+    @_stage
     def finetune(
         self,
         found: Found | HybridPolicy,
