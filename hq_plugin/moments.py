@@ -192,7 +192,9 @@ def _see(sums: _Sums, x: Tensor, output: Tensor) -> Tensor:
     sums.see_input(x)
     # Parameters need no gradient, so the graph starts at the first site.
     if not output.requires_grad:
-        output = output.detach().requires_grad_(True)
+        start = output.detach().requires_grad_(True)
+        start.register_hook(sums.see_gradient)
+        return start.clone()  # which the model may change in place
     output.register_hook(sums.see_gradient)
     return output
 
