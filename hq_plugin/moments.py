@@ -195,7 +195,10 @@ def _see(sums: _Sums, x: Tensor, output: Tensor) -> Tensor:
         start = output.detach().requires_grad_(True)
         start.register_hook(sums.see_gradient)
         return start.clone()  # which the model may change in place
-    output.register_hook(sums.see_gradient)
+    # A linear layer returns a view of its product; where a model changes that in place, the view loses its hooks.
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.shape[-1] == output.shape[-1]
+    (base if whole and base is not None else output).register_hook(sums.see_gradient)
     return output
 
 
