@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA ?= digits
 JOBS ?= 2
 
-.PHONY: demo test lint types docs package bench coverage-sweep clean
+.PHONY: demo test lint types docs docs-serve figures notebook package bench coverage-sweep clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -31,6 +31,22 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy integrations
+
+# The site, in build/site; a link that leads nowhere is an error. `make docs-serve` shows it while you write.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+# The figures of docs/method.md, and the outputs in the notebook, from real runs: minutes.
+figures: $(VENV)/.dev
+	$(BIN)/python docs/figures/draw.py
+	$(BIN)/python docs/figures/execute.py docs/quickstart.ipynb
+
+# The notebook from top to bottom, and the script of the figures.
+notebook: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/docs
 
 # Builds sdist and wheel, installs the wheel away from the sources, and uses it.
 package: $(VENV)/.dev

@@ -96,7 +96,10 @@ def _knapsack(loss: Table, resource: Resource) -> Genome:
     unit = float(np.gcd.reduce(whole)) if whole.size and np.all(whole == finite[finite > 0]) else 0.0
     if unit == 0.0 or room / unit > BINS:
         unit = max(room / BINS, 1e-12)
-    bins = min(int(room / unit + 1e-9), int(finite.max(initial=0.0) * groups / unit) + 1)
+    bins = int(room / unit + 1e-9)
+    # A limit that is a hair below a whole number of units would be exceeded by that hair.
+    bins -= bins > 0 and float(least.sum()) + bins * unit > resource.capacity
+    bins = min(bins, int(finite.max(initial=0.0) * groups / unit) + 1)
     units = np.where(np.isfinite(extra), np.ceil(extra / unit - 1e-9), bins + 1).astype(np.int64)
 
     best, updated, moved = np.zeros(bins + 1), np.empty(bins + 1), np.empty(bins + 1)

@@ -61,12 +61,21 @@ def quantize(
     return packed
 
 
-def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = None, **options: Any) -> Session:
+def meta_train(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    budget: str | Budget | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> Session:
     """Trains the MetaQuantNet of a model, once, for any number of budgets.
 
     Args:
         model: Any `nn.Module`; it is not changed.
         data: As for `quantize`.
+        budget: Where there is a main budget, policies near it are trained, as `quantize` does; others remain
+            possible. None trains for all.
         config: Options.
         **options: Any field of `Config`, in place of the one in `config`.
 
@@ -76,12 +85,14 @@ def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = No
     Raises:
         DataError: The data cannot be used.
         ModelError: There is nothing to quantize.
+        BudgetError: The budget cannot be read or met.
         ConfigError: An option does not exist or has an impossible value.
         TrainingError: The loss is not finite from the start.
     """
     wrapper = adapters.unwrap(model)
     config = _config(wrapper, config, options)
-    return Session.create(wrapper.model, _data(wrapper.model, data, config), config)
+    focus = None if budget is None else Budget.parse(budget)
+    return Session.create(wrapper.model, _data(wrapper.model, data, config), config, focus)
 
 
 def load_session(directory: str | Path, model: nn.Module, data: Any = None, **options: Any) -> Session:
@@ -134,7 +145,7 @@ def profile(
     config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
     with seeded(config.seed):
-        teacher = teacher_of(wrapper.model, prepared)
+        teacher = teacher_of(wrapper.model, prepared, config)
         space = search_space(teacher, prepared, config)
         return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
 

@@ -19,7 +19,7 @@ from hq_plugin import adapters
 from hq_plugin.compact import compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_held_weights
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
@@ -249,7 +249,7 @@ def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:
     """Puts a packed skeleton in the place of each site, wherever the model refers to it."""
     if any(isinstance(module, PackedModule) for module in model.modules()):
         raise ModelError("model is quantized already. Pass the float model, before hq_plugin.quantize.")
-    model = with_held_weights(model, [site.name for site in info.sites], inplace=True)
+    model = with_layers_of(model, [site.name for site in info.sites], inplace=True)
     modules = dict(model.named_modules())
     swapped: dict[int, nn.Module] = {}
     for site in info.sites:

@@ -53,6 +53,8 @@ TARGETS: dict[str, tuple[int, ...]] = {
 #: What options that are None become, unless an integration proposes something else.
 DEFAULTS: dict[str, Any] = {
     "group_size": 0,
+    "embedding_parts": 1,
+    "activation_scheme": "static",
     "sensitivities": "measured",
     "rounding": "nearest",
     "train_float": True,
@@ -78,6 +80,13 @@ class Config:
         activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
             budget limits BitOps.
+        embedding_parts: Tables of equal size into which an embedding of 4096 rows or more is split, each with a
+            width of its own, since vocabularies are sorted by frequency. Embeddings that are tied, or named by
+            `exclude`, `pinned` or `groups`, stay whole. None means 1, or what the integration proposes.
+        activation_scheme: Where steps of quantized inputs come from: `"static"`, calibrated, one a tensor; or
+            `"dynamic"`, computed when a linear layer runs, one for each row (token), which costs a little time
+            and is much closer where tokens differ, as in transformers. Convolutions stay static. None means
+            `"static"`, or what the integration proposes.
         group_size: Inputs of a channel of linear layers and embeddings that share one step and one zero
             point (32, 64, 128); 0 gives each channel one step and no zero point. None means 0, or what
             the integration proposes for a model (64 for language models).
@@ -140,6 +149,8 @@ class Config:
     target: Literal["storage", "torch", "onnxruntime"] = "storage"
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     activation_bits: tuple[int, ...] | int | None = None
+    embedding_parts: int | None = None
+    activation_scheme: Literal["static", "dynamic"] | None = None
     group_size: int | None = None
     zero_points: Literal["fractional", "whole"] | None = None
     pinned: Mapping[str, int | tuple[int, int]] | None = None
@@ -183,6 +194,7 @@ class Config:
         for name, choices in (
             ("sensitivities", ("measured", "fisher")),
             ("rounding", ("nearest", "second_order")),
+            ("activation_scheme", ("static", "dynamic")),
             ("zero_points", ("fractional", "whole")),
         ):
             if getattr(self, name) is not None:
@@ -210,7 +222,7 @@ class Config:
             self._check_number(name, least=0, optional=True)
         for name in ("hidden", "rank", "population", "recalibration"):
             self._check_number(name, least=1)
-        for name in ("holdout", "batch_size", "sequence_length", "calibration_batches"):
+        for name in ("holdout", "batch_size", "sequence_length", "calibration_batches", "embedding_parts"):
             self._check_number(name, least=1, optional=True)
         self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):

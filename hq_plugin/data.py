@@ -63,15 +63,22 @@ class Batch:
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
             ) from error
 
+    @property
+    def kept(self) -> Tensor | None:
+        """Which positions of padded sequences count, bool `[samples, tokens]`; None where all do."""
+        mask = self.kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+            return None
+        return mask.bool()
+
     def _without_padding(self, output: Any) -> Any:
         """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
 
         What a model says of padding is never used: a loss over it would be spent on nothing.
         """
-        mask = self.kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        kept = self.kept
+        if kept is None:
             return output
-        kept = mask.bool()
 
         def of(value: Any) -> Any:
             if isinstance(value, Tensor):

@@ -14,7 +14,6 @@ from hq_plugin.allocation import monotone
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.front import convex_front
 from hq_plugin.nn import packed_modules
-from hq_plugin.policy import FLOAT_BITS
 from hq_plugin.result import LayerReport, Sensitivity
 from hq_plugin.search import Scored
 from hq_plugin.space import Genome, SearchSpace
@@ -56,7 +55,7 @@ def with_activations(layers: list[LayerReport], packed: nn.Module) -> list[Layer
             activation_step=float(modules[layer.name].activation_step),
             activation_zero_point=int(modules[layer.name].activation_zero_point),
         )
-        if layer.activation_bits != FLOAT_BITS
+        if modules[layer.name].bits.static_input
         else layer
         for layer in layers
     ]

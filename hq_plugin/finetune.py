@@ -47,7 +47,7 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
             blocks[id(old)] = block
         quantizer.block = blocks[id(old)]
         activation: Any = layer.activation_fake_quant
-        if activation.bits != FLOAT_BITS:
+        if activation.bits != FLOAT_BITS and not activation.is_dynamic:
             step_in, zero_point = activation.steps.qparams(activation.bits)
             device = activation.steps.log_step.device
             steps = ActivationSteps((activation.bits,)).to(device)

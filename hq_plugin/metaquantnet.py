@@ -350,7 +350,7 @@ class MetaQuantNet(nn.Module):
                         importance.get(site.name),
                     )
                     self.blocks[_key(site.name)] = block
-                if site.quantizes_input and group.activation_bits != (FLOAT_BITS,):
+                if site.quantizes_input and group.activation_bits != (FLOAT_BITS,) and not group.is_dynamic(site):
                     steps = ActivationSteps(group.activation_bits).to(weights[site.name].device)
                     self.activations[_key(site.name)] = steps
 

@@ -36,7 +36,7 @@ class SiteMoments:
 
     Attributes:
         inputs: `[inputs]`, mean of the squared input over samples and positions; of an embedding, `[rows]`,
-            how often each row is looked up.
+            how often each row is looked up for each position of the output.
         outputs: `[outputs]`, mean of the squared gradient of a sample's loss at the output; of an embedding,
             `[width]`.
         kind: Kind of the site.
@@ -104,10 +104,12 @@ class _Sums:
     def see_gradient(self, gradient: Tensor) -> None:
         self.outputs = self.outputs + gradient.detach().float().reshape(-1, gradient.shape[-1]).square().sum(0)
 
-    def moments(self) -> SiteMoments | None:
+    def moments(self, positions: int) -> SiteMoments | None:
+        """Returns the moments for a loss that is a mean over `positions`, of which an embedding may see some."""
         if not self.count or not isinstance(self.inputs, Tensor) or not isinstance(self.outputs, Tensor):
             return None
-        return SiteMoments(self.inputs / self.count, self.outputs / self.count, self.site.kind)
+        inputs = self.inputs / (positions if self.site.kind == "embedding" else self.count)
+        return SiteMoments(inputs, self.outputs / self.count, self.site.kind)
 
 
 def collect_moments(
@@ -169,7 +171,7 @@ def collect_moments(
             weight.grad = None
     found: dict[str, Moments] = {name: WeightMoments(total / positions) for name, total in squares.items()}
     for name, sum_ in sums.items():
-        moments = sum_.moments()
+        moments = sum_.moments(positions)
         if moments is not None:
             found[name] = moments
     return found

@@ -64,6 +64,7 @@ def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]
                 "weight_bits": group.weight_bits,
                 "activation_bits": group.activation_bits,
                 "group_size": group.wanted_group_size,
+                "dynamic": group.dynamic,
             }
             for group in space.groups
         ],
@@ -98,6 +99,7 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
                 tuple(group["weight_bits"]),
                 tuple(group["activation_bits"]),
                 int(group["group_size"]),
+                bool(group.get("dynamic", False)),
             )
             for group in content["groups"]
         )

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hq_plugin.data import Batch
 from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
-from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.policy import LayerBits
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.result import versions
@@ -133,10 +134,9 @@ class Profile:
         """Warns where the profile is of another machine or of other versions than these."""
         here = machine()
         different = [f"machine ({self.machine}; this is {here})"] if self.machine != here else []
+        now = _versions(self.target)
         different += [
-            f"{name} {then} (now {versions().get(name)})"
-            for name, then in self.versions.items()
-            if versions().get(name) != then
+            f"{name} {then} (now {now.get(name)})" for name, then in self.versions.items() if now.get(name) != then
         ]
         if different:
             warnings.warn(
@@ -147,6 +147,16 @@ class Profile:
             )
 
 
+def _versions(target: str) -> dict[str, str]:
+    """Returns the versions of what a model runs on."""
+    if target != "onnxruntime":
+        return versions()
+    try:
+        return {**versions(), "onnxruntime": metadata.version("onnxruntime")}
+    except metadata.PackageNotFoundError:  # a profile may be used where the engine is not
+        return versions()
+
+
 def signature(site: Site) -> str:
     """Returns what tells layers of different speed apart."""
     return f"{site.type_name} {list(site.weight_shape)} macs={site.macs} inputs={site.input_numel}"
@@ -154,7 +164,7 @@ def signature(site: Site) -> str:
 
 def width(bits: LayerBits) -> str:
     """Returns the key of a layer's widths."""
-    return f"{bits.weight},{bits.activation}" + (f",{bits.group_size}" if bits.group_size else "")
+    return ",".join(map(str, bits.to_json()))
 
 
 @torch.no_grad()
@@ -196,7 +206,7 @@ def measure_profile(
         samples,
         machine(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        versions(),
+        _versions(target),
         0.0,
         1.0,
         layers,
@@ -290,7 +300,7 @@ def random_layer(module: nn.Module, bits: LayerBits) -> PackedModule:
     rows = weight_rows(weight, bits.group_size).shape[0]
     offset = 0.5 if bits.weight <= 2 else 0.0  # a whole zero point, as fast kernels have
     zero = torch.full((rows,), offset, device=weight.device) if bits.group_size else None
-    quantized = bits.activation != FLOAT_BITS
+    quantized = bits.static_input
     return PackedModule.from_integers(
         module,
         integers,

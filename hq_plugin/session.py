@@ -44,7 +44,7 @@ from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.seeding import seeded
-from hq_plugin.sites import find_sites, hold_parameters
+from hq_plugin.sites import find_sites, hold_parameters, split_tables
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import fingerprint
 from hq_plugin.tracking import track, tracking
@@ -165,7 +165,7 @@ class Session:
             limits_bitops = budget is not None and budget.bitops is not None
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
-        teacher = teacher_of(model, data, share=share)
+        teacher = teacher_of(model, data, config, share=share)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         if budget is not None:
@@ -210,6 +210,15 @@ class Session:
                 self.config.seed,
             )
         return self._scorer
+
+    def sampler(self, budget: str | Budget | None = None) -> PolicySampler:
+        """Returns what gives the policy of each step of meta-training, for a training loop of your own.
+
+        Args:
+            budget: Around which policies are sampled; None samples near the front of all budgets.
+        """
+        focus = [] if budget is None else self._resources(budget)
+        return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
 
     @_stage
     def search(self, budget: str | Budget) -> Found:
@@ -497,19 +506,20 @@ def _decisive(config: Config) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 
-def teacher_of(model: nn.Module, data: Data, *, share: bool = False) -> nn.Module:
+def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = False) -> nn.Module:
     """Returns the frozen copy of a float model that everything is measured against.
 
-    Parameters that are matrices of products are layers of their own in it.
+    Parameters that are matrices of products are layers of their own in it, large embeddings several.
 
     Args:
         model: The float model; it is not changed.
         data: Gives inputs for one forward.
+        config: Options.
         share: Whether parameters share their memory with those of `model`.
     """
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
     teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
-    return hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
+    return split_tables(hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run), config)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

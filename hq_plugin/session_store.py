@@ -79,7 +79,7 @@ def read_session(
     tensors = read_tensors(directory, content.get("sha256"))
     with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
-        teacher = teacher_of(model, data)
+        teacher = teacher_of(model, data, config)
         if content.get("model") != fingerprint(teacher.state_dict()):
             raise ModelError(
                 f"{directory} was made from another float model, or from other weights. Load the same checkpoint."

@@ -109,6 +109,16 @@ class Page:
                 {"type": kind, "x": at_x, "y": at_y, "button": "left", "buttons": 1, "clickCount": 1},
             )
 
+    def download(self, selector: str, path: Path) -> None:
+        """Clicks a link that downloads, and waits until the file, named as the link says, is whole."""
+        self._call("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(path.parent)}, None)
+        self.click(selector)
+        end = time.monotonic() + 20
+        while not path.exists() or list(path.parent.glob("*.crdownload")):
+            if time.monotonic() > end:
+                raise TimeoutError(f"{path.name} did not come; there are {[p.name for p in path.parent.iterdir()]}")
+            time.sleep(0.02)
+
     def middle(self, selector: str) -> tuple[float, float]:
         """Scrolls an element into view and returns its middle, in pixels of the window."""
         box = self.evaluate(

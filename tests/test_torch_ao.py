@@ -107,6 +107,31 @@ def test_timm_architectures(name: str) -> None:
     check_converted(prepared.eval(), x)
 
 
+@pytest.mark.parametrize("activation", range(2, 9))
+def test_dynamic_activations_convert_exactly(activation: int) -> None:
+    torch.manual_seed(activation)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    policy = HybridPolicy({"0": LayerBits(3, activation, 16, True), "2": LayerBits(4, activation, dynamic=True)})
+    prepared = train_a_little(torch_ao.prepare(model, policy), torch.randn(6, 5, 32))
+    x = torch.randn(4, 7, 32)
+    converted = check_converted(prepared, x)
+    assert {name: module.bits for name, module in packed_modules(converted).items()} == dict(policy)
+    assert not any("activation" in name for name in converted.state_dict())
+    # A token's result does not hang on the tokens beside it.
+    torch.testing.assert_close(converted(x)[:1, :1], converted(x[:1, :1]))
+    quantizer = prepared[0].activation_fake_quant
+    assert quantizer.is_dynamic
+    with pytest.raises(ModelError, match="dynamic"):
+        quantizer.calculate_qparams()
+    with torch.no_grad(), torch_ao.float_forward(prepared):
+        torch.testing.assert_close(quantizer(x), x)
+
+
+def test_graph_mode_takes_no_dynamic_activations() -> None:
+    with pytest.raises(PolicyError, match="graph mode"):
+        torch_ao.get_qconfig_mapping(HybridPolicy({"fc": LayerBits(4, 8, dynamic=True)}))
+
+
 def test_the_float_model_is_not_changed(tiny: nn.Module) -> None:
     before = copy.deepcopy(tiny.state_dict())
     x = torch.randn(4, 1, 8, 8)

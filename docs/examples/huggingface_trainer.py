@@ -58,16 +58,16 @@ class Distiller(Trainer):
 torch.manual_seed(0)
 config = ViTConfig(
     image_size=8,
-    patch_size=2,
+    patch_size=4,
     num_channels=1,
     num_labels=10,
-    hidden_size=48,
-    intermediate_size=96,
+    hidden_size=64,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
 )
 teacher = ViTForImageClassification(config)
-trainer = Trainer(teacher, arguments(6, 3e-3), train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
+trainer = Trainer(teacher, arguments(10, 4e-3), train_dataset=train, eval_dataset=test, compute_metrics=accuracy)
 trainer.train()
 float_accuracy = trainer.evaluate()["eval_accuracy"]
 teacher.eval()

@@ -3,8 +3,9 @@
     pip install 'hq-plugin' lightning scikit-learn
     python docs/examples/lightning_training.py
 
-`torch_ao.prepare` gives a plain module whose fake-quantizers train by autograd, so Lightning's loop, devices, callbacks
-and checkpoints (state dicts) need no special care. `hq.quantize(task.model, ...)` after `fit` does all of it in one call.
+`torch_ao.prepare` gives a plain module whose fake-quantizers train by autograd, so Lightning's loop, devices,
+callbacks and checkpoints (state dicts) need no special care. `hq.quantize(task.model, ...)` after `fit` does all of
+it in one call.
 """
 
 import lightning as L
@@ -26,12 +27,12 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.model, self.rate = model, rate
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Returns the cross-entropy of a batch."""
         images, labels = batch
         return F.cross_entropy(self.model(images), labels)
 
-    def test_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Logs the accuracy."""
         images, labels = batch
         self.log("accuracy", (self.model(images).argmax(1) == labels).float().mean())
@@ -48,7 +49,7 @@ class Student(Classifier):
         super().__init__(prepared, rate)
         self.teachers = [teacher]  # in a list, so that it is neither trained nor in the checkpoint
 
-    def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Returns the KL divergence of a batch."""
         images, _labels = batch
         with torch.no_grad():

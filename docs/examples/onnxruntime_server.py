@@ -2,8 +2,8 @@
 
     python docs/examples/onnxruntime_server.py small.onnx --port 8000
 
-It answers on loopback; what it takes and gives are arrays in NumPy's `.npy` format. Put a real server (Triton, or any
-WSGI server) in front of the internet: this one only shows how little there is to it.
+It answers on loopback; what it takes and gives are arrays in NumPy's `.npy` format. For the internet take a real
+server (Triton, or any WSGI server): this one only shows how little there is to it.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     pip install 'hq-plugin[onnx]' scikit-learn
     python docs/examples/onnxruntime_serving.py
 
-Quantizes with widths that the runtime runs fast, exports, starts `onnxruntime_server.py` (which knows neither torch nor
-hq_plugin) in a process of its own, sends it images and compares the answers with PyTorch's.
+Quantizes with widths that the runtime runs fast, exports, starts `onnxruntime_server.py` (which knows neither torch
+nor hq_plugin) in a process of its own, sends it images and compares the answers with PyTorch's.
 """
 
 import io

@@ -3,8 +3,8 @@
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 docs/examples/several_processes.py
     accelerate launch --multi_gpu --num_processes 4 docs/examples/several_processes.py   # on GPUs; not tried
 
-Training splits each batch, the search splits policies, every process returns the same model and the first one writes
-the files. Run by plain `python` it does the same on one process.
+Training splits each batch, the search splits policies, every process returns the same model and the first one
+writes the files. Run by plain `python` it does the same on one process.
 """
 
 import torch
@@ -15,7 +15,6 @@ from torch import nn
 
 import hq_plugin as hq
 
-state = PartialState()
 torch.manual_seed(0)  # the same float model on every process; usually it is loaded from a file
 raw = load_digits()
 images, labels = torch.tensor(raw.images, dtype=torch.float32).unsqueeze(1) / 8 - 1, torch.tensor(raw.target)
@@ -47,6 +46,7 @@ small = hq.quantize(
     progress=False,
 )
 hq.save(small, "small", overwrite=True)
+state = PartialState()  # after the call: hq_plugin has told accelerate about CPUs by then
 print(
     f"process {state.process_index} of {state.num_processes}: {small.hq.effective_bits:.3f} bits, "
     f"KL {small.hq.kl:.5f}, {small.hq.policy}",

@@ -4,8 +4,8 @@
     python docs/examples/timm_validate.py
 
 Dataset, loader, preprocessing, meters and top-k are timm's; the one line that differs from `validate.py` is
-`load(directory)` in place of `create_model(name, checkpoint_path=...)`. For ImageNet put your folder and your model in
-place of the digits.
+`load(directory)` in place of `create_model(name, checkpoint_path=...)`. For ImageNet put your folder and your model
+in place of the digits.
 """
 
 import tempfile
@@ -66,7 +66,11 @@ with tempfile.TemporaryDirectory() as scratch:
     model = create_model("resnet10t", in_chans=1, num_classes=10, channels=[8, 16, 32, 32], stem_width=8)
     model.pretrained_cfg = model.default_cfg = {
         **model.pretrained_cfg,
-        **{"input_size": (1, 16, 16), "mean": (0.3,), "std": (0.37,), "interpolation": "bilinear", "crop_pct": 1.0},
+        "input_size": (1, 16, 16),
+        "mean": (0.3,),
+        "std": (0.37,),
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
     }
     train = ImageFolder(images / "train", model)
     x, y = torch.stack([train[i][0] for i in range(len(train))]), torch.tensor(train.labels)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from hq_plugin.cli.errors import one_line_errors
-from hq_plugin.cli.options import Debug
-from hq_plugin.cli.output import say
+from hq_plugin.cli.options import AsJson, Debug
+from hq_plugin.cli.output import say, say_json
 
 
 def explore(
@@ -17,9 +18,10 @@ def explore(
     port: Annotated[int, typer.Option(help="Port on this machine; 0 takes a free one.", min=0, max=65535)] = 0,
     profile: Annotated[Path | None, typer.Option(help="Predict latency, too: from hq-plugin profile.")] = None,
     open_browser: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Choose a budget and pin layers by hand, in the browser, on a saved session.
+    """Choose a budget and pin layers by hand, in the browser.
 
     The page predicts size, bits, BitOps, latency and distance at once, and gives the policy as a file, with the
     command that makes it. The model is not needed for that. Only this machine can reach the page, by the address
@@ -39,7 +41,12 @@ def explore(
         if profile is not None:
             Profile.load(profile).put_into(outline.costs)
         with Server(Answers(outline, session), port) as server:
-            say(f"{server.url}  (Ctrl-C ends it)")
+            if as_json:
+                say_json({"url": server.url})
+            else:
+                say(f"{server.url}  (Ctrl-C ends it)")
+            # Whoever reads a pipe waits for this line.
+            sys.stdout.flush()
             if open_browser:
                 import webbrowser
 
@@ -47,4 +54,4 @@ def explore(
             try:
                 server.serve_forever()
             except KeyboardInterrupt:
-                say("ended")
+                typer.echo("ended", err=True)

@@ -35,7 +35,6 @@ app.command()(export)
 app.command()(inspect)
 app.command()(report)
 app.command()(explore)
-app.command()(report)
 app.command()(evaluate)
 app.command()(demo)
 

@@ -1,6 +1,6 @@
 // The page's state: which cost is limited, the limit, and the pins. It is kept in the address after "#", so that a
 // reload or a bookmark finds it again. Every number shown comes from the server.
-import { cost, number } from "./format.js";
+import { cost, count, number } from "./format.js";
 import { Front } from "./front.js";
 import { Layers } from "./layers.js";
 
@@ -108,7 +108,7 @@ function tiles() {
     ["main", `${data.distance}, predicted`, number(answer.expected), data.calibrated_on ? "before fine-tuning, calibrated" : "not calibrated"],
     ["", "size", cost("size", answer.size), `${(data.float_size / answer.size).toFixed(1)} times smaller`],
     ["", "effective bits", answer.weight_bits.toFixed(3), "a weight"],
-    ["", "BitOps", cost("bitops", answer.bitops), "of a sample"],
+    ["", "BitOps", count(answer.bitops), "of a sample"],
     ["", "energy", cost("energy_uj", answer.energy_uj), "by a table"],
   ];
   if (answer.latency_ms != null) shown.push(["", "latency", cost("latency_ms", answer.latency_ms), `of ${data.latency_batch}, by the profile`]);

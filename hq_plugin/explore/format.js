@@ -1,7 +1,13 @@
 // Numbers as people read them, the same as in reports.
 const EXPONENTS = "⁰¹²³⁴⁵⁶⁷⁸⁹";
 
+// A measured number.
 export function number(value) {
+  return Math.abs(value) >= 1000 ? count(value) : String(Number(value.toPrecision(3)));
+}
+
+// A value on an axis, where there is little room.
+export function tick(value) {
   if (value === 0) return "0";
   if (Math.abs(value) >= 1000) return count(value);
   if (Math.abs(value) >= 0.001) return String(Number(value.toPrecision(3)));

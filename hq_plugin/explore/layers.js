@@ -13,6 +13,7 @@ function made(name, properties = {}, ...children) {
 export class Layers {
   constructor(holder, data, onPin) {
     this.rows = data.groups.map((group, index) => this.row(group, index, data, onPin));
+    holder.classList.toggle("many", this.rows.length > 40);
     holder.replaceChildren(...this.rows.map((row) => row.element));
   }
 

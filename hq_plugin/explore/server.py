@@ -88,7 +88,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answers a question of the page."""
-        if self._name() != "plan":
+        name = self._name()
+        if name is None:
+            return
+        if name != "plan":
             self._refuse(HTTPStatus.NOT_FOUND)
             return
         # A form of another page cannot send this type, and what can must be allowed by us first, which nothing is.

@@ -1,5 +1,6 @@
 """Packed layers: what a converted model is made of."""
 
+from hq_plugin.nn.forms import with_layers_of
 from hq_plugin.nn.held import HeldWeight, with_held_weights
 from hq_plugin.nn.packed import (
     PackedConv1d,
@@ -16,6 +17,7 @@ from hq_plugin.nn.packed import (
     packed_type,
     share_packed_weight,
 )
+from hq_plugin.nn.split import SplitEmbedding, with_split_tables
 
 __all__ = [
     "HeldWeight",
@@ -24,6 +26,7 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "PackedModule",
+    "SplitEmbedding",
     "adopt",
     "affine_weight",
     "cache_weights",
@@ -33,4 +36,6 @@ __all__ = [
     "packed_type",
     "share_packed_weight",
     "with_held_weights",
+    "with_layers_of",
+    "with_split_tables",
 ]

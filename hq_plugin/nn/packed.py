@@ -21,6 +21,7 @@ from hq_plugin.quantization import (
     STEP_DTYPE,
     dequantize_weight,
     fake_quantize_activation,
+    fake_quantize_rows,
     load_zero,
     store_zero,
     weight_offset,
@@ -56,8 +57,8 @@ class PackedModule(nn.Module):
         weight_packed: uint8, the integers (see `hq_plugin.packing`).
         weight_step: bfloat16 `[rows]`, a row being a channel or a group; no dtype move changes it.
         weight_zero: int8 `[rows]`, if the weight has groups.
-        activation_step: float32 scalar, if the input is quantized.
-        activation_zero_point: int32 scalar, if the input is quantized.
+        activation_step: float32 scalar, if the input is quantized with one step.
+        activation_zero_point: int32 scalar, if the input is quantized with one step.
     """
 
     bits: LayerBits
@@ -101,12 +102,12 @@ class PackedModule(nn.Module):
         packed._cache_enabled, packed._cached, packed._kernel = True, None, None
         device = weight.device
         length = packed_bytes(weight.numel(), bits.weight)
-        packed.register_buffer("weight_packed", torch.zeros(length, dtype=torch.uint8, device=device))
+        packed.register_buffer("weight_packed", torch.empty(length, dtype=torch.uint8, device=device))
         rows = weight_rows(weight, bits.group_size).shape[0]
-        packed.register_buffer("weight_step", torch.ones(rows, dtype=STEP_DTYPE, device=device))
+        packed.register_buffer("weight_step", torch.empty(rows, dtype=STEP_DTYPE, device=device))
         if bits.group_size:
-            packed.register_buffer("weight_zero", torch.zeros(rows, dtype=torch.int8, device=device))
-        if bits.activation != FLOAT_BITS:
+            packed.register_buffer("weight_zero", torch.empty(rows, dtype=torch.int8, device=device))
+        if bits.static_input:
             packed.register_buffer("activation_step", torch.ones((), device=device))
             packed.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         return packed
@@ -133,8 +134,8 @@ class PackedModule(nn.Module):
             step: `[rows]`; rounded to bfloat16.
             zero: `[rows]`, needed if the weight has groups; rounded to `zero_unit`.
             bits: Its widths.
-            activation_step: Scalar, needed if the input is quantized.
-            activation_zero_point: Whole scalar, needed if the input is quantized.
+            activation_step: Scalar, needed if the input is quantized with one step.
+            activation_zero_point: Whole scalar, needed if the input is quantized with one step.
             float_type: The class to subclass; None takes that of `float_module`.
             drop: Names of submodules that are not taken over.
 
@@ -149,7 +150,7 @@ class PackedModule(nn.Module):
             if zero is None:
                 raise ValueError("A weight with groups needs zero points.")
             packed.weight_zero = store_zero(zero.detach(), bits.weight)
-        if bits.activation != FLOAT_BITS:
+        if bits.static_input:
             if activation_step is None or activation_zero_point is None:
                 raise ValueError("A layer with a quantized input needs activation_step and zero point.")
             packed.activation_step = activation_step.detach().float().reshape(())
@@ -191,6 +192,8 @@ class PackedModule(nn.Module):
     def _quantize_input(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
+        if self.bits.dynamic:
+            return fake_quantize_rows(x, self.bits.activation)
         return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, self.bits.activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -65,6 +65,7 @@ class Layer:
     weights: int
     weight_bits: int
     activation_bits: int
+    dynamic: bool
     group_size: int
     size: int
     bitops: float

@@ -156,6 +156,7 @@ def _layer(result: Result, layer: LayerReport, group: Sensitivity | None) -> Lay
         weights=math.prod(layer.shape),
         weight_bits=layer.weight_bits,
         activation_bits=layer.activation_bits,
+        dynamic=bits.dynamic,
         group_size=bits.group_size,
         size=layer.size,
         bitops=layer.bitops,
@@ -230,7 +231,7 @@ def _gaps(result: Result, scored: int) -> list[str]:
         gaps.append("Sensitivities were not kept: an earlier version saved this model.")
     if not result.memory:
         gaps.append("Memory was not recorded: an earlier version saved this model.")
-    quantized = [layer for layer in result.layers if layer.activation_bits != FLOAT_BITS]
+    quantized = [layer for layer in result.layers if result.policy[layer.name].static_input]
     if quantized and all(layer.activation_step is None for layer in quantized):
         gaps.append("Activations' steps were not kept: an earlier version saved this model.")
     if result.accuracy is None:

@@ -74,6 +74,7 @@ def layers_table(document: Document) -> str:
     for layer in document.layers:
         group = f" g{layer.group_size}" if layer.group_size else ""
         inputs = "float" if layer.activation_bits == FLOAT_BITS else str(layer.activation_bits)
+        inputs += ", a row" if layer.dynamic else ""
         cells = [layer.kind, size_of(layer.shape), f"{layer.weight_bits}{group}", inputs]
         cells += [f"{layer.size:,}", format_count(layer.bitops).strip()]
         cells += [number(layer.sensitivity)] if sensitive else []
@@ -115,11 +116,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], *, raw: Sequence[s
     """Returns a table that scrolls in its own box, with the first column as the header of each row.
 
     Args:
-        head: Names of the columns.
+        head: Names of the columns; those in parentheses are for screen readers alone.
         rows: Cells as text.
         raw: Columns whose cells are HTML.
     """
-    top = "".join(f'<th scope="col">{escape(name)}</th>' for name in head)
+    shown = [f'<span class="hidden">{escape(n[1:-1])}</span>' if n.startswith("(") else escape(n) for n in head]
+    top = "".join(f'<th scope="col">{name}</th>' for name in shown)
     body = []
     for row in rows:
         cells = [cell if name in raw else escape(cell) for name, cell in zip(head[1:], row[1:], strict=True)]

@@ -114,7 +114,8 @@ def _compared(document: Document) -> str:
         uniform = baselines.get("uniform")
         if uniform and document.chosen != "uniform" and uniform.distance and baselines[document.chosen].distance:
             factor = uniform.distance / (baselines[document.chosen].distance or 1.0)
-            text += f"It came {factor:.3g} times as close as the best uniform policy. "
+            times = "as close as" if factor < 1.005 else f"{factor:.3g} times as close as"
+            text += f"It came {times} the best uniform policy. "
         before = baselines[document.chosen].distance
         if before and result.distance is not None:
             text += (
@@ -131,7 +132,7 @@ def _comparison(document: Document) -> str:
 
     distances = [c.distance for c in document.candidates if c.distance]
     most = max(distances, default=1.0)
-    head = ["", document.distance_name, ""]
+    head = ["(model)", document.distance_name, "(drawn)"]
     head += ["accuracy"] if known("accuracy") else []
     head += ["your metric"] if known("metric") else []
     head += ["bits", "bytes", "BitOps"]
@@ -147,7 +148,7 @@ def _comparison(document: Document) -> str:
         cells += ["" if c.bitops is None else format_count(c.bitops).strip()]
         cells += ["" if c.latency_ms is None else f"{c.latency_ms:.3g} ms"] if known("latency_ms") else []
         rows.append(cells)
-    return f'<div class="comparison">{table(head, rows, raw=("",))}</div>'
+    return f'<div class="comparison">{table(head, rows, raw=("(model)", "(drawn)"))}</div>'
 
 
 def _layers(document: Document) -> str:
@@ -257,12 +258,12 @@ def _stages(document: Document) -> str:
         memory = [stage.memory, *([stage.cuda_memory] if cuda else [])]
         rows.append((name, duration(stage.seconds), bar, *("–" if m is None else format_bytes(m) for m in memory)))
     total = sum(stage.seconds for stage in document.stages if stage.part_of is None)
-    head = ["stage", "time", "", "memory at most, so far", *(["on the GPU"] if cuda else [])]
+    head = ["stage", "time", "(drawn)", "memory at most, so far", *(["on the GPU"] if cuda else [])]
     text = (
         f"{duration(total)} together. Memory is that of the whole process since it began: a stage can only add to "
     )
     text += "it."
-    return f'<p>{text}</p><div class="stages-table">{table(head, rows, raw=("stage", ""))}</div>'
+    return f'<p>{text}</p><div class="stages-table">{table(head, rows, raw=("stage", "(drawn)"))}</div>'
 
 
 def _origin(document: Document) -> str:

@@ -56,6 +56,8 @@ def widths(layer: Layer) -> str:
     """Writes a layer's widths in words."""
     inputs = "float inputs" if layer.activation_bits == FLOAT_BITS else f"{layer.activation_bits}-bit inputs"
     group = f" in groups of {layer.group_size}" if layer.group_size else ""
+    if layer.dynamic:
+        inputs += " with a step for each row"
     return f"{layer.weight_bits}-bit weights{group}, {inputs}"
 
 

@@ -90,7 +90,7 @@ class HuggingFaceAdapter:
         """Returns options that fit the model.
 
         Nothing but what is quantized is trained. Models that generate text get weights alone, in groups of
-        64, and few, long samples; others keep the general options.
+        64, and few, long samples; others of text 8-bit inputs with a step for each token.
         """
         assert isinstance(model, PreTrainedModel)
         proposed: dict[str, Any] = {"prepare_batch": rows.splitter(model), "train_float": False}
@@ -98,6 +98,8 @@ class HuggingFaceAdapter:
             length = rows.positions(model) or 512
             causal = model.can_generate()
             proposed |= {"batch_size": 4 if causal else 16, "sequence_length": min(256 if causal else 128, length)}
+            # Tokens differ by orders of magnitude: one step for all of them costs more than any width.
+            proposed["activation_scheme"] = "dynamic"
             if causal:
                 proposed |= {
                     "activation_bits": (16,),
@@ -108,7 +110,13 @@ class HuggingFaceAdapter:
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
             else:
-                proposed |= {"learning_rate": 2e-4, "step_learning_rate": 1e-3, **_TEXT_STEPS[config.effort]}
+                proposed |= {
+                    "embedding_parts": 16,
+                    "rounding": "second_order",
+                    "learning_rate": 2e-4,
+                    "step_learning_rate": 1e-3,
+                    **_TEXT_STEPS[config.effort],
+                }
         return proposed
 
     def fused(self, model: nn.Module) -> list[list[str]]:

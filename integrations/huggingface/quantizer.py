@@ -7,9 +7,7 @@ and does not fill the layers with random numbers.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,12 +20,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hq_plugin.compact import write_beside
-from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
-from hq_plugin.integrations.huggingface.card import card
-from hq_plugin.integrations.huggingface.integrity import add_checksum, check_folder
-from hq_plugin.nn import PackedModule, check_unedited, packed_modules, share_packed_weight, with_held_weights
+from hq_plugin.integrations.huggingface.integrity import check_folder
+from hq_plugin.integrations.huggingface.saving import bind
+from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_layers_of
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
@@ -40,8 +36,6 @@ METHOD, VERSION = "hq", 1
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.int32: "I32"}
 #: Buffers that tied layers share.
 _SHARED = ("weight_packed", "weight_step", "weight_zero")
-#: What transformers writes into the model card of a new repository.
-_EMPTY_CARD = "This model card has been automatically generated."
 #: Buffer of a packed layer, and its name in a file.
 _STORED = {"weight_packed": "weight"}
 
@@ -127,7 +121,7 @@ class HqQuantizer(HfQuantizer):
         policy = config.hybrid_policy()
         # AutoModel loads the body of a model with a head, and the other way round.
         places = {name: (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") for name in policy}
-        with_held_weights(model, [place for names in places.values() for place in names], inplace=True)
+        with_layers_of(model, [place for names in places.values() for place in names], inplace=True)
         modules = dict(model.named_modules())
         self._names: dict[str, str] = {}
         lacking = []
@@ -191,6 +185,9 @@ class HqQuantizer(HfQuantizer):
                 elif found[key][0] != shape or (dtype is not None and found[key][1] != dtype):
                     problems.append(f"{key} is {found[key][1]} {found[key][0]}, not {dtype or ''} {shape}")
             problems += [f"{key} is too much" for key in held[here] if key not in state]
+        modules, known = dict(model.named_modules()), set(self._names.values())
+        packed = [key.rpartition(".")[0] for key in found if key.endswith(".weight_step")]
+        problems += [f"{name} is packed" for name in packed if name in modules and name not in known]
         if problems:
             raise ArtifactError(
                 f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
@@ -230,7 +227,7 @@ class HqQuantizer(HfQuantizer):
             module._cached = None
         _initialise_buffers(model, packed)
         model.requires_grad_(False)
-        _bind(model)
+        bind(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -263,18 +260,6 @@ class HqQuantizer(HfQuantizer):
         return renamed, {}
 
 
-def _by_layer(keys: Iterable[str], layers: Iterable[str]) -> dict[str, list[str]]:
-    """Returns the names of tensors by the layer that they lie in, those outside of any left out."""
-    found: dict[str, list[str]] = {layer: [] for layer in layers}
-    for key in keys:
-        path = key.rpartition(".")[0]
-        while path and path not in found:
-            path = path.rpartition(".")[0]
-        if path:
-            found[path].append(key)
-    return found
-
-
 def _initialise_buffers(model: PreTrainedModel, packed: Mapping[str, PackedModule]) -> None:
     """Lets the model set buffers of packed layers that no file holds (Gemma's scale of its embeddings)."""
     from transformers import PreTrainedModel, initialization
@@ -291,6 +276,18 @@ def _initialise_buffers(model: PreTrainedModel, packed: Mapping[str, PackedModul
             module._cached = weight
             parts[owner]._init_weights(module)
             module._cached = None
+
+
+def _by_layer(keys: Iterable[str], layers: Iterable[str]) -> dict[str, list[str]]:
+    """Returns the names of tensors by the layer that they lie in, those outside of any left out."""
+    found: dict[str, list[str]] = {layer: [] for layer in layers}
+    for key in keys:
+        path = key.rpartition(".")[0]
+        while path and path not in found:
+            path = path.rpartition(".")[0]
+        if path:
+            found[path].append(key)
+    return found
 
 
 def attach(model: nn.Module) -> nn.Module:
@@ -315,53 +312,8 @@ def attach(model: nn.Module) -> nn.Module:
     made.hf_quantizer = quantizer
     made.is_quantized = True
     made.quantization_method = METHOD
-    _bind(made)
+    bind(made)
     return model
-
-
-def _bind(model: PreTrainedModel) -> None:
-    # Bound methods, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
-    model._upload_modified_files = types.MethodType(_upload_modified_files, model)
-
-
-def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
-    """As `PreTrainedModel.save_pretrained`, and writes a model card and the report's data.
-
-    Of several processes the first alone writes.
-
-    Raises:
-        ModelError: Dequantized weights were edited, as merging an adapter does: the packed ones lack it.
-    """
-    check_unedited(self)
-    options.setdefault("is_main_process", is_first())
-    type(self).save_pretrained(self, save_directory, **options)
-    if options["is_main_process"]:
-        add_checksum(Path(save_directory))
-        config: Any = self.config.quantization_config
-        page = Path(save_directory) / "README.md"
-        page.write_text(
-            card(type(self).__name__, getattr(self.config, "_name_or_path", ""), config), encoding="utf-8"
-        )
-        result = getattr(self, "hq", None)
-        if isinstance(result, Result):
-            write_beside(result, save_directory)
-
-        _write_card(self, save_directory)
-
-
-def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **options: Any) -> Any:
-    """As `PreTrainedModel._upload_modified_files`, with our model card where transformers put an empty one."""
-    page = Path(working_dir) / "README.md"
-    if not page.exists() or _EMPTY_CARD in page.read_text(encoding="utf-8"):
-        _write_card(self, working_dir)
-    return type(self)._upload_modified_files(self, working_dir, *args, **options)
-
-
-def _write_card(model: PreTrainedModel, directory: Any) -> None:
-    config: Any = model.config.quantization_config
-    page = card(type(model).__name__, getattr(model.config, "_name_or_path", ""), config)
-    (Path(directory) / "README.md").write_text(page, encoding="utf-8")
 
 
 def _summary(result: Result) -> dict[str, Any]:

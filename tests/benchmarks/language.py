@@ -103,6 +103,9 @@ def main() -> None:
     parser.add_argument("--budget", nargs="+", default=["3.5bit"])
     parser.add_argument("--effort", default="fast")
     parser.add_argument("--methods", nargs="+", default=["hybrid"], choices=METHODS)
+    parser.add_argument(
+        "--compare", nargs="*", default=[], choices=METHODS[2:], help="with hybrid: these policies, too"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", help="folder where the hybrid model is saved, by save_pretrained")
     parser.add_argument("--set", nargs="*", default=[], help="further options of Config, name=value")
@@ -151,8 +154,16 @@ def main() -> None:
     for method, budget in itertools.product(options.methods, options.budget):
         began = time.perf_counter()
         if method == "hybrid":
-            packed: Any = hq_plugin.quantize(model, budget, manual, config=config)
+            if options.compare:
+                focused = hq_plugin.meta_train(model, manual, budget=budget, config=config)
+                packed: Any = focused.quantize(budget)
+            else:
+                packed = hq_plugin.quantize(model, budget, manual, config=config)
             report(method, budget, packed, time.perf_counter() - began)
+            for name in options.compare:
+                # From the same MetaQuantNet, with the same fine-tuning.
+                other = focused.finetune(focused.baselines(budget)[name])
+                report(f"{name}, generated", budget, other, time.perf_counter() - began)
             if options.save:
                 packed.save_pretrained(options.save)
                 tokenizer.save_pretrained(options.save)

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from transformers import (
     RobertaModel,
     TorchAoConfig,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTImageProcessor,
     Wav2Vec2FeatureExtractor,
@@ -28,7 +30,8 @@ from transformers import (
 )
 
 import hq_plugin as hq
-from hq_plugin import DataError, HQWarning, ModelError
+from hq_plugin import DataError, HQWarning, ModelError, torch_ao
+from hq_plugin.distillation import kl_divergence
 from hq_plugin.integrations.huggingface import ADAPTER, inputs, rows
 from hq_plugin.nn import PackedModule, packed_modules
 from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer, wav2vec2
@@ -186,9 +189,9 @@ def test_sounds_with_a_feature_extractor() -> None:
         assert packed.hq.effective_bits <= 4.6
     with pytest.raises(DataError, match="processor=feature_extractor"):
         hq.quantize(wav2vec2(), "4.6bit", sounds, config=SMOKE)
+    slow = [{"audio": {"array": sound, "sampling_rate": 8000}} for sound in sounds]
     with pytest.raises(DataError, match=r"8000 samples a second.*Resample"):
-        rows[0] = {"audio": {"array": sounds[0], "sampling_rate": 8000}}
-        hq.quantize(wav2vec2(), "4.6bit", rows, config=SMOKE, processor=Wav2Vec2FeatureExtractor())
+        hq.quantize(wav2vec2(), "4.6bit", slow, config=SMOKE, processor=Wav2Vec2FeatureExtractor())
 
 
 def test_the_decoder_of_sounds_reads_what_the_float_model_writes() -> None:
@@ -245,20 +248,10 @@ def test_lora_trains_on_packed_layers(packed_llama: LlamaForCausalLM, tmp_path: 
         hq.save(merged, tmp_path / "merged")
 
 
-def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """The recipe of docs/huggingface.md: plain quantization-aware training inside `transformers.Trainer`."""
-    from hq_plugin import torch_ao
-    from hq_plugin.distillation import kl_divergence
-
-    teacher = build("llama")
-    policy = hq.HybridPolicy(
-        {
-            n: hq.LayerBits(3, 16, 64)
-            for n, m in teacher.named_modules()
-            if isinstance(m, nn.Linear) and "layers" in n
-        }
-    )
-    student = torch_ao.prepare(teacher, policy)
+def distiller(
+    teacher: nn.Module, network: nn.Module, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> Trainer:
+    """The recipe of docs/huggingface.md."""
 
     class Distiller(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **_):  # type: ignore[no-untyped-def]
@@ -268,10 +261,8 @@ def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[n
             loss = kl_divergence(output.logits, target)
             return (loss, output) if return_outputs else loss
 
-    ids = tokenizer()(TEXTS, return_tensors="pt")["input_ids"]
-    rows = [{"input_ids": row} for row in ids]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=30,
         per_device_train_batch_size=8,
         learning_rate=3e-3,
@@ -281,13 +272,50 @@ def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[n
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = Distiller(model=student, args=arguments, train_dataset=rows)
+    ids = tokenizer()(TEXTS, return_tensors="pt")["input_ids"]
+    rows = [{"input_ids": row} for row in ids]
+    return Distiller(model=network, args=arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def test_a_trainer_distils_a_prepared_model(tmp_path: Path) -> None:
+    teacher = build("llama")
+    policy = hq.HybridPolicy(
+        {
+            n: hq.LayerBits(3, 16, 64)
+            for n, m in teacher.named_modules()
+            if isinstance(m, nn.Linear) and "layers" in n
+        }
+    )
+    student = torch_ao.prepare(teacher, policy)
+    trainer = distiller(teacher, student, tmp_path)
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     packed = torch_ao.convert(student)
+    ids = torch.arange(3, 15).view(2, 6)
     with torch.no_grad():
-        torch.testing.assert_close(packed(ids[:2]).logits, student.eval()(ids[:2]).logits)
+        torch.testing.assert_close(packed(ids).logits, student.eval()(ids).logits)
+
+
+def test_a_trainer_meta_trains(tmp_path: Path) -> None:
+    teacher = build("llama")
+    session = hq.meta_train(teacher, TEXTS, config=SMOKE, meta_steps=0, processor=tokenizer(), sequence_length=16)
+    before = {name: p.detach().clone() for name, p in session.network.named_parameters() if p.requires_grad}
+    sampler, seen = session.sampler("4bit"), set()
+
+    class SamplePolicies(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+            seen.add(sampler(state.global_step))
+            torch_ao.apply_policy(session.network, sampler(state.global_step))
+
+    distiller(teacher, session.network, tmp_path, [SamplePolicies()]).train()
+    changed = [
+        name for name, p in session.network.named_parameters() if name in before and not p.equal(before[name])
+    ]
+    assert len(seen) > 5
+    assert any(".outer." in name for name in changed)  # what generates weights has learned
+    packed = session.quantize("4bit")
+    assert packed.hq.effective_bits <= 4
 
 
 def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]

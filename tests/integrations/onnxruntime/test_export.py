@@ -61,6 +61,24 @@ def test_weights_of_every_width(bits: int, whole: bool, group: int, tmp_path: Pa
     assert sum(node.op_type == "ReduceSum" for node in graph.node) == int(group > 0 and not whole and bits < 7)
 
 
+@pytest.mark.parametrize("activation", [2, 4, 8])
+@pytest.mark.parametrize("group", [0, 32])
+def test_inputs_with_a_step_a_row(activation: int, group: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 40), nn.GELU(), nn.Linear(40, 7)).eval()
+    x = torch.randn(4, 5, 96) * torch.rand(4, 5, 1)
+    bits = {"0": LayerBits(5, activation, group, True), "2": LayerBits(3, activation, dynamic=True)}
+    small = packed(model, bits, x)
+    found = hq.export(small, tmp_path / "m.onnx", x)
+    assert [layer.operator for layer in found.layers] == [
+        "DequantizeLinear" if group else "MatMulInteger",
+        "MatMulInteger",
+    ]
+    # GELU is not computed to the last bit, and a value that lies between two integers may be rounded to the other.
+    assert error(tmp_path / "m.onnx", small, x) < (1e-2 if activation > 2 else 0.1)
+    assert error(tmp_path / "m.onnx", small, torch.randn(1, 5, 96)) < (1e-2 if activation > 2 else 0.1)
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
