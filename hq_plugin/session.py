@@ -28,7 +28,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
-from hq_plugin.distribution import map_split
+from hq_plugin.distribution import alive_together, map_split
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.interruption import interrupted
@@ -94,7 +94,8 @@ def _stage(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate
 
     @functools.wraps(method)
     def stage(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with seeded(self.config.seed), self.checkpoint.held() if self.checkpoint else nullcontext():
+        kept = self.checkpoint.held() if self.checkpoint else nullcontext()
+        with seeded(self.config.seed), alive_together(), kept:
             return method(self, *args, **kwargs)
 
     return stage
