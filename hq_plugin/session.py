@@ -28,7 +28,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
-from hq_plugin.distribution import alive_together, map_split
+from hq_plugin.distribution import alive_together, map_split, processes
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.interruption import interrupted
@@ -161,6 +161,7 @@ class Session:
 
     @classmethod
     def _created(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None, share: bool) -> Session:
+        processes()  # which find each other here, before any of them writes or waits
         config = config.filled()
         if config.activation_bits is None:
             limits_bitops = budget is not None and budget.bitops is not None
