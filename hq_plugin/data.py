@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hq_plugin.config import Config
+from hq_plugin.distribution import lost_process
 from hq_plugin.errors import DataError, HQError
 from hq_plugin.memory import out_of_memory
 
@@ -54,7 +55,7 @@ class Batch:
         except HQError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if out_of_memory(error):
+            if out_of_memory(error) or lost_process(error):
                 raise
             named = [*enumerate(self.args), *self.kwargs.items()]
             shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}

@@ -194,8 +194,13 @@ def _see(sums: _Sums, x: Tensor, output: Tensor) -> Tensor:
     sums.see_input(x)
     # Parameters need no gradient, so the graph starts at the first site.
     if not output.requires_grad:
-        output = output.detach().requires_grad_(True)
-    output.register_hook(sums.see_gradient)
+        start = output.detach().requires_grad_(True)
+        start.register_hook(sums.see_gradient)
+        return start.clone()  # which the model may change in place
+    # A linear layer returns a view of its product; where a model changes that in place, the view loses its hooks.
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.shape[-1] == output.shape[-1]
+    (base if whole and base is not None else output).register_hook(sums.see_gradient)
     return output
 
 

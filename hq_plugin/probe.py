@@ -88,7 +88,7 @@ def _record(seen: Probe, name: str, kind: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         value = args[0] if args else next(iter(kwargs.values()), None)
         macs, numel = seen.calls.get(name, (0, 0))
-        if value is None:  # a HeldWeight, which multiplies nothing itself
+        if not isinstance(value, Tensor):  # a HeldWeight, which multiplies nothing itself, or positions by a shape
             seen.calls[name] = macs, numel
         else:
             seen.calls[name] = macs + _macs(module, kind, output), numel + value.numel()

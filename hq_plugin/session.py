@@ -11,6 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -27,7 +28,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
-from hq_plugin.distribution import map_split
+from hq_plugin.distribution import alive_together, map_split, processes
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.interruption import interrupted
@@ -88,15 +89,16 @@ class Found:
     front: list[dict[str, Any]] = field(default_factory=list)
 
 
-def _seeded(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
-    """Lets what is random in a method of `Session` follow from its seed, and leaves the caller's alone."""
+def _stage(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
+    """Lets what is random in a method of `Session` follow from its seed, with its checkpoint for itself alone."""
 
     @functools.wraps(method)
-    def seeded_method(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        with seeded(self.config.seed):
+    def stage(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        kept = self.checkpoint.held() if self.checkpoint else nullcontext()
+        with seeded(self.config.seed), alive_together(), kept:
             return method(self, *args, **kwargs)
 
-    return seeded_method
+    return stage
 
 
 class Session:
@@ -159,6 +161,7 @@ class Session:
 
     @classmethod
     def _created(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None, share: bool) -> Session:
+        processes()  # which find each other here, before any of them writes or waits
         config = config.filled()
         if config.activation_bits is None:
             limits_bitops = budget is not None and budget.bitops is not None
@@ -184,14 +187,17 @@ class Session:
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
-        sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
-        session.history = meta_train_network(
-            session.network, teacher, sampler, data, session.loss, config, session.checkpoint
-        )
+        session._meta_train(PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus))
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
         session.memory["meta_training"] = peak_memory()
         return session
+
+    @_stage
+    def _meta_train(self, sampler: PolicySampler) -> None:
+        self.history = meta_train_network(
+            self.network, self.teacher, sampler, self.data, self.loss, self.config, self.checkpoint
+        )
 
     @property
     def scorer(self) -> Scorer:
@@ -216,7 +222,7 @@ class Session:
         focus = [] if budget is None else self._resources(budget)
         return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
 
-    @_seeded
+    @_stage
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
@@ -323,6 +329,7 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
+    @_stage
     def _measure_sensitivities(self, moments: Mapping[str, Moments]) -> Table:
         """Finds, on the network as it is, what each width of each group costs alone.
 
@@ -356,7 +363,7 @@ class Session:
         with tracking(self.config):
             return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
 
-    @_seeded
+    @_stage
     def finetune(
         self,
         found: Found | HybridPolicy,

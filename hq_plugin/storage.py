@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError
+from hq_plugin.exclusive import exchange, locked
 from hq_plugin.untrusted import clean_errors, read_file
 
 JSON_FILE, TENSOR_FILE = "hq.json", "model.safetensors"
@@ -58,9 +59,9 @@ def write_directory(
     if not is_first():
         wait_for_all()
         return target
-    _check_target(target, kind, overwrite)
     staging: Path | None = None
     try:
+        _check_target(target, kind, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         save_file(
@@ -73,7 +74,11 @@ def write_directory(
             with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o755)
-        _move_into_place(staging, target)
+        with locked(target.parent):
+            _check_target(target, kind, overwrite)  # again: another process may have been faster
+            _move_into_place(staging, target)
+    except ArtifactPathError:
+        raise
     except (OSError, SafetensorError) as error:
         raise ArtifactPathError(
             f"{target} could not be written: {error}. Nothing was left there. Choose a directory that is "
@@ -88,15 +93,24 @@ def write_directory(
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all, in place of an old one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all, in place of an old one.
+
+    Raises:
+        OSError: It cannot be written; an old one is as it was.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp lets only the owner read
         os.replace(name, path)
-    except OSError:
+    except BaseException:  # Ctrl-C as well
         Path(name).unlink(missing_ok=True)
         raise
 
@@ -131,7 +145,9 @@ def _move_into_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    # An existing directory moves aside first, so that at every moment one whole directory exists.
+    if exchange(staging, target):
+        return  # the old one is where the staging was, and goes with it
+    # Else the old one moves aside first, so that at every moment one whole directory exists.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     target.rename(aside / "old")
     try:

@@ -263,7 +263,7 @@ class QATMixin(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the float layer's forward on a fake-quantized input and weight."""
-        if args and args[0].is_floating_point():
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             args = (self.activation_fake_quant(args[0]), *args[1:])
         elif not args:
             kwargs = {name: self.activation_fake_quant(value) for name, value in kwargs.items()}

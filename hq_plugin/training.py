@@ -99,14 +99,16 @@ def train(task: Task) -> None:
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    batches = task.data.forever()
+    # Batches of a step, as accelerate is configured.
+    batches, accumulated = task.data.forever(), accelerator.gradient_accumulation_steps
     first, keep = 0, task.checkpoint
     if keep is not None:
         first, task.history[:] = keep.restore(task.stage, network, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
             for _ in range(first):
-                next(batches)
+                for _ in range(accumulated):
+                    next(batches)
                 schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
@@ -118,18 +120,22 @@ def train(task: Task) -> None:
             if step and step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, _state(network))
-            batch, weight = share_of_batch(next(batches).to(accelerator.device))
             task.before_step(step)
-            with accelerator.autocast():
-                with torch.no_grad():
-                    target = batch.run(teacher)
-                loss = task.loss(batch.run(wrapped), target) * weight
-            # The mean over processes, so that all of them see the same and stop together.
-            value = float(accelerator.reduce(loss.detach(), "mean"))
+            value = 0.0
+            for part in range(accumulated):
+                with nullcontext() if part == accumulated - 1 else accelerator.no_sync(wrapped):
+                    batch, weight = share_of_batch(next(batches).to(accelerator.device))
+                    with accelerator.autocast():
+                        with torch.no_grad():
+                            target = batch.run(teacher)
+                        loss = task.loss(batch.run(wrapped), target) * weight
+                    # The mean over processes, so that all of them see the same and stop together.
+                    value += float(accelerator.reduce(loss.detach(), "mean")) / accumulated
+                    if math.isfinite(value):
+                        accelerator.backward(loss)  # which divides by `accumulated`
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
                 break
-            accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it

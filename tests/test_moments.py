@@ -136,3 +136,17 @@ def test_a_network_of_convolutions_has_no_moments() -> None:
     batch = Batch((torch.randn(2, 1, 4, 4),), {}, None, 2)
     table = find_sites(model, batch.run, 2)
     assert collect_moments(model, table, [batch], seed=0) == {}
+
+
+def test_a_model_may_change_what_a_layer_returned_in_place() -> None:
+    class InPlace(Words):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            hidden = self.hidden(self.embed(ids).mul_(2.0))
+            return {"logits": self.head(hidden.tanh_())}
+
+    torch.manual_seed(0)
+    model = InPlace().eval().requires_grad_(False)
+    batch = Batch((torch.randint(20, (4, 6)),), {}, None, 4)
+    moments = collect_moments(model, find_sites(model, batch.run, 4), [batch], seed=0)
+    assert set(moments) == {"embed", "hidden", "head"}
+    assert all(bool((seen.outputs > 0).all()) for seen in moments.values())  # type: ignore[union-attr]

@@ -263,3 +263,22 @@ def test_a_lookup_quantizes_only_the_rows_that_it_needs(
     assert len(found[0][1]) == len(found[1][1]) >= 2
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_layer_may_be_called_with_what_is_no_tensor() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, shape: torch.Size) -> Tensor:
+            return super().forward(torch.arange(shape[1]))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.head = Positions(16, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.positions(x.shape))
+
+    x = torch.randn(2, 5, 8)
+    model = Model().eval()
+    packed = torch_ao.convert(torch_ao.prepare(model, HybridPolicy({"positions": LayerBits(8)})))
+    torch.testing.assert_close(packed(x), model(x), atol=0.05, rtol=0.05)
