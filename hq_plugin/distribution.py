@@ -39,8 +39,8 @@ def processes() -> tuple[int, int]:
     if accelerator.distributed_type not in _WHOLE:
         raise ConfigError(
             f"accelerate is configured for {accelerator.distributed_type.value}, which splits a model over "
-            "processes. hq_plugin needs the whole model in each: the search scores another policy in every process. "
-            "Configure data-parallel training (MULTI_GPU or MULTI_CPU), or quantize on a device with more memory."
+            "processes. hq_plugin needs the whole model in each: the search scores another policy in every "
+            "process. Configure data-parallel training (MULTI_GPU or MULTI_CPU), or use a device with more memory."
         )
     return accelerator.process_index, accelerator.num_processes
 

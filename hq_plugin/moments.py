@@ -184,7 +184,9 @@ def _read_weight(teacher: nn.Module, site: Site) -> Tensor:
 
 
 def _hook(sums: _Sums) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router, say, that returns what it decided
+            return output
         return _see(sums, args[0] if args else next(iter(kwargs.values())), output)
 
     return hook

@@ -44,13 +44,17 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
     Target texts become what the decoder reads. Sequences that are too long are refused.
     """
 
+    # Some classifiers say so themselves to the model inside, which must not hear it twice.
+    caches = model.can_generate() or "use_cache" in inspect.signature(model.forward).parameters
+
     def split(raw: Any) -> Split:
         if isinstance(raw, Mapping):
             kwargs = {name: value for name, value in raw.items() if name not in LABEL_KEYS}
             label = next((raw[name] for name in LABEL_KEYS if isinstance(raw.get(name), Tensor)), None)
             if "input_ids" in kwargs:
                 check_length(model, kwargs["input_ids"])
-                kwargs.setdefault("use_cache", False)
+                if caches:
+                    kwargs.setdefault("use_cache", False)
             if label is not None and label.dim() == 2 and _reads_labels(model):
                 kwargs.setdefault("decoder_input_ids", _decoder_ids(model, label))
             return (), kwargs, label if label is not None and label.dim() == 1 else None

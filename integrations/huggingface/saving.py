@@ -5,15 +5,19 @@ A model card, a checksum and the report's data. The tensors are `quantizer.py`'s
 
 from __future__ import annotations
 
+import functools
 import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from hq_plugin.compact import write_beside
 from hq_plugin.distribution import is_first
 from hq_plugin.integrations.huggingface.card import card
 from hq_plugin.integrations.huggingface.integrity import add_checksum
-from hq_plugin.nn import check_unedited
+from hq_plugin.nn import check_unedited, packed_modules
 from hq_plugin.result import Result
 
 if TYPE_CHECKING:
@@ -27,8 +31,24 @@ _EMPTY_CARD = "This model card has been automatically generated."
 def bind(model: PreTrainedModel) -> None:
     """Makes a packed model write what is ours when it is saved or pushed."""
     # Bound methods, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
+    if not any(parameter.is_floating_point() for parameter in model.parameters()):
+        model.__class__ = _with_dtype(type(model))
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     model._upload_modified_files = types.MethodType(_upload_modified_files, model)
+
+
+@functools.cache
+def _with_dtype(base: Any) -> Any:
+    """Returns a subclass, of the same name, of models in which every parameter is packed.
+
+    transformers takes a model's dtype from its parameters, of which there are none left.
+    """
+
+    def dtype(self: nn.Module) -> torch.dtype:
+        return next(layer.weight_dtype for layer in packed_modules(self).values())
+
+    content = {"dtype": property(dtype), "__module__": base.__module__, "__qualname__": base.__qualname__}
+    return type(base.__name__, (base,), content)
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
@@ -39,11 +59,20 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
     """
     check_unedited(self)
     options.setdefault("is_main_process", is_first())
+    options.setdefault("save_original_format", not _is_stored_otherwise(self))
     type(self).save_pretrained(self, save_directory, **options)
     if options["is_main_process"]:
         add_checksum(Path(save_directory))
         _write_card(self, save_directory)
         _write_report(self, save_directory)
+
+
+def _is_stored_otherwise(model: PreTrainedModel) -> bool:
+    """Whether transformers joins or splits this model's weights when it saves them, which packed ones do not bear."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model))
 
 
 def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **options: Any) -> Any:
