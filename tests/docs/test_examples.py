@@ -85,10 +85,13 @@ def test_several_processes(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     program = EXAMPLES / "several_processes.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    # a file for what each process prints: in one pipe, lines of two processes may run into one another
+    command += ["--redirects", "1", "--log-dir", str(tmp_path / "printed")]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run([*command, program], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = sorted(line for line in done.stdout.splitlines() if line.startswith("process "))
+    files = (tmp_path / "printed").rglob("stdout.log")
+    lines = sorted(line for file in files for line in file.read_text().splitlines() if line.startswith("process "))
     heads, results = zip(*(line.split(": ", 1) for line in lines), strict=True)
     assert heads == ("process 0 of 2", "process 1 of 2")
     assert results[0] == results[1]
