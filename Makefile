@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV ?= .venv
 BIN = $(VENV)/bin
 DATA ?= digits
+JOBS ?= 2
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types docs docs-serve figures notebook package bench coverage-sweep clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -31,10 +32,34 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/mypy integrations
 
+# The site, in build/site; a link that leads nowhere is an error. `make docs-serve` shows it while you write.
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+docs-serve: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs serve
+
+# The figures of docs/method.md, and the outputs in the notebook, from real runs: minutes.
+figures: $(VENV)/.dev
+	$(BIN)/python docs/figures/draw.py
+	$(BIN)/python docs/figures/execute.py docs/quickstart.ipynb
+
+# The notebook from top to bottom, and the script of the figures.
+notebook: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/docs
+
+# Builds sdist and wheel, installs the wheel away from the sources, and uses it.
+package: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
 # Accuracies and timings of docs/benchmarks; hours on 2 cores, and resumable.
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.spine
 	$(BIN)/python -m tests.benchmarks.overhead
+
+# Every architecture of timm and transformers once, in small; docs/benchmarks/coverage.md. Hours, and resumable.
+coverage-sweep: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks.coverage -j $(JOBS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -12,11 +12,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from accelerate import init_empty_weights
 from torch import nn
 
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError
+from hq_plugin.seeding import seeded
+from hq_plugin.untrusted import build_at_most
 
 #: Integration to the library that makes its models. A saved file can name these and nothing else.
 KNOWN = {"timm": "timm", "huggingface": "transformers"}
@@ -111,11 +114,16 @@ def describe(model: nn.Module) -> dict[str, Any] | None:
     return None if adapter is None or description is None else {"integration": adapter.name, **description}
 
 
-def rebuild(description: dict[str, Any]) -> nn.Module:
+def rebuild(description: dict[str, Any], elements: int, tensors: int) -> nn.Module:
     """Builds the float architecture that `describe` told of; its parameters are to be filled.
 
+    Args:
+        description: Read from a file.
+        elements: Most elements that the model may have.
+        tensors: Most tensors.
+
     Raises:
-        ArtifactError: The description is not one of ours, or its library is not installed.
+        ArtifactError: The description is not one of ours, asks for a larger model, or its library is not installed.
     """
     name = description.get("integration")
     if name not in KNOWN:
@@ -130,11 +138,18 @@ def rebuild(description: dict[str, Any]) -> nn.Module:
             f"The saved model needs {KNOWN[name]}, which cannot be imported ({error}). "
             f"pip install 'hq-plugin[{name}]'."
         ) from error
-    return adapter.rebuild({key: value for key, value in description.items() if key != "integration"})
+    rest = {key: value for key, value in description.items() if key != "integration"}
+    with seeded(0):
+        return build_at_most(lambda: adapter.rebuild(rest), elements, tensors)
 
 
 def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
-    """Builds a model whose parameters are on the meta device, where its code allows that; buffers have values."""
+    """Builds a model whose parameters are on the meta device, where its code allows that; buffers have values.
+
+    Where torch's default device is the meta device, nothing has values.
+    """
+    if torch.get_default_device().type == "meta":
+        return build()
     try:
         with init_empty_weights(include_buffers=False):
             model = build()

@@ -96,19 +96,24 @@ def _knapsack(loss: Table, resource: Resource) -> Genome:
     unit = float(np.gcd.reduce(whole)) if whole.size and np.all(whole == finite[finite > 0]) else 0.0
     if unit == 0.0 or room / unit > BINS:
         unit = max(room / BINS, 1e-12)
-    bins = min(int(room / unit + 1e-9), int(finite.max(initial=0.0) * groups / unit) + 1)
+    bins = int(room / unit + 1e-9)
+    # A limit that is a hair below a whole number of units would be exceeded by that hair.
+    bins -= bins > 0 and float(least.sum()) + bins * unit > resource.capacity
+    bins = min(bins, int(finite.max(initial=0.0) * groups / unit) + 1)
     units = np.where(np.isfinite(extra), np.ceil(extra / unit - 1e-9), bins + 1).astype(np.int64)
 
-    best = np.zeros(bins + 1)
+    best, updated, moved = np.zeros(bins + 1), np.empty(bins + 1), np.empty(bins + 1)
+    better = np.empty(bins + 1, dtype=bool)
     choice = np.zeros((groups, bins + 1), dtype=np.int16)
     for g in range(groups):
-        updated = np.full(bins + 1, np.inf)
+        updated.fill(np.inf)
         for k in np.flatnonzero(units[g] <= bins):
-            moved = np.full(bins + 1, np.inf)
-            moved[units[g, k] :] = best[: bins + 1 - units[g, k]] + value[g, k]
-            better = moved < updated
-            updated[better], choice[g, better] = moved[better], k
-        best = updated
+            there, length = slice(units[g, k], None), bins + 1 - units[g, k]
+            np.add(best[:length], value[g, k], out=moved[:length])
+            np.less(moved[:length], updated[there], out=better[:length])
+            np.copyto(updated[there], moved[:length], where=better[:length])
+            np.copyto(choice[g, there], np.int16(k), where=better[:length])
+        best, updated = updated, best
     genome = np.zeros((groups, 2), dtype=np.int64)
     at: int = bins
     for g in reversed(range(groups)):

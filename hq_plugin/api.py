@@ -14,8 +14,10 @@ from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import EngineError, ModelError
 from hq_plugin.profiles import Profile, measure_profile
+from hq_plugin.seeding import seeded
 from hq_plugin.session import EvalFunction, Session, search_space, teacher_of
 from hq_plugin.synthetic import synthetic_data
+from hq_plugin.tracking import tracking
 
 
 def quantize(
@@ -53,17 +55,27 @@ def quantize(
     """
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
-    session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget)
-    packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
+    with tracking(config):
+        session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
+        packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
     return packed
 
 
-def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = None, **options: Any) -> Session:
+def meta_train(
+    model: nn.Module,
+    data: Any = None,
+    *,
+    budget: str | Budget | None = None,
+    config: Config | None = None,
+    **options: Any,
+) -> Session:
     """Trains the MetaQuantNet of a model, once, for any number of budgets.
 
     Args:
         model: Any `nn.Module`; it is not changed.
         data: As for `quantize`.
+        budget: Where there is a main budget, policies near it are trained, as `quantize` does; others remain
+            possible. None trains for all.
         config: Options.
         **options: Any field of `Config`, in place of the one in `config`.
 
@@ -73,12 +85,14 @@ def meta_train(model: nn.Module, data: Any = None, *, config: Config | None = No
     Raises:
         DataError: The data cannot be used.
         ModelError: There is nothing to quantize.
+        BudgetError: The budget cannot be read or met.
         ConfigError: An option does not exist or has an impossible value.
         TrainingError: The loss is not finite from the start.
     """
     wrapper = adapters.unwrap(model)
     config = _config(wrapper, config, options)
-    return Session.create(wrapper.model, _data(wrapper.model, data, config), config)
+    focus = None if budget is None else Budget.parse(budget)
+    return Session.create(wrapper.model, _data(wrapper.model, data, config), config, focus)
 
 
 def load_session(directory: str | Path, model: nn.Module, data: Any = None, **options: Any) -> Session:
@@ -102,7 +116,8 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
         config = _config(wrapper, stored, {})
         return config, _data(wrapper.model, data, config)
 
-    return read_session(directory, wrapper.model, prepare, options)
+    with seeded(0):
+        return read_session(directory, wrapper.model, prepare, options)
 
 
 def profile(
@@ -128,11 +143,12 @@ def profile(
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     wrapper = adapters.unwrap(model)
-    config = _config(wrapper, config, options)
+    config = replace(_config(wrapper, config, options), self_written=0.0)
     prepared = _data(wrapper.model, data, config)
-    teacher = teacher_of(wrapper.model, prepared)
-    space = search_space(teacher, prepared, config)
-    return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
+    with seeded(config.seed):
+        teacher = teacher_of(wrapper.model, prepared, config)
+        space = search_space(teacher, prepared, config)
+        return measure_profile(teacher, space, prepared.holdout[0], batch, config.target, config.progress)
 
 
 def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **options: Any) -> Any:
@@ -157,7 +173,8 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **opt
         from hq_plugin.integrations.onnxruntime.export import export as write
     except ImportError as error:
         raise EngineError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
-    return write(model, path, example_inputs, **options)
+    with seeded(0):
+        return write(model, path, example_inputs, **options)
 
 
 def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[str, Any]) -> Config:
@@ -171,6 +188,11 @@ def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[st
 
 
 def _data(model: nn.Module, data: Any, config: Config) -> Data:
+    with seeded(config.seed):
+        return _prepared(model, data, config)
+
+
+def _prepared(model: nn.Module, data: Any, config: Config) -> Data:
     adapter = adapters.find(model)
     if adapter is not None:
         data = adapter.batches(model, data, config)

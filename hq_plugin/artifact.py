@@ -16,16 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.compact import compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule, packed_modules, with_held_weights
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
+from hq_plugin.untrusted import clean_errors
 
 FORMAT, VERSION = "hq_plugin model", 1
-#: Records that are kept of each history; those of the search lose their policies.
-HISTORY = 50
+#: A model that is rebuilt by its name has at most so many elements for each byte of the tensor file and in any case
+#: (what is constant takes no bytes there), and so many tensors for each that the file names.
+_ELEMENTS_A_BYTE, _ELEMENTS, _TENSORS_AN_ENTRY = 16, 16 << 20, 16
 
 #: How modules load parameters, where they do it as all do.
 _USUAL = (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
@@ -75,12 +78,13 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         The directory.
 
     Raises:
-        ModelError: The model holds no packed layer.
+        ModelError: The model holds no packed layer, or its dequantized weights were edited.
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
     packed = packed_modules(model)
     if not packed:
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    check_unedited(model)
     written: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     constants: dict[str, Any] = {}
@@ -108,18 +112,9 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         "tied": tied,
         "constants": constants,
         "architecture": adapters.describe(model),
-        "report": _report(result) if isinstance(result, Result) else None,
+        "report": compact(result) if isinstance(result, Result) else None,
     }
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
-
-
-def _report(result: Result) -> dict[str, Any]:
-    """Returns a result for storing: its histories thinned, since a small model must stay small on disk."""
-    data = result.to_json()
-    for name, records in result.history.items():
-        thin = records[:: max(1, len(records) // HISTORY)]
-        data["history"][name] = [{k: v for k, v in record.items() if k != "policy"} for record in thin]
-    return data
 
 
 def _memory(tensor: Tensor) -> tuple[Any, ...]:
@@ -146,22 +141,38 @@ def read_info(directory: str | Path) -> SavedModel:
         ArtifactError: The directory holds no saved model, or a damaged or newer one.
     """
     data = read_json(directory, FORMAT, VERSION)
-    try:
+    with clean_errors(directory):
         sites = []
         policy = HybridPolicy.from_json({name: site["bits"] for name, site in data["sites"].items()})
         for name, bits in policy.items():
-            shape = tuple(int(size) for size in data["sites"][name]["shape"])
+            shape = tuple(data["sites"][name]["shape"])
+            if not all(type(size) is int and 0 < size < 1 << 48 for size in shape):
+                raise TypeError(f"the shape of {name} is {shape}")
             size = weight_bytes(shape, bits)
             sites.append(SavedSite(name, str(data["sites"][name]["type"]), shape, bits, size))
         architecture = data["architecture"]
         if architecture is not None and not isinstance(architecture, dict):
             raise TypeError("architecture")
         report = data["report"]
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, OverflowError) as error:
-        raise ArtifactError(f"{directory} is damaged: its description cannot be read ({error!r}).") from error
-    result = None if report is None else Result.from_json(report)
+    result = None if report is None else expand(report)
     path = Path(directory).expanduser() / TENSOR_FILE
     return SavedModel(tuple(sites), architecture, result, path.stat().st_size if path.exists() else 0)
+
+
+def read_result(directory: str | Path) -> Result:
+    """Reads the report of a saved model, also of one that its own library saved.
+
+    Raises:
+        ArtifactError: The directory holds no saved model, or one without a report.
+    """
+    beside = read_beside(directory)
+    result = beside or read_info(directory).result
+    if result is None:
+        raise ArtifactError(
+            f"{directory} has no report: its model was converted by hand. hq_plugin.quantize and session.finetune "
+            "make models that have one."
+        )
+    return result
 
 
 def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
@@ -182,34 +193,42 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     """
     data = read_json(directory, FORMAT, VERSION)
     info = read_info(directory)
-    if model is None:
-        if info.architecture is None:
-            raise ArtifactError(
-                f"{directory} does not say how to build the model's architecture. Pass a float model of the "
-                "same class: hq_plugin.load(directory, model)."
-            )
-        skeleton = adapters.rebuild(info.architecture)
-    else:
-        skeleton = _without_values(adapters.unwrap(model).model)
-    skeleton = _pack_sites(skeleton, info)
-    expected = skeleton.state_dict()
-    tensors = {**read_tensors(directory, data.get("sha256")), **_constants(data, expected)}
-    tied = data.get("tied")
-    if not isinstance(tied, dict) or any(owner not in tensors for owner in tied.values()):
-        raise ArtifactError(f"{directory} is damaged: a shared tensor has no owner.")
-    tensors |= {name: tensors[owner] for name, owner in tied.items()}
-    _check_fit(tensors, expected)
-    # Copies, since what was read may be views of the file. Float tensors take the dtype of the model.
-    copies = {name: tensor.to(expected[name].dtype, copy=True) for name, tensor in tensors.items()}
-    skeleton.load_state_dict(copies, assign=True)
-    _tie(skeleton, tied)
-    filled = [*skeleton.named_parameters(), *skeleton.named_buffers()]
-    empty = [name for name, tensor in filled if tensor.is_meta]
-    if empty:
+    if model is None and info.architecture is None:
         raise ArtifactError(
-            f"{', '.join(empty[:5])} could not be filled: its layer loads tensors in a way of its own. Pass a "
-            "float model: hq_plugin.load(directory, model)."
+            f"{directory} does not say how to build the model's architecture. Pass a float model of the "
+            "same class: hq_plugin.load(directory, model)."
         )
+    skeleton = None if model is None else _without_values(adapters.unwrap(model).model)
+    with clean_errors(directory):
+        written = read_tensors(directory, data.get("sha256"))
+        if skeleton is None:
+            assert info.architecture is not None
+            entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
+            elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
+            skeleton = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
+        skeleton = _pack_sites(skeleton, info)
+        expected = skeleton.state_dict()
+        tensors = {**written, **_constants(data, expected)}
+        tied = data["tied"]
+        if not isinstance(tied, dict) or any(owner not in tensors for owner in tied.values()):
+            raise ArtifactError(f"{directory} is damaged: a shared tensor has no owner.")
+        tensors |= {name: tensors[owner] for name, owner in tied.items()}
+        _check_fit(tensors, expected)
+        # Float tensors take the dtype of the model. They are copied in any case, into memory that is aligned as
+        # torch's is, since products may hang on it in their last bits.
+        own = {
+            name: tensor.to(expected[name].dtype, copy=tensor.is_floating_point())
+            for name, tensor in tensors.items()
+        }
+        skeleton.load_state_dict(own, assign=True)
+        _tie(skeleton, tied)
+        filled = [*skeleton.named_parameters(), *skeleton.named_buffers()]
+        empty = [name for name, tensor in filled if tensor.is_meta]
+        if empty:
+            raise ArtifactError(
+                f"{', '.join(empty[:5])} could not be filled: its layer loads tensors in a way of its own. Pass a "
+                "float model: hq_plugin.load(directory, model)."
+            )
     skeleton.eval().requires_grad_(False)
     if info.result is not None:
         skeleton.hq = info.result  # type: ignore[assignment]
@@ -241,7 +260,7 @@ def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:
     """Puts a packed skeleton in the place of each site, wherever the model refers to it."""
     if any(isinstance(module, PackedModule) for module in model.modules()):
         raise ModelError("model is quantized already. Pass the float model, before hq_plugin.quantize.")
-    model = with_held_weights(model, [site.name for site in info.sites], inplace=True)
+    model = with_layers_of(model, [site.name for site in info.sites], inplace=True)
     modules = dict(model.named_modules())
     swapped: dict[int, nn.Module] = {}
     for site in info.sites:
@@ -318,4 +337,4 @@ def _tie(model: nn.Module, tied: dict[str, str]) -> None:
                 getattr(holder, field)[last] = getattr(source, field)[owner_last]
 
 
-__all__ = ["SavedModel", "SavedSite", "load", "read_info", "save"]
+__all__ = ["SavedModel", "SavedSite", "load", "read_info", "read_result", "save"]

@@ -11,8 +11,10 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.distribution import is_first, wait_for_all
-from hq_plugin.errors import ArtifactError, ArtifactPathError
-from hq_plugin.storage import JSON_FILE, read_json, read_tensors, write_directory, write_text
+from hq_plugin.errors import ArtifactError, ArtifactPathError, HQWarning
+from hq_plugin.exclusive import locked
+from hq_plugin.storage import read_json, read_sealed, read_tensors, sealed, write_directory, write_text
+from hq_plugin.untrusted import clean_errors, read_file
 
 FORMAT, VERSION = "hq_plugin checkpoint", 1
 _KEY, _SCORES = "checkpoint.json", "scores.jsonl"
@@ -44,6 +48,7 @@ class Checkpoint:
 
     def __init__(self, directory: str | Path, key: Mapping[str, Any], interval: float = INTERVAL) -> None:
         self.directory, self.interval = Path(directory).expanduser(), interval
+        self._holders, self._warned = 0, False
         wanted = json.loads(json.dumps(dict(key)))
         if is_first():
             self._claim(wanted)
@@ -56,23 +61,21 @@ class Checkpoint:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             if not file.exists():
-                others = sorted(path.name for path in self.directory.iterdir())
+                names = sorted(path.name for path in self.directory.iterdir())
+                # What a kill left of the very first file is ours.
+                others = [name for name in names if not name.startswith(f".{_KEY}.")]
                 if others:
                     raise ArtifactPathError(
                         f"{self.directory} holds something else ({', '.join(others[:4])}). Choose an empty or a "
                         "new directory for the checkpoint."
                     )
-                write_text(file, json.dumps({"format": FORMAT, "version": VERSION, "key": wanted}, indent=1))
-            found = json.loads(file.read_text())
+                content = sealed({"format": FORMAT, "version": VERSION, "key": wanted})
+                write_text(file, json.dumps(content, indent=1))
         except ArtifactPathError:
             raise
         except OSError as error:
             raise ArtifactPathError(f"{self.directory} cannot be used for a checkpoint: {error}") from error
-        except ValueError as error:
-            raise ArtifactError(f"{file} is damaged: {error}. Delete the directory to start anew.") from error
-        if not isinstance(found, dict) or found.get("format") != FORMAT or found.get("version") != VERSION:
-            raise ArtifactError(f"{file} is not a checkpoint that this hq_plugin reads. Choose another directory.")
-        kept = found.get("key")
+        kept = read_sealed(file, FORMAT, VERSION).get("key")
         different = [
             name
             for name in wanted
@@ -88,12 +91,48 @@ class Checkpoint:
         scores: dict[str, float] = {}
         file = self.directory / _SCORES
         if file.exists():
-            for line in file.read_text().splitlines():
-                # A line that a kill cut short is scored again.
-                with contextlib.suppress(ValueError, TypeError, KeyError):
+            try:
+                lines = read_file(file).decode(errors="replace").splitlines()
+            except OSError as error:
+                raise ArtifactError(f"{file} cannot be read: {error}") from error
+            for line in lines:
+                # A line that a kill cut short, or that is damaged, is scored again.
+                with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError, OverflowError):
                     record = json.loads(line)
-                    scores[str(record["of"])] = float.fromhex(record["score"])
+                    if record == sealed(record):
+                        scores[str(record["of"])] = float.fromhex(record["score"])
         return scores
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process works with this checkpoint.
+
+        Raises:
+            ArtifactPathError: Another one does already.
+        """
+        if not is_first() or self._holders:
+            yield
+            return
+        try:
+            with locked(self.directory / _KEY, wait=False):
+                self._holders += 1
+                try:
+                    self._tidy()
+                    yield
+                finally:
+                    self._holders -= 1
+        except BlockingIOError as error:
+            raise ArtifactPathError(
+                f"Another process is working in {self.directory}. Wait for it, or choose another checkpoint_dir."
+            ) from error
+
+    def _tidy(self) -> None:
+        """Removes what kills in the middle of writing left behind."""
+        for path in self.directory.glob(".*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def score(self, of: str) -> float | None:
         """Returns a score that is known, or None."""
@@ -104,13 +143,16 @@ class Checkpoint:
         self._scores.update(scores)
         if not is_first() or not scores:
             return
-        lines = [json.dumps({"of": of, "score": float(value).hex()}) for of, value in scores.items()]
+        lines = [json.dumps(sealed({"of": of, "score": float(value).hex()})) for of, value in scores.items()]
         file = self.directory / _SCORES
-        torn = file.exists() and not file.read_bytes().endswith(b"\n")
-        with open(file, "a") as log:
-            log.write(("\n" if torn else "") + "\n".join(lines) + "\n")
-            log.flush()
-            os.fsync(log.fileno())
+        try:
+            torn = file.exists() and not file.read_bytes().endswith(b"\n")
+            with open(file, "a") as log:
+                log.write(("\n" if torn else "") + "\n".join(lines) + "\n")
+                log.flush()
+                os.fsync(log.fileno())
+        except OSError as error:
+            self._could_not_keep(error)
 
     def due(self) -> bool:
         """Whether the next state should be kept."""
@@ -126,8 +168,22 @@ class Checkpoint:
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
         content = {"stage": stage, "step": step, "history": history}
         copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-        write_directory(self._place(stage), FORMAT, VERSION, content, copies, overwrite=True)
+        try:
+            write_directory(self._place(stage), FORMAT, VERSION, content, copies, overwrite=True)
+        except ArtifactPathError as error:
+            self._could_not_keep(error)
         self._last = time.monotonic()
+
+    def _could_not_keep(self, error: OSError) -> None:
+        """Says once that nothing is kept for now: a full disk must not cost the work that is in memory."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"What was done could not be kept in {self.directory}: {error} Work goes on; what was kept before "
+                "stays, and later states are tried.",
+                HQWarning,
+                stacklevel=3,
+            )
 
     def restore(self, stage: str, network: nn.Module, optimizer: Any) -> tuple[int, list[dict[str, Any]]]:
         """Puts the state that was kept back.
@@ -139,14 +195,14 @@ class Checkpoint:
             ArtifactError: The state is damaged.
         """
         place = self._place(stage)
-        if not (place / JSON_FILE).exists():
+        if not place.exists():
             return 0, []
         content = read_json(place, FORMAT, VERSION)
         tensors = read_tensors(place, content.get("sha256"))
-        try:
+        with clean_errors(f"{place} (delete {self.directory} to start anew)"):
             own = _own_tensors(network)
             kept = {name.removeprefix("network."): t for name, t in tensors.items() if name.startswith("network.")}
-            if set(kept) != set(own):
+            if {name: t.shape for name, t in kept.items()} != {name: t.shape for name, t in own.items()}:
                 raise ValueError("it is of another network")
             with torch.no_grad():
                 for name, tensor in own.items():
@@ -159,8 +215,6 @@ class Checkpoint:
                     state["state"].setdefault(int(index), {})[field] = tensor
             optimizer.load_state_dict(state)
             return int(content["step"]), list(content["history"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise ArtifactError(f"{place} is damaged: {error}. Delete {self.directory} to start anew.") from error
 
     def _place(self, stage: str) -> Path:
         return self.directory / hashlib.sha256(stage.encode()).hexdigest()[:16]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hq_plugin.errors import ConfigError
 from hq_plugin.policy import ACTIVATION_BITS, WEIGHT_BITS
+from hq_plugin.untrusted import check_types
 
 Effort = Literal["smoke", "fast", "balanced", "best"]
 BlockKind = Literal["auto", "dense", "low_rank", "table"]
@@ -52,6 +53,8 @@ TARGETS: dict[str, tuple[int, ...]] = {
 #: What options that are None become, unless an integration proposes something else.
 DEFAULTS: dict[str, Any] = {
     "group_size": 0,
+    "embedding_parts": 1,
+    "activation_scheme": "static",
     "sensitivities": "measured",
     "rounding": "nearest",
     "train_float": True,
@@ -59,6 +62,7 @@ DEFAULTS: dict[str, Any] = {
     "step_learning_rate": 2e-3,
     "batch_size": 64,
     "calibration_batches": 4,
+    "self_written": 0.0,
 }
 
 
@@ -76,6 +80,13 @@ class Config:
         activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
             budget limits BitOps.
+        embedding_parts: Tables of equal size into which an embedding of 4096 rows or more is split, each with a
+            width of its own, since vocabularies are sorted by frequency. Embeddings that are tied, or named by
+            `exclude`, `pinned` or `groups`, stay whole. None means 1, or what the integration proposes.
+        activation_scheme: Where steps of quantized inputs come from: `"static"`, calibrated, one a tensor; or
+            `"dynamic"`, computed when a linear layer runs, one for each row (token), which costs a little time
+            and is much closer where tokens differ, as in transformers. Convolutions stay static. None means
+            `"static"`, or what the integration proposes.
         group_size: Inputs of a channel of linear layers and embeddings that share one step and one zero
             point (32, 64, 128); 0 gives each channel one step and no zero point. None means 0, or what
             the integration proposes for a model (64 for language models).
@@ -117,6 +128,8 @@ class Config:
         calibration_batches: Batches from which activation ranges and moments are taken; None takes 4, or what
             the integration proposes.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
+        self_written: Share of the text that a model which writes text is trained on that it writes itself,
+            0 to 1, where `data` is text. None means 0, or what the integration proposes.
         processor: Tokenizer or image processor, where `data` is text or pictures.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
             `hq_plugin.data` do not fit.
@@ -126,6 +139,9 @@ class Config:
             have done: the same call, started again after it was killed, goes on from there to the same result.
         checkpoint_seconds: Seconds between two states of training there.
         progress: Progress bars on stderr; None shows them on a terminal.
+        trackers: Experiment trackers that meta-training, search and fine-tuning log to: names that accelerate
+            knows (`"tensorboard"`, `"wandb"`, `"mlflow"`, ...), or its tracker objects, which are left open.
+        tracker_dir: Directory of trackers that write files.
     """
 
     effort: Effort = "balanced"
@@ -133,6 +149,8 @@ class Config:
     target: Literal["storage", "torch", "onnxruntime"] = "storage"
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     activation_bits: tuple[int, ...] | int | None = None
+    embedding_parts: int | None = None
+    activation_scheme: Literal["static", "dynamic"] | None = None
     group_size: int | None = None
     zero_points: Literal["fractional", "whole"] | None = None
     pinned: Mapping[str, int | tuple[int, int]] | None = None
@@ -159,12 +177,15 @@ class Config:
     recalibration: int = 32
     calibration_batches: int | None = None
     sequence_length: int | None = None
+    self_written: float | None = None
     processor: Any = None
     prepare_batch: Callable[[Any], tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] | None = None
     profile: Any = None
     checkpoint_dir: str | None = None
     checkpoint_seconds: float = 60.0
     progress: bool | None = None
+    trackers: tuple[Any, ...] = ()
+    tracker_dir: str | None = None
 
     def __post_init__(self) -> None:
         self._check_choice("effort", tuple(EFFORTS))
@@ -173,6 +194,7 @@ class Config:
         for name, choices in (
             ("sensitivities", ("measured", "fisher")),
             ("rounding", ("nearest", "second_order")),
+            ("activation_scheme", ("static", "dynamic")),
             ("zero_points", ("fractional", "whole")),
         ):
             if getattr(self, name) is not None:
@@ -200,17 +222,22 @@ class Config:
             self._check_number(name, least=0, optional=True)
         for name in ("hidden", "rank", "population", "recalibration"):
             self._check_number(name, least=1)
-        for name in ("holdout", "batch_size", "sequence_length", "calibration_batches"):
+        for name in ("holdout", "batch_size", "sequence_length", "calibration_batches", "embedding_parts"):
             self._check_number(name, least=1, optional=True)
         self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
                 raise ConfigError(f"{name}={value!r} must be a positive number.")
-        if self.checkpoint_dir is not None:
-            object.__setattr__(self, "checkpoint_dir", str(self.checkpoint_dir))
+        for name in ("checkpoint_dir", "tracker_dir"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, str(getattr(self, name)))
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers)
+        object.__setattr__(self, "trackers", trackers)
         if not isinstance(self.checkpoint_seconds, (int, float)) or not self.checkpoint_seconds >= 0:
             raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds!r} must be a number, 0 or more.")
+        if self.self_written is not None and not 0 <= self.self_written <= 1:
+            raise ConfigError(f"self_written={self.self_written!r} must be a share, 0 to 1.")
         if not 0 <= self.crossover <= 1:
             raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
 
@@ -273,6 +300,7 @@ class Config:
                 prepare_batch=None,
                 processor=None,
                 profile=None,
+                trackers=tuple(getattr(tracker, "name", tracker) for tracker in self.trackers),
                 loss="auto" if callable(self.loss) else self.loss,
             )
         )
@@ -286,12 +314,18 @@ class Config:
         """Reads what `to_json` wrote. Functions are not restored: pass them again as options."""
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         values["prepare_batch"] = values["processor"] = values["profile"] = None
+        values["trackers"] = ()
         if values.get("loss") not in ("auto", "kl", "mse"):
             values["loss"] = "auto"
         pinned = values.get("pinned")
         if pinned:
             values["pinned"] = {k: tuple(v) if isinstance(v, list) else v for k, v in pinned.items()}
-        return cls(**values)
+        config = cls(**values)
+        try:
+            check_types(config)
+        except TypeError as error:
+            raise ConfigError(f"An option is not possible: {error}.") from error
+        return config
 
 
 def _name_of(value: Any) -> str | None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hq_plugin.budget import Budget, format_bytes, format_count
 from hq_plugin.errors import BudgetError
 from hq_plugin.packing import packed_bytes
-from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
+from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES, ZERO_BYTES
 from hq_plugin.result import Costs, LayerReport
 from hq_plugin.sites import Site
@@ -98,7 +98,7 @@ class CostTable:
                     chosen = [(site, group.bits(site, w, a)) for site in group.sites]
                     self.weight_bytes[g, w, a] = sum(self.site_bytes(site, bits) for site, bits in chosen)
                     self.activation_bytes[g, w, a] = sum(
-                        ACTIVATION_QPARAM_BYTES for _, bits in chosen if bits.activation != FLOAT_BITS
+                        ACTIVATION_QPARAM_BYTES for _, bits in chosen if bits.static_input
                     )
                     self.bitops[g, w, a] = sum(site.macs * bits.weight * bits.activation for site, bits in chosen)
                     macs = sum(site.macs for site, _ in chosen)

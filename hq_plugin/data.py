@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hq_plugin.config import Config
+from hq_plugin.distribution import lost_process
 from hq_plugin.errors import DataError, HQError
+from hq_plugin.memory import out_of_memory
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 #: Leaders of the search are re-ranked on this many times the samples that score a candidate.
@@ -50,9 +52,11 @@ class Batch:
         """
         try:
             return self._without_padding(model(*self.args, **self.kwargs))
-        except (HQError, torch.OutOfMemoryError):
+        except HQError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+            if out_of_memory(error) or lost_process(error):
+                raise
             named = [*enumerate(self.args), *self.kwargs.items()]
             shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
             raise DataError(
@@ -60,15 +64,22 @@ class Batch:
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
             ) from error
 
+    @property
+    def kept(self) -> Tensor | None:
+        """Which positions of padded sequences count, bool `[samples, tokens]`; None where all do."""
+        mask = self.kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+            return None
+        return mask.bool()
+
     def _without_padding(self, output: Any) -> Any:
         """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
 
         What a model says of padding is never used: a loss over it would be spent on nothing.
         """
-        mask = self.kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        kept = self.kept
+        if kept is None:
             return output
-        kept = mask.bool()
 
         def of(value: Any) -> Any:
             if isinstance(value, Tensor):
@@ -173,6 +184,7 @@ def _from_dataset(
     options: dict[str, Any] = {"batch_size": batch_size}
     if like is not None:
         options |= {"collate_fn": like.collate_fn, "num_workers": like.num_workers}
+        options |= {"worker_init_fn": like.worker_init_fn}
     train_order = order[held:]
     generator = torch.Generator()
     loader = DataLoader(

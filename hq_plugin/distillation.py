@@ -5,6 +5,7 @@ Outputs may be tensors, tuples, dicts or objects with `logits`. Nothing here run
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,8 +89,16 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return divergence
 
 
+#: What each further tensor of an output counts beside its `last_hidden_state`.
+_BESIDE = 0.1
+
+
 def relative_error(student: Any, teacher: Any) -> Tensor:
-    """Squared error over the teacher's variance, the mean over the floating tensors of an output."""
+    """Squared error over the teacher's variance, the mean over the floating tensors of an output.
+
+    Where one of them is `last_hidden_state`, it counts ten times as much as each of the others: a pooler that
+    nobody may ever have trained (BERT's, of sentence encoders) is not to have half of the say.
+    """
     pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
     if not pairs:
         raise ModelError(
@@ -99,7 +108,11 @@ def relative_error(student: Any, teacher: Any) -> Tensor:
     errors = [
         (s.float() - t.float()).square().mean() / t.float().var(correction=0).clamp_min(1e-12) for s, t in pairs
     ]
-    return torch.stack(errors).mean()
+    weights = torch.ones(len(errors))
+    if isinstance(teacher, Mapping) and isinstance(teacher.get("last_hidden_state"), Tensor) and len(errors) > 1:
+        main = teacher["last_hidden_state"]
+        weights = torch.tensor([1.0 if t is main else _BESIDE for _, t in pairs])
+    return (torch.stack(errors) * (weights / weights.sum()).to(errors[0].device)).sum()
 
 
 def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
@@ -120,6 +133,16 @@ def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
     if loss == "mse" or scores is None:
         return relative_error
     return _kl_of_outputs
+
+
+def loss_name(loss: LossFunction) -> str:
+    """Returns what a distillation loss is called in reports."""
+    if loss is _kl_of_outputs:
+        return "KL divergence"
+    if loss is relative_error:
+        return "relative squared error"
+    name = str(getattr(loss, "__name__", type(loss).__name__))
+    return "custom loss" if name == "<lambda>" else name
 
 
 def _kl_of_outputs(student: Any, teacher: Any) -> Tensor:
@@ -170,7 +193,7 @@ class Fidelity:
     def distance(self) -> float:
         """Mean distance; infinite where the student's outputs were not finite."""
         mean = self._total / max(self._samples, 1)
-        return mean if mean == mean else float("inf")
+        return mean if math.isfinite(mean) else float("inf")
 
     @property
     def agreement(self) -> float | None:

@@ -6,27 +6,42 @@ scoring splits each generation of policies; what one process found, all are told
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
+import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 
-from hq_plugin.data import Batch
-from hq_plugin.errors import DataError, HQWarning
+from hq_plugin.errors import ConfigError, DataError, HQError, HQWarning, TrainingError
+
+if TYPE_CHECKING:
+    from hq_plugin.data import Batch
 
 T = TypeVar("T")
+#: Ways to run in which each process holds the whole model.
+_WHOLE = {kind for kind in DistributedType if kind.value.startswith(("NO", "MULTI_"))}
+#: What collectives say when the process at the other end is gone.
+_GONE = re.compile(r"gloo|nccl|ProcessGroup|connection (closed|reset) by (remote )?peer|broken pipe", re.IGNORECASE)
 
 
 def processes() -> tuple[int, int]:
     """Returns the number of this process and how many there are."""
     # Not PartialState, which does not read ACCELERATE_USE_CPU by itself.
     accelerator = Accelerator()
+    if accelerator.distributed_type not in _WHOLE:
+        raise ConfigError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which splits a model over "
+            "processes. hq_plugin needs the whole model in each: the search scores another policy in every "
+            "process. Configure data-parallel training (MULTI_GPU or MULTI_CPU), or use a device with more memory."
+        )
     return accelerator.process_index, accelerator.num_processes
 
 
@@ -39,7 +54,34 @@ def is_first() -> bool:
 def wait_for_all() -> None:
     """Waits until every process is here, where there are several."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+        with alive_together():
+            torch.distributed.barrier()
+
+
+def lost_process(error: BaseException) -> bool:
+    """Whether an error says that another process of the job is gone."""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return several and isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
+
+
+@contextmanager
+def alive_together() -> Iterator[None]:
+    """Inside, the loss of another process is said in words that help.
+
+    Raises:
+        TrainingError: Another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, HQError) or not lost_process(error):
+            raise
+        rank, count = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        raise TrainingError(
+            f"Another of the {count} processes has ended, and process {rank} cannot go on without it. The "
+            "launcher's last lines name it (root cause). Start the same command again; with checkpoint_dir=... it "
+            "goes on from what was kept."
+        ) from error
 
 
 def share_of_batch(batch: Batch) -> tuple[Batch, float]:
@@ -73,8 +115,9 @@ def map_split(function: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
+@functools.cache
 def warn_if_alone() -> None:
-    """Warns where several processes were asked for and each is alone, as happens on CPUs."""
+    """Warns, once, where several processes were asked for and each is alone, as happens on CPUs."""
     if processes()[1] > 1:
         return
     if os.environ.get("WORLD_SIZE", "1") not in ("", "1"):

@@ -1,12 +1,14 @@
-"""Accuracy of any model on labelled data, for `hq-plugin evaluate` and for an `eval_fn`."""
+"""Accuracy on labelled data, perplexity of text: for `hq-plugin evaluate` and for an `eval_fn`."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from hq_plugin.config import Config
@@ -46,3 +48,37 @@ def accuracy(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Confi
     if total == 0:
         raise DataError("data is empty: it gave no batch.")
     return hits / total, total
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Config) -> tuple[float, int]:
+    """Measures the perplexity of a causal language model: e to the mean negative log-likelihood of the next token.
+
+    Args:
+        model: Gives scores `[samples, tokens, vocabulary]`.
+        data: Batches with `input_ids`, a DataLoader or a Dataset; all of it is used.
+        config: Gives `batch_size` for a Dataset, and `prepare_batch`.
+
+    Returns:
+        The perplexity, and the number of tokens that were predicted.
+
+    Raises:
+        DataError: The data holds no token ids, or the model gives no scores of tokens.
+    """
+    if isinstance(data, Dataset):
+        data = DataLoader(data, batch_size=config.filled().batch_size)
+    split = batch_splitter(model, config)
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    model.eval()
+    surprise, tokens = 0.0, 0
+    for raw in data:
+        batch = make_batch(raw, split).to(device)
+        ids, scores = batch.kwargs.get("input_ids"), class_scores(batch.run(model))
+        if ids is None or scores is None or scores.shape[:2] != ids.shape:
+            raise DataError("Perplexity needs a causal language model, and text or batches with input_ids.")
+        losses = F.cross_entropy(scores[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+        surprise += float(losses)
+        tokens += ids[:, 1:].numel()
+    if tokens == 0:
+        raise DataError("data is empty: it gave no token to predict.")
+    return math.exp(surprise / tokens), tokens

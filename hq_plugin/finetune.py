@@ -20,7 +20,9 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.metaquantnet import ActivationSteps, WeightBlock
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.scoring import calibrate_activations
-from hq_plugin.training import Task, seeded, train
+from hq_plugin.seeding import seeded
+from hq_plugin.tracking import tracking
+from hq_plugin.training import Task, train
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
             blocks[id(old)] = block
         quantizer.block = blocks[id(old)]
         activation: Any = layer.activation_fake_quant
-        if activation.bits != FLOAT_BITS:
+        if activation.bits != FLOAT_BITS and not activation.is_dynamic:
             step_in, zero_point = activation.steps.qparams(activation.bits)
             device = activation.steps.log_step.device
             steps = ActivationSteps((activation.bits,)).to(device)
@@ -104,6 +106,6 @@ def finetune_network(
         checkpoint=checkpoint,
         show=config.progress,
     )
-    with seeded(config.seed + 1):
+    with seeded(config.seed + 1), tracking(config):
         train(task)
     return task.history

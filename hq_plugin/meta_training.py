@@ -20,8 +20,10 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.metaquantnet import MetaQuantNet
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.scoring import calibrate_activations
+from hq_plugin.seeding import seeded
 from hq_plugin.space import SearchSpace
-from hq_plugin.training import Task, seeded, train
+from hq_plugin.tracking import tracking
+from hq_plugin.training import Task, train
 
 #: The network's own weights learn at this share of the rate of what generates them: they are shared by
 #: all widths, and fine-tuning starts better where they stayed near the float model.
@@ -99,6 +101,6 @@ def meta_train_network(
         stage="meta-training",
         show=config.progress,
     )
-    with seeded(config.seed):
+    with seeded(config.seed), tracking(config):
         train(task)
     return task.history

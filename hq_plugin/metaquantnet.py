@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hq_plugin.config import Config
 from hq_plugin.errors import PolicyError
@@ -33,6 +34,9 @@ from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
 
 Kind = Literal["dense", "low_rank", "table"]
+
+#: Weights of this many elements or more are generated again in the backward pass, and not kept.
+_REGENERATED = 1 << 17
 
 
 class WeightBlock(nn.Module):
@@ -90,15 +94,49 @@ class WeightBlock(nn.Module):
         """Returns the zero point of every row, in the precision that is stored, or None for whole channels."""
         return None if self.zero is None else stored_zero(self.zero[self.index(bits)], bits, self.whole)
 
-    def weight(self, weight: Tensor, bits: int) -> Tensor:
-        """Returns the float weight that is to be quantized to `bits`, in the shape of `weight`."""
-        return weight
+    def weight(self, weight: Tensor, bits: int, channels: Tensor | None = None) -> Tensor:
+        """Returns the float weight that is to be quantized to `bits`, in the shape of `weight`.
+
+        Args:
+            weight: The layer's own weight.
+            bits: A width of the block.
+            channels: Indices of the channels that are wanted; None for all.
+        """
+        return weight if channels is None else weight[channels]
 
     def forward(self, weight: Tensor, bits: int) -> Tensor:
-        """Generates the quantized (fake-quantized) weight for a width."""
+        """Generates the quantized (fake-quantized) weight for a width.
+
+        For the backward pass a large weight is generated again, layer by layer: what is kept until then would
+        be several times the network.
+        """
+        if weight.numel() < _REGENERATED or not torch.is_grad_enabled():
+            return self._generate(weight, bits)
+        generated: Tensor = checkpoint(self._generate, weight, bits, use_reentrant=False, preserve_rng_state=False)
+        return generated
+
+    def _generate(self, weight: Tensor, bits: int) -> Tensor:
         rows = weight_rows(self.weight(weight, bits).float(), self.group_size)
         quantized = fake_quantize_weight(rows, self.step(bits), bits, self.zero_point(bits))
         return quantized.view_as(weight).to(weight.dtype)
+
+    def channels(self, weight: Tensor, bits: int, channels: Tensor) -> Tensor:
+        """Generates some channels of the quantized weight: those of `forward`, without the work for the others.
+
+        Args:
+            weight: The layer's own weight.
+            bits: A width of the block.
+            channels: Indices, `[wanted]`.
+
+        Returns:
+            `[wanted, ...]`.
+        """
+        count, zero = weight.shape[0], self.zero_point(bits)
+        step = self.step(bits).view(count, -1)[channels].flatten()
+        zero = None if zero is None else zero.view(count, -1)[channels].flatten()
+        wanted = self.weight(weight, bits, channels)
+        rows = weight_rows(wanted.float(), self.group_size)
+        return fake_quantize_weight(rows, step, bits, zero).view_as(wanted).to(weight.dtype)
 
     @torch.no_grad()
     def fixed(self, bits: int) -> WeightBlock:
@@ -177,9 +215,10 @@ class DenseBlock(_NetworkBlock):
         self.outer = nn.Linear(hidden, weight.numel(), bias=False)
         nn.init.zeros_(self.outer.weight)
 
-    def weight(self, weight: Tensor, bits: int) -> Tensor:
+    def weight(self, weight: Tensor, bits: int, channels: Tensor | None = None) -> Tensor:
         """Returns the pretrained weight plus the network's output for this width."""
-        return weight + self._reach(bits) * self.outer(self._hidden(bits)).view_as(weight)
+        adapted = weight + self._reach(bits) * self.outer(self._hidden(bits)).view_as(weight)
+        return adapted if channels is None else adapted[channels]
 
 
 class LowRankBlock(_NetworkBlock):
@@ -205,11 +244,14 @@ class LowRankBlock(_NetworkBlock):
         self.right = nn.Parameter(torch.zeros(rank, fan_in))
         nn.init.zeros_(self.gain.weight)
 
-    def weight(self, weight: Tensor, bits: int) -> Tensor:
+    def weight(self, weight: Tensor, bits: int, channels: Tensor | None = None) -> Tensor:
         """Returns the adapted weight for this width."""
         hidden = self._hidden(bits)
+        left: Tensor = self.left
         gain = 1 + _rounding(bits) * self.gain(hidden).view(-1, *(1,) * (weight.dim() - 1))
-        terms = (self.left * self.mix(hidden)) @ self.right
+        if channels is not None:
+            weight, gain, left = weight[channels], gain[channels], left[channels]
+        terms = (left * self.mix(hidden)) @ self.right
         return weight * gain + self._reach(bits) * terms.view_as(weight)
 
 
@@ -308,7 +350,7 @@ class MetaQuantNet(nn.Module):
                         importance.get(site.name),
                     )
                     self.blocks[_key(site.name)] = block
-                if site.quantizes_input and group.activation_bits != (FLOAT_BITS,):
+                if site.quantizes_input and group.activation_bits != (FLOAT_BITS,) and not group.is_dynamic(site):
                     steps = ActivationSteps(group.activation_bits).to(weights[site.name].device)
                     self.activations[_key(site.name)] = steps
 

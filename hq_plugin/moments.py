@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 
 from hq_plugin.data import Batch
 from hq_plugin.distillation import class_scores
 from hq_plugin.errors import ConfigError
+from hq_plugin.precision import autocast
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
 
@@ -33,7 +36,7 @@ class SiteMoments:
 
     Attributes:
         inputs: `[inputs]`, mean of the squared input over samples and positions; of an embedding, `[rows]`,
-            how often each row is looked up.
+            how often each row is looked up for each position of the output.
         outputs: `[outputs]`, mean of the squared gradient of a sample's loss at the output; of an embedding,
             `[width]`.
         kind: Kind of the site.
@@ -101,10 +104,12 @@ class _Sums:
     def see_gradient(self, gradient: Tensor) -> None:
         self.outputs = self.outputs + gradient.detach().float().reshape(-1, gradient.shape[-1]).square().sum(0)
 
-    def moments(self) -> SiteMoments | None:
+    def moments(self, positions: int) -> SiteMoments | None:
+        """Returns the moments for a loss that is a mean over `positions`, of which an embedding may see some."""
         if not self.count or not isinstance(self.inputs, Tensor) or not isinstance(self.outputs, Tensor):
             return None
-        return SiteMoments(self.inputs / self.count, self.outputs / self.count, self.site.kind)
+        inputs = self.inputs / (positions if self.site.kind == "embedding" else self.count)
+        return SiteMoments(inputs, self.outputs / self.count, self.site.kind)
 
 
 def collect_moments(
@@ -127,17 +132,24 @@ def collect_moments(
     sites = list(sites)
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
     read = {site.name: _read_weight(teacher, site) for site in sites if site.kind == "held" or not site.called}
+    if not sums and not read:
+        return {}  # only convolutions: nothing to see, and no gradient to see it by
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
     positions = 0
+    lookups = _Lookups()
     handles = []
     for name, sum_ in sums.items():
         module = teacher.get_submodule(name)
-        handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
+        if sum_.site.kind == "embedding":
+            handles += lookups.watch(module, sum_)
+        else:
+            handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
     generator: torch.Generator | None = None
     try:
         with torch.enable_grad():
             for batch in batches:
-                scores = class_scores(batch.run(teacher))
+                with autocast(), lookups:
+                    scores = class_scores(batch.run(teacher))
                 if scores is None:
                     raise ConfigError('sensitivities="fisher" needs class scores: an output with `.logits`.')
                 flat = scores.float().flatten(0, -2)
@@ -159,7 +171,7 @@ def collect_moments(
             weight.grad = None
     found: dict[str, Moments] = {name: WeightMoments(total / positions) for name, total in squares.items()}
     for name, sum_ in sums.items():
-        moments = sum_.moments()
+        moments = sum_.moments(positions)
         if moments is not None:
             found[name] = moments
     return found
@@ -172,15 +184,57 @@ def _read_weight(teacher: nn.Module, site: Site) -> Tensor:
 
 
 def _hook(sums: _Sums) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
-        sums.see_input(args[0] if args else next(iter(kwargs.values())))
-        # Parameters need no gradient, so the graph starts at the first site.
-        if not output.requires_grad:
-            output = output.detach().requires_grad_(True)
-        output.register_hook(sums.see_gradient)
-        return output
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not isinstance(output, Tensor):  # a router, say, that returns what it decided
+            return output
+        return _see(sums, args[0] if args else next(iter(kwargs.values())), output)
 
     return hook
+
+
+def _see(sums: _Sums, x: Tensor, output: Tensor) -> Tensor:
+    sums.see_input(x)
+    # Parameters need no gradient, so the graph starts at the first site.
+    if not output.requires_grad:
+        start = output.detach().requires_grad_(True)
+        start.register_hook(sums.see_gradient)
+        return start.clone()  # which the model may change in place
+    # A linear layer returns a view of its product; where a model changes that in place, the view loses its hooks.
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.shape[-1] == output.shape[-1]
+    (base if whole and base is not None else output).register_hook(sums.see_gradient)
+    return output
+
+
+class _Lookups(TorchFunctionMode):
+    """Sees which rows embeddings look up where they do it.
+
+    What a subclass is called with need not be rows (OPT's positions are called with a mask), and what it returns
+    need not be what it looked up (Gemma scales it).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: list[_Sums] = []
+
+    def watch(self, module: nn.Module, sums: _Sums) -> list[RemovableHandle]:
+        """Watches an embedding; returns the handles of its hooks."""
+
+        def enter(*_: Any) -> None:
+            self._inside.append(sums)
+
+        def leave(*_: Any) -> None:
+            self._inside.pop()
+
+        return [module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if self._inside and func is F.embedding:
+            return _see(self._inside[-1], args[0], output)
+        return output
 
 
 @torch.no_grad()

@@ -27,11 +27,14 @@ class LayerBits:
         activation: Bits of each element of the layer's input, 2 to 8, or 16 for floating point.
         group_size: Inputs of a channel that share one step and one zero point; 0 gives each channel one
             step and no zero point.
+        dynamic: Whether step and zero point of the input are computed when the layer runs, one for each row of
+            its last dimension (a token), and not calibrated, one a tensor.
     """
 
     weight: int
     activation: int = FLOAT_BITS
     group_size: int = 0
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         if self.weight not in WEIGHT_BITS or isinstance(self.weight, bool):
@@ -43,13 +46,23 @@ class LayerBits:
             )
         if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 0:
             raise PolicyError(f"Group size {self.group_size!r} is not possible: 0 or a number of inputs.")
+        if self.dynamic and self.activation == FLOAT_BITS:
+            raise PolicyError("A dynamic activation needs 2 to 8 bits; one in floating point has no steps.")
+
+    @property
+    def static_input(self) -> bool:
+        """Whether the layer keeps a step and a zero point for its input."""
+        return self.activation != FLOAT_BITS and not self.dynamic
 
     def __str__(self) -> str:
         group = f"g{self.group_size}" if self.group_size else ""
-        return f"W{self.weight}{group}" + ("" if self.activation == FLOAT_BITS else f"A{self.activation}")
+        inputs = "" if self.activation == FLOAT_BITS else f"A{self.activation}{'d' if self.dynamic else ''}"
+        return f"W{self.weight}{group}{inputs}"
 
     def to_json(self) -> list[int]:
-        """Returns `[weight bits, activation bits]`, and the group size where there is one."""
+        """Returns `[weight bits, activation bits(, group size(, 1 for a dynamic input))]`."""
+        if self.dynamic:
+            return [self.weight, self.activation, self.group_size, 1]
         return [self.weight, self.activation, *([self.group_size] if self.group_size else [])]
 
 
@@ -81,7 +94,7 @@ class HybridPolicy(Mapping[str, LayerBits]):
         return f"HybridPolicy({{{', '.join(f'{name!r}: {bits}' for name, bits in self._bits.items())}}})"
 
     def to_json(self) -> dict[str, list[int]]:
-        """Returns `{site: [weight bits, activation bits(, group size)]}`, which `from_json` reads back."""
+        """Returns `{site: [weight bits, activation bits(, group size(, dynamic))]}`, as `from_json` reads it."""
         return {name: bits.to_json() for name, bits in self._bits.items()}
 
     @classmethod
@@ -89,18 +102,24 @@ class HybridPolicy(Mapping[str, LayerBits]):
         """Reads a policy from a JSON string or its decoded form.
 
         Raises:
-            PolicyError: The JSON is not an object of `[weight bits, activation bits(, group size)]`.
+            PolicyError: The JSON is not an object of `[weight bits, activation bits(, group size(, dynamic))]`.
         """
         try:
             data = json.loads(text) if isinstance(text, str) else text
-            return cls({str(name): LayerBits(*map(_whole, pair)) for name, pair in data.items()})
-        except (ValueError, TypeError, AttributeError) as error:
+            return cls({str(name): _layer_bits(*map(_whole, pair)) for name, pair in data.items()})
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, PolicyError):
                 raise
             raise PolicyError(
                 'A policy is a JSON object such as {"layer1.conv": [4, 8]}: site name to '
                 f"[weight bits, activation bits]. This one is not: {error}"
             ) from error
+
+
+def _layer_bits(weight: int, activation: int = FLOAT_BITS, group_size: int = 0, dynamic: int = 0) -> LayerBits:
+    if dynamic not in (0, 1):
+        raise PolicyError(f"dynamic={dynamic!r} is not possible: 1 where the input is quantized, or 0.")
+    return LayerBits(weight, activation, group_size, bool(dynamic))
 
 
 def _whole(value: object) -> int:

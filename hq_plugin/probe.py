@@ -88,18 +88,20 @@ def _record(seen: Probe, name: str, kind: str) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         value = args[0] if args else next(iter(kwargs.values()), None)
         macs, numel = seen.calls.get(name, (0, 0))
-        if value is None:  # a HeldWeight, which multiplies nothing itself
+        if not isinstance(value, Tensor):  # a HeldWeight, which multiplies nothing itself, or positions by a shape
             seen.calls[name] = macs, numel
         else:
-            seen.calls[name] = macs + _macs(module, kind, output), numel + value.numel()
+            seen.calls[name] = macs + _macs(module, kind, value, output), numel + value.numel()
 
     return hook
 
 
-def _macs(module: nn.Module, kind: str, output: Tensor) -> int:
+def _macs(module: nn.Module, kind: str, value: Tensor, output: Any) -> int:
     if kind == "embedding":
         return 0
     weight: Tensor = module.weight  # type: ignore[assignment]
+    if not isinstance(output, Tensor):  # a linear layer that does more: every input vector meets every row
+        return value.numel() // max(value.shape[-1], 1) * weight.numel()
     # Every output element is a dot product over weight[0]: in_features, or in_channels/groups * kernel.
     return output.numel() * math.prod(weight.shape[1:])
 

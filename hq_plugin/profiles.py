@@ -27,14 +27,15 @@ from hq_plugin.data import Batch
 from hq_plugin.errors import ArtifactError, ConfigError, EngineError, HQWarning
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
-from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.policy import LayerBits
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.result import versions
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
-from hq_plugin.storage import write_text
+from hq_plugin.storage import read_sealed, sealed, write_text
 from hq_plugin.timing import machine, median_milliseconds
+from hq_plugin.untrusted import check_types, clean_errors
 
 FORMAT, VERSION = "hq_plugin profile", 1
 #: Share of the model's time by which promises may be wrong without a warning.
@@ -91,6 +92,15 @@ class Profile:
                     times[g, w, a] = sum(self._time(site, group.bits(site, w, a)) for site in group.sites)
         return self.slope * times
 
+    def put_into(self, costs: CostTable) -> None:
+        """Gives a cost table the latency of its choices.
+
+        Raises:
+            ConfigError: The profile lacks a layer or a width of its space.
+        """
+        costs.latency, costs.latency_rest = self.table(costs.space), self.rest
+        costs.latency_batch = self.batch
+
     def _time(self, site: Site, bits: LayerBits) -> float:
         try:
             return min(self.layers[signature(site)][width(bits)].values())
@@ -104,7 +114,8 @@ class Profile:
         """Writes the profile as JSON; the file appears whole or not at all."""
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_text(target, json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1))
+        content = sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
+        write_text(target, json.dumps(content, indent=1))
         return target
 
     @classmethod
@@ -116,20 +127,18 @@ class Profile:
         """
         source = Path(path).expanduser()
         try:
-            data = json.loads(source.read_text())
-            if data["format"] != FORMAT or not 1 <= int(data["version"]) <= VERSION:
-                raise ValueError(f"format {data['format']!r}, version {data['version']!r}")
+            data = read_sealed(source, FORMAT, VERSION)
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{source} cannot be read: {error}") from error
+        with clean_errors(source):
             made = cls(**{name: data[name] for name in cls.__dataclass_fields__})
+            check_types(made)
             kernels = [ms for widths in made.layers.values() for ms in widths.values()]
             if not all(kernels):
                 raise ValueError("a layer has no time")
             numbers = [made.rest, made.slope, made.error, *(ms for times in kernels for ms in times.values())]
-            if not all(isinstance(number, (int, float)) and 0 <= number < np.inf for number in numbers):
+            if not all(0 <= number < np.inf for number in numbers):
                 raise ValueError("a time is not a positive number")
-        except OSError as error:
-            raise ArtifactError(f"{source} cannot be read: {error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ArtifactError(f"{source} is not a profile that this hq_plugin reads: {error!r}") from error
         return made
 
     def warn_if_foreign(self) -> None:
@@ -177,7 +186,7 @@ def signature(site: Site) -> str:
 
 def width(bits: LayerBits) -> str:
     """Returns the key of a layer's widths."""
-    return f"{bits.weight},{bits.activation}" + (f",{bits.group_size}" if bits.group_size else "")
+    return ",".join(map(str, bits.to_json()))
 
 
 @torch.no_grad()
@@ -285,8 +294,7 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
                 "for that, or give Budget(latency_ms=..., batch=...)."
             )
     profile.warn_if_rough()
-    costs.latency, costs.latency_rest = profile.table(costs.space), profile.rest
-    costs.latency_batch = budget.batch
+    profile.put_into(costs)
 
 
 LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]
@@ -323,7 +331,7 @@ def random_layer(module: nn.Module, bits: LayerBits) -> PackedModule:
     rows = weight_rows(weight, bits.group_size).shape[0]
     offset = 0.5 if bits.weight <= 2 else 0.0  # a whole zero point, as fast kernels have
     zero = torch.full((rows,), offset, device=weight.device) if bits.group_size else None
-    quantized = bits.activation != FLOAT_BITS
+    quantized = bits.static_input
     return PackedModule.from_integers(
         module,
         integers,

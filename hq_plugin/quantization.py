@@ -2,7 +2,7 @@
 
 Weights are quantized symmetrically with one step a channel (axis 0), or affinely with one step and one
 zero point for each group of consecutive inputs of a channel; activations affinely with one step and one
-integer zero point a tensor. Steps are learned (LSQ, Esser et al., arXiv:1902.08153;
+integer zero point, a tensor or a row. Steps are learned (LSQ, Esser et al., arXiv:1902.08153;
 zero points as in LSQ+, arXiv:2004.09576). Everything here is a pure function of tensors: no module,
 no state, no policy.
 
@@ -246,6 +246,49 @@ def fake_quantize_activation(x: Tensor, step: Tensor, zero_point: Tensor, bits: 
         low, high = (limit - zero for limit in activation_range(bits))
         return ((x * (1 / step)).round().clamp(low, high) * step).to(x.dtype)
     return _FakeQuantizeActivation.apply(x, step, zero_point, bits)  # type: ignore[no-any-return]
+
+
+def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantizes an activation with a step and a zero point for each row of its last dimension.
+
+    Those of ONNX's DynamicQuantizeLinear, which takes them a tensor: the range is that of the row and 0.
+
+    Args:
+        x: Float, `[..., inputs]`.
+        bits: 2 to 8.
+
+    Returns:
+        Integers inside `activation_range(bits)` as floats, in the shape of `x`; steps and zero points,
+        `[..., 1]`. All are float32.
+    """
+    x, top = x.float(), activation_range(bits)[1]
+    low, high = x.amin(-1, keepdim=True).clamp(max=0.0), x.amax(-1, keepdim=True).clamp(min=0.0)
+    step = ((high - low) / top).clamp(min=_SMALLEST_STEP)
+    zero = (-low / step).round()
+    return ((x / step).round() + zero).clamp(0, top), step, zero
+
+
+class _FakeQuantizeRows(torch.autograd.Function):
+    """`quantize_rows` and back. Nothing lies outside a row's range, so the gradient passes everywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bits: int) -> Tensor:
+        integers, step, zero = quantize_rows(x, bits)
+        return integers.sub_(zero).mul_(step).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+def fake_quantize_rows(x: Tensor, bits: int) -> Tensor:
+    """Quantizes and dequantizes an activation row by row, differentiably in `x`.
+
+    Args:
+        x: Float, `[..., inputs]`; a row is a token, say.
+        bits: 2 to 8.
+    """
+    return _FakeQuantizeRows.apply(x, bits)  # type: ignore[no-any-return]
 
 
 def optimal_weight_step(weight: Tensor, bits: int, importance: Tensor | None = None) -> Tensor:

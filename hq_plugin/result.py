@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hq_plugin.errors import ArtifactError
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.untrusted import check_types, clean_errors
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,11 @@ class Baseline:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One site of the result: its widths, shape, bytes and BitOps."""
+    """One site of the result: its widths, shape, bytes and BitOps.
+
+    Where its input is quantized, it is `(integer - activation_zero_point) * activation_step`, the integers being
+    0 to `2 ** activation_bits - 1`.
+    """
 
     name: str
     kind: str
@@ -64,6 +72,35 @@ class LayerReport:
     activation_bits: int
     size: int
     bitops: float
+    activation_step: float | None = None
+    activation_zero_point: int | None = None
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What each width of a group of sites costs alone, every other one at its widest.
+
+    Attributes:
+        sites: The sites, which share their widths.
+        weight_bits: Widths for the weights, ascending.
+        weight: Rise of the distance to the float model at each of them.
+        activation_bits: Widths for the inputs.
+        activation: Rise of the distance at each of them.
+    """
+
+    sites: tuple[str, ...]
+    weight_bits: tuple[int, ...]
+    weight: tuple[float, ...]
+    activation_bits: tuple[int, ...]
+    activation: tuple[float, ...]
+
+    def rise(self, weight_bits: int, activation_bits: int) -> float | None:
+        """Returns the rise of two widths together, or None where they are not among those measured."""
+        weights = dict(zip(self.weight_bits, self.weight, strict=True))
+        activations = dict(zip(self.activation_bits, self.activation, strict=True))
+        if weight_bits not in weights or activation_bits not in activations:
+            return None
+        return weights[weight_bits] + activations[activation_bits]
 
 
 @dataclass
@@ -87,10 +124,16 @@ class Result:
         layers: Every site.
         float_layers: Layers that stay float: name, type, parameters and reason.
         history: `"meta_training"` and `"finetune"`: one `{"step", "loss"}` a record; `"search"`: one
-            `{"evaluation", "policy", "score"}` for every policy scored.
+            `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
         seconds: Wall time of each stage.
+        memory: Most bytes in use so far at the end of each stage (`hq_plugin.memory.peak_memory`).
         config: The options.
         versions: Versions of hq_plugin, torch and Python.
+        model: Name of the float model: its library's, or its class.
+        distance: What the distances are: `"KL divergence"`, `"relative squared error"`, or the name of a loss.
+        sensitivities: What each width costs alone, from which the search started.
+        front: Policies that additive sensitivities predict to be best over the budget's first limit: each the
+            fields of `Costs`, and `"predicted"`, the sum of its sensitivities.
     """
 
     policy: HybridPolicy
@@ -110,8 +153,13 @@ class Result:
     float_metric: float | None = None
     history: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    model: str = ""
+    distance: str = ""
+    sensitivities: list[Sensitivity] = field(default_factory=list)
+    front: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def effective_bits(self) -> float:
@@ -128,6 +176,46 @@ class Result:
         """BitOps of one sample."""
         return self.costs.bitops
 
+    def report(self, path: str | Path) -> Path:
+        """Writes the report: what was decided, why, and what it gave.
+
+        Args:
+            path: `"report.html"`, one page that needs nothing else; `"report.json"`, the data of that page; or
+                `"report.png"`, `.svg` or `.pdf`, its figures by matplotlib. The file appears whole or not at all.
+
+        Returns:
+            The file.
+
+        Raises:
+            ConfigError: The name ends in none of these, or matplotlib is missing.
+            ArtifactPathError: The file cannot be written.
+        """
+        from hq_plugin.report import write_report
+
+        return write_report(self, path)
+
+    def plot(self, what: str = "overview") -> Figure:
+        """Draws the report with matplotlib, for papers and notebooks.
+
+        Args:
+            what: `"widths"`, `"sensitivities"`, `"front"`, `"training"`, `"search"`, or `"overview"`: all of them.
+
+        Returns:
+            The figure, which is not shown: `figure.savefig("front.pdf")`.
+
+        Raises:
+            ConfigError: matplotlib is not installed, or there is no such figure.
+        """
+        from hq_plugin.report.figures import draw
+
+        return draw(self, what)
+
+    def _repr_html_(self) -> str:
+        """Returns a summary for Jupyter."""
+        from hq_plugin.report import summary
+
+        return summary(self)
+
     def to_json(self) -> dict[str, Any]:
         """Returns the result as JSON values, which `from_json` reads back."""
         data = {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -135,6 +223,7 @@ class Result:
         data["policy"] = self.policy.to_json()
         data["costs"] = asdict(self.costs)
         data["layers"] = [asdict(layer) for layer in self.layers]
+        data["sensitivities"] = [asdict(group) for group in self.sensitivities]
         data["baselines"] = {
             name: {**vars(b), "policy": b.policy.to_json(), "costs": asdict(b.costs)}
             for name, b in self.baselines.items()
@@ -143,13 +232,14 @@ class Result:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Result:
-        """Reads what `to_json` wrote.
+        """Reads what `to_json` wrote, also by an earlier version: fields that it lacked keep their defaults.
 
         Raises:
             ArtifactError: A field is missing or has the wrong form.
         """
-        try:
-            values = {name: data[name] for name in cls.__dataclass_fields__}
+        with clean_errors("The saved report"):
+            required = [f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING]
+            values = {f.name: data[f.name] for f in fields(cls) if f.name in data or f.name in required}
             values["policy"] = HybridPolicy.from_json(data["policy"])
             values["costs"] = Costs(**data["costs"])
             values["layers"] = [
@@ -159,9 +249,13 @@ class Result:
                 name: Baseline(**{**b, "policy": HybridPolicy.from_json(b["policy"]), "costs": Costs(**b["costs"])})
                 for name, b in data["baselines"].items()
             }
-            return cls(**values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"The saved report cannot be read: {error!r}") from error
+            values["sensitivities"] = [
+                Sensitivity(**{name: tuple(value) for name, value in group.items()})
+                for group in data.get("sensitivities", [])
+            ]
+            result = cls(**values)
+            check_types(result)
+            return result
 
 
 def versions() -> dict[str, str]:

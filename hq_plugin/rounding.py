@@ -22,8 +22,10 @@ from hq_plugin.quantization import dequantize_weight, per_channel, quantize_weig
 _BLOCK = 128
 #: What is added to the diagonal, as a share of its mean (GPTQ, section 3.3).
 _DAMPING = 0.01
-#: Distance from the edge of an integer's interval at which a moved weight starts, in steps.
-_MARGIN = 0.02
+#: Distance from the edge of an integer's interval at which a moved weight starts, in steps. The first steps of
+#: training move every weight by as much as the learning rate, whatever it gains: one that starts on the edge turns
+#: back to the nearest integer, and what the rounding gained is lost.
+_MARGIN = 0.25
 
 
 @torch.no_grad()
@@ -37,10 +39,13 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    kept: Tensor | None = None
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            if kept is not None and x.shape[:2] == kept.shape:
+                x = x[kept]  # without padding
             flat = x.reshape(-1, x.shape[-1]).float()
             product = flat.T @ flat
             sums[name] = product if name not in sums else sums[name].add_(product)
@@ -53,6 +58,7 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
     ]
     try:
         for batch in batches:
+            kept = batch.kept
             with autocast():
                 batch.run(network)
     finally:

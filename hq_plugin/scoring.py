@@ -6,20 +6,25 @@ each policy on a few training samples (`recalibration.py`) before it is scored.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
 
 from hq_plugin import torch_ao
 from hq_plugin.data import Batch, Data
 from hq_plugin.distillation import Fidelity, LossFunction
+from hq_plugin.errors import HQWarning
+from hq_plugin.memory import out_of_memory
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.precision import autocast
 from hq_plugin.recalibration import Recalibration
+from hq_plugin.seeding import seeded
 from hq_plugin.sites import foldable
 
 
@@ -32,10 +37,11 @@ class Scorer:
         loss: The distance.
         samples: Held-out samples that score a candidate of the search.
         recalibration: Samples on which BatchNorm statistics are re-estimated for each policy.
+        seed: Of what is random in reading the data.
     """
 
     def __init__(
-        self, teacher: nn.Module, data: Data, loss: LossFunction, samples: int, recalibration: int
+        self, teacher: nn.Module, data: Data, loss: LossFunction, samples: int, recalibration: int, seed: int = 0
     ) -> None:
         self.teacher, self.loss = teacher, loss
         self.device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
@@ -46,6 +52,7 @@ class Scorer:
         self._targets: dict[int, Any] = {}
         self._data = data
         self._recalibrations: dict[int, Recalibration] = {}
+        self._parts, self._seed = 1, seed
 
     def recalibrate(self, network: nn.Module, samples: int | None = None) -> None:
         """Re-estimates a network's BatchNorm statistics on training samples.
@@ -56,7 +63,10 @@ class Scorer:
         """
         samples = self.recalibration if samples is None else samples
         if samples not in self._recalibrations:
-            self._recalibrations[samples] = Recalibration(self.teacher, list(self._first(samples)))
+            # Data may be augmented at random; which samples these are must not hang on what was read before.
+            with seeded(self._seed):
+                first = list(self._first(samples))
+            self._recalibrations[samples] = Recalibration(self.teacher, first)
         self._recalibrations[samples](network)
 
     def _first(self, samples: int) -> Iterator[Batch]:
@@ -81,13 +91,36 @@ class Scorer:
             if samples is not None and seen >= samples:
                 break
             with autocast():
-                output = batch.run(network)
-                target = self._targets[number] if number in self._targets else batch.run(self.teacher)
+                output = self._run(network, batch)
+                target = self._targets[number] if number in self._targets else self._run(self.teacher, batch)
             if seen < self.samples:
                 self._targets[number] = target
             fidelity.update(output, target, batch.labels, batch.size)
             seen += batch.size
         return fidelity
+
+    def _run(self, model: nn.Module, batch: Batch) -> Any:
+        """Runs a model on a batch; where memory is too little, in smaller parts from then on.
+
+        In eval mode no sample depends on another, so that the parts' outputs together are the batch's.
+        """
+        while True:
+            try:
+                size = -(-batch.size // self._parts)
+                parts = [batch.part(at, min(at + size, batch.size)) for at in range(0, batch.size, size)]
+                return parts[0].run(model) if len(parts) == 1 else _joined([part.run(model) for part in parts])
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error) or self._parts >= batch.size:
+                    raise
+            clear_device_cache(garbage_collection=True)
+            if self._parts == 1:
+                warnings.warn(
+                    f"Memory is too little to score a batch of {batch.size} samples at once: from here on it is "
+                    "done in parts. Scores stay the same.",
+                    HQWarning,
+                    stacklevel=4,
+                )
+            self._parts *= 2
 
     def score(self, network: nn.Module, policy: HybridPolicy, *, samples: int | None = None) -> Fidelity:
         """Puts a policy in force, recalibrates BatchNorm for it, and measures.
@@ -102,6 +135,19 @@ class Scorer:
         samples = held if samples is None else min(samples, held)
         self.recalibrate(network)
         return self.measure(network, samples=samples)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    """Joins the outputs of the parts of a batch: tensors along the samples, what has none as in the first."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        return torch.cat(outputs) if first.dim() else first
+    if isinstance(first, Mapping):
+        return {name: _joined([output[name] for output in outputs]) for name in first}
+    if isinstance(first, (tuple, list)):
+        return [_joined(list(parts)) for parts in zip(*outputs, strict=True)]
+    logits = getattr(first, "logits", None)
+    return {"logits": _joined([output.logits for output in outputs])} if isinstance(logits, Tensor) else first
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Step 2 of the method: the genetic search for the best widths under a budget, on nevergrad.
+"""Step 2 of the method: the genetic search for the best widths under a budget, on nevergrad (`evolution.py`).
 
 Section 3.3 of arXiv:2004.11506. The population starts from the exact dynamic-programming solution of
 additive sensitivities and from the best uniform policies. Offspring are made by mutation and uniform
@@ -11,28 +11,25 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import nevergrad as ng
 import numpy as np
-from nevergrad.common.errors import LossTooLargeWarning
 from numpy.typing import NDArray
 
-from hq_plugin.allocation import Repair, dynamic_programming, monotone, moved
+from hq_plugin.allocation import Repair, dynamic_programming, monotone
 from hq_plugin.config import Config
 from hq_plugin.cost import Resource, Table
 from hq_plugin.errors import TrainingError
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.progress import progress
 from hq_plugin.space import Genome, SearchSpace
+from hq_plugin.tracking import track, tracking
 
 #: Scores policies; the lower the better.
 Score = Callable[[Sequence[HybridPolicy]], list[float]]
 
-#: How often a candidate that was scored before is mutated again before it is given up.
-_RETRIES = 4
 #: How many of the best are returned, but no more than a sixth of what was scored.
 _LEADERS = 8
 #: The search ends when so many generations brought no new policy: a small space is exhausted.
@@ -118,50 +115,6 @@ def additive_sensitivities(
     return table
 
 
-class PolicyGenome(ng.p.Array):
-    """A genome as a nevergrad parameter, with the operators of the genetic algorithm.
-
-    Mutation is `allocation.moved`; crossover takes each group's widths from one of two parents. Both end in repair.
-    """
-
-    def __init__(self, genome: Genome, repair: Repair, known: Container[bytes]) -> None:
-        super().__init__(init=genome.astype(float))
-        self._repair, self._known = repair, known
-
-    @property
-    def genome(self) -> Genome:
-        """The genome as integers."""
-        return np.asarray(self.value).round().astype(np.int64)
-
-    def _set(self, genome: Genome) -> None:
-        self.value = self._repair(genome).astype(float)
-
-    def mutate(self) -> None:
-        """Moves some genes and repairs, again if that gives a genome that was scored before."""
-        start = self.genome
-        for _ in range(_RETRIES):
-            genome = moved(start, self._repair.top, self.random_state)
-            self._set(genome)
-            if _key(self.genome) not in self._known:
-                break
-
-    def recombine(self, *others: PolicyGenome) -> None:  # type: ignore[override]
-        """Takes each group's widths from this parent or from another, and repairs."""
-        genome = self.genome
-        for other in others:
-            taken = self.random_state.rand(len(genome)) < 0.5
-            genome[taken] = other.genome[taken]
-        self._set(genome)
-
-    def sample(self) -> PolicyGenome:
-        """Returns a new individual for the first population: several mutations away from this one."""
-        child = self.spawn_child()
-        for _ in range(3):
-            child.mutate()
-        child._set_parenthood(None)
-        return child
-
-
 def genetic_search(
     space: SearchSpace,
     resources: Sequence[Resource],
@@ -180,6 +133,9 @@ def genetic_search(
         config: Gives the number of evaluations, the population, crossover and seed.
         uniform: The best uniform genomes inside the budget.
     """
+    # nevergrad takes more than a second to import, and most who import hq_plugin never search.
+    from hq_plugin.evolution import LossTooLargeWarning, evolution
+
     began, scoring = time.perf_counter(), 0.0
     rng = np.random.RandomState(config.seed)
     losses = monotone(sensitivities)
@@ -188,26 +144,14 @@ def genetic_search(
     known: dict[bytes, Scored] = {}
     budget = max(config.steps.evaluations, 1)
 
-    parameter = PolicyGenome(planned, repair, known)
-    parameter.random_state = rng
     population = min(config.population, max(2, budget // 3))
-    family = ng.families.EvolutionStrategy(
-        recombination_ratio=config.crossover,
-        popsize=population,
-        offsprings=population,
-        only_offsprings=False,
-        ranker="simple",
-    )
-    with warnings.catch_warnings():
-        # nevergrad calls budgets below 60 inefficient; "smoke" knows.
-        warnings.simplefilter("ignore")
-        optimizer = family(parameter, budget=10 * budget)
+    optimizer = evolution(planned, repair, known, rng, population, config.crossover, budget)
     # Uniform policies enter filled up; as they are, they are baselines, which the caller measures.
     starts = [planned, *(repair(genome) for genome in uniform)]
     for genome in reversed(starts):
         optimizer.suggest(genome.astype(float))
 
-    with progress(config.progress) as bars, warnings.catch_warnings():
+    with progress(config.progress) as bars, tracking(config), warnings.catch_warnings():
         warnings.simplefilter("ignore", LossTooLargeWarning)  # the worst score is meant to be large
         bar = bars.task("search", total=budget)
         stale = 0
@@ -215,8 +159,8 @@ def genetic_search(
             generation: list[Any] = [optimizer.ask() for _ in range(population)]
             new: dict[bytes, Genome] = {}
             for candidate in generation:
-                if _key(candidate.genome) not in known and len(known) + len(new) < budget:
-                    new.setdefault(_key(candidate.genome), candidate.genome)
+                if candidate.key not in known and len(known) + len(new) < budget:
+                    new.setdefault(candidate.key, candidate.genome)
             stale = 0 if new else stale + 1
             began_scoring = time.perf_counter()
             values = score([space.policy(genome) for genome in new.values()]) if new else []
@@ -224,11 +168,13 @@ def genetic_search(
             for (key, genome), value in zip(new.items(), values, strict=True):
                 known[key] = Scored(genome, value if np.isfinite(value) else float("inf"))
             if new:
-                bar.advance(len(new), best=min(scored.score for scored in known.values()))
+                lowest = min(scored.score for scored in known.values())
+                bar.advance(len(new), best=lowest)
+                track("search", len(known) - 1, best=lowest, generation=float(np.mean(values)))
             for candidate in generation:
-                if _key(candidate.genome) in known:
+                if candidate.key in known:
                     # A large finite number, since nevergrad compares losses by arithmetic.
-                    optimizer.tell(candidate, min(known[_key(candidate.genome)].score, 1e30))
+                    optimizer.tell(candidate, min(known[candidate.key].score, 1e30))
     evaluations = list(known.values())
     best = sorted(evaluations, key=lambda scored: scored.score)[: min(_LEADERS, max(1, budget // 6))]
     return SearchResult(
@@ -238,7 +184,3 @@ def genetic_search(
         scoring,
         {"dynamic_programming": [planned], "uniform": list(uniform)},
     )
-
-
-def _key(genome: Genome) -> bytes:
-    return genome.tobytes()

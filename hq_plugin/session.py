@@ -7,13 +7,15 @@ policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quant
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -25,10 +27,13 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Batch, Data
-from hq_plugin.distillation import Fidelity, LossFunction, loss_function
-from hq_plugin.distribution import map_split
+from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
+from hq_plugin.distribution import alive_together, map_split, processes
+from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
+from hq_plugin.interruption import interrupted
 from hq_plugin.kernels import choose_kernels
+from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
@@ -38,11 +43,15 @@ from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
-from hq_plugin.sites import find_sites, hold_parameters
+from hq_plugin.seeding import seeded
+from hq_plugin.sites import find_sites, hold_parameters, split_tables
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import fingerprint
+from hq_plugin.tracking import track, tracking
 
 EvalFunction = Callable[[nn.Module], float]
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
 QUICK = 4
@@ -62,9 +71,11 @@ class Found:
         costs: What it costs.
         used: Share of each limit that it uses.
         baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
-        history: One `{"evaluation", "policy", "score"}` for every policy scored.
+        history: One `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
         seconds: Wall time of the sensitivities, of the search with its re-ranking, and of the genetic
             search alone: in scoring, and outside it (`search_overhead`).
+        memory: Most bytes in use so far at the end of the search.
+        front: What additive sensitivities predict to be best over the budget's first limit.
     """
 
     policy: HybridPolicy
@@ -74,6 +85,20 @@ class Found:
     baselines: dict[str, Baseline]
     history: list[dict[str, Any]]
     seconds: dict[str, float]
+    memory: dict[str, dict[str, int]] = field(default_factory=dict)
+    front: list[dict[str, Any]] = field(default_factory=list)
+
+
+def _stage(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
+    """Lets what is random in a method of `Session` follow from its seed, with its checkpoint for itself alone."""
+
+    @functools.wraps(method)
+    def stage(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        kept = self.checkpoint.held() if self.checkpoint else nullcontext()
+        with seeded(self.config.seed), alive_together(), kept:
+            return method(self, *args, **kwargs)
+
+    return stage
 
 
 class Session:
@@ -90,6 +115,9 @@ class Session:
             meta-training; dynamic programming and the sampler of policies plan with it.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
+        memory: Most bytes in use so far at the end of each stage.
+        scored: Every policy that the session's searches scored.
+        source: Arguments of the command line that give the float model and its data, where it made the session.
     """
 
     def __init__(
@@ -101,6 +129,9 @@ class Session:
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.memory: dict[str, dict[str, int]] = {}
+        self.scored: list[Scored] = []
+        self.source: tuple[str, ...] = ()
         self.sensitivities: Table
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
@@ -109,7 +140,9 @@ class Session:
         self._scorer: Scorer | None = None
 
     @classmethod
-    def create(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None) -> Session:
+    def create(
+        cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None, *, share: bool = False
+    ) -> Session:
         """Finds the sites, builds the MetaQuantNet and meta-trains it (step 1).
 
         Args:
@@ -117,16 +150,24 @@ class Session:
             data: Prepared batches.
             config: Options.
             budget: Where it is known, policies are sampled around it.
+            share: Whether the teacher's weights may be those of `model` and not a copy: for sessions that end
+                before anyone can change them.
 
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
         """
+        with seeded(config.seed):
+            return cls._created(model, data, config, budget, share)
+
+    @classmethod
+    def _created(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None, share: bool) -> Session:
+        processes()  # which find each other here, before any of them writes or waits
         config = config.filled()
         if config.activation_bits is None:
             limits_bitops = budget is not None and budget.bitops is not None
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
-        teacher = teacher_of(model, data)
+        teacher = teacher_of(model, data, config, share=share)
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         if budget is not None:
@@ -145,23 +186,43 @@ class Session:
         session.checkpoint = _checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
-        sampler = PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus)
-        session.history = meta_train_network(
-            session.network, teacher, sampler, data, session.loss, config, session.checkpoint
-        )
+        session.memory["sensitivities"] = peak_memory()
+        session._meta_train(PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus))
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
+        session.memory["meta_training"] = peak_memory()
         return session
+
+    @_stage
+    def _meta_train(self, sampler: PolicySampler) -> None:
+        self.history = meta_train_network(
+            self.network, self.teacher, sampler, self.data, self.loss, self.config, self.checkpoint
+        )
 
     @property
     def scorer(self) -> Scorer:
         """Scores policies on the held-out data."""
         if self._scorer is None:
             self._scorer = Scorer(
-                self.teacher, self.data, self.loss, self.config.steps.holdout, self.config.recalibration
+                self.teacher,
+                self.data,
+                self.loss,
+                self.config.steps.holdout,
+                self.config.recalibration,
+                self.config.seed,
             )
         return self._scorer
 
+    def sampler(self, budget: str | Budget | None = None) -> PolicySampler:
+        """Returns what gives the policy of each step of meta-training, for a training loop of your own.
+
+        Args:
+            budget: Around which policies are sampled; None samples near the front of all budgets.
+        """
+        focus = [] if budget is None else self._resources(budget)
+        return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
+
+    @_stage
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
@@ -179,6 +240,7 @@ class Session:
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
             ranked = self._rerank(found.leaders, found.seeds)
+        self.scored += found.evaluations
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
         return Found(
@@ -187,15 +249,14 @@ class Session:
             costs=ranked[chosen].costs,
             used={resource.name: resource.used(genome) for resource in resources},
             baselines=ranked,
-            history=[
-                {"evaluation": n, "policy": self.space.policy(scored.genome).to_json(), "score": scored.score}
-                for n, scored in enumerate(found.evaluations)
-            ],
+            history=scored_history(self.costs, found.evaluations),
             seconds={
                 "search": time.perf_counter() - began,
                 "search_scoring": found.scoring_seconds,
                 "search_overhead": found.seconds - found.scoring_seconds,
             },
+            memory={"search": peak_memory()},
+            front=predicted_front(self.costs, self.sensitivities, resources[0].cost),
         )
 
     def _resources(self, budget: str | Budget) -> list[Resource]:
@@ -212,10 +273,18 @@ class Session:
         known = {name: None if kept is None else kept.score(name) for name in names}
         new = [(name, policy) for name, policy in zip(names, policies, strict=True) if known[name] is None]
 
-        def distance(item: tuple[str, HybridPolicy]) -> float:
-            return self.scorer.score(self.network, item[1], samples=samples).distance
+        scored: dict[str, float] = {}
 
-        found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+        def distance(item: tuple[str, HybridPolicy]) -> float:
+            scored[item[0]] = self.scorer.score(self.network, item[1], samples=samples).distance
+            return scored[item[0]]
+
+        try:
+            found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+        except KeyboardInterrupt:
+            if kept is not None:
+                kept.add_scores(scored)
+            raise interrupted(stage, None if kept is None else kept.directory) from None
         if kept is not None:
             kept.add_scores(found)
         return [found[name] if name in found else float(known[name] or 0.0) for name in names]
@@ -260,6 +329,7 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
+    @_stage
     def _measure_sensitivities(self, moments: Mapping[str, Moments]) -> Table:
         """Finds, on the network as it is, what each width of each group costs alone.
 
@@ -290,8 +360,10 @@ class Session:
             The packed model, with `.hq` (a `Result`).
         """
         budget = Budget.parse(budget)
-        return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
+        with tracking(self.config):
+            return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
 
+    @_stage
     def finetune(
         self,
         found: Found | HybridPolicy,
@@ -318,30 +390,26 @@ class Session:
         """
         if isinstance(found, HybridPolicy):
             costs = self.costs.costs(self.space.genome(found))
-            found = Found(found, "given", costs, {}, {}, [], {})
+            front = predicted_front(self.costs, self.sensitivities, self.costs.weight_bytes)
+            found = Found(found, "given", costs, {}, {}, [], {}, front=front)
         config = replace(
             self.config,
             finetune_from=start or self.config.finetune_from,
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
         began = time.perf_counter()
-        if config.finetune_from == "float":
-            network = float_network(self.teacher, found.policy, self.data, config)
-        else:
-            network = generated_network(self.network, found.policy)
-        if config.rounding == "second_order":
-            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
-        self.scorer.recalibrate(network, RECALIBRATION)
-        before = copy.deepcopy(network.state_dict())
+        network = self._start(found.policy, config)
         untrained = self.scorer.measure(network)
         stage = f"fine-tuning of {found.policy.to_json()} by {_decisive(config)}"
         history = finetune_network(network, self.teacher, self.data, self.loss, config, self.checkpoint, stage)
         fidelity = self.scorer.measure(network)
         if not fidelity.distance <= untrained.distance:
-            # A handful of steps can be worse than none; then none are taken.
-            network.load_state_dict(before)
+            # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
+            # would cost as much memory as the model.
+            network = self._start(found.policy, config)
             fidelity = untrained
         tuned = time.perf_counter()
+        memory = {**self.memory, **found.memory, "finetune": peak_memory()}
         # accelerate may have trained on another device than the one that the model came from.
         packed = torch_ao.convert(network).to(self.device)
         if config.target == "torch" or (config.target == "storage" and budget is not None and budget.latency_ms):
@@ -370,15 +438,41 @@ class Session:
             metric=None if eval_fn is None else float(eval_fn(packed)),
             float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
             baselines=found.baselines,
-            layers=self.costs.layers(found.policy),
+            layers=with_activations(self.costs.layers(found.policy), packed),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],
             history={"meta_training": self.history, "search": found.history, "finetune": history},
             seconds=seconds,
+            memory={**memory, "convert": peak_memory()},
             config=config.to_json(),
             versions=versions(),
+            model=model_name(self.teacher),
+            distance=loss_name(self.loss),
+            sensitivities=group_sensitivities(self.space, self.sensitivities),
+            front=found.front,
         )
+        with tracking(config):
+            accuracies = {"accuracy": fidelity.accuracy, "float_accuracy": float_accuracy}
+            track(
+                "result",
+                0,
+                kl=fidelity.distance,
+                bits=found.costs.weight_bits,
+                bytes=found.costs.size,
+                **accuracies,
+            )
         adapter = adapters.find(packed)
         return packed if adapter is None else adapter.finish(packed)
+
+    def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
+        """Returns the network that fine-tuning starts from."""
+        if config.finetune_from == "float":
+            network = float_network(self.teacher, policy, self.data, config)
+        else:
+            network = generated_network(self.network, policy)
+        if config.rounding == "second_order":
+            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
+        self.scorer.recalibrate(network, RECALIBRATION)
+        return network
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
@@ -410,17 +504,24 @@ def _checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Ch
 
 def _decisive(config: Config) -> dict[str, Any]:
     """Returns the options that a result depends on."""
-    free = ("progress", "checkpoint_dir", "checkpoint_seconds")
+    free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 
-def teacher_of(model: nn.Module, data: Data) -> nn.Module:
+def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = False) -> nn.Module:
     """Returns the frozen copy of a float model that everything is measured against.
 
-    Parameters that are matrices of products are layers of their own in it.
+    Parameters that are matrices of products are layers of their own in it, large embeddings several.
+
+    Args:
+        model: The float model; it is not changed.
+        data: Gives inputs for one forward.
+        config: Options.
+        share: Whether parameters share their memory with those of `model`.
     """
-    teacher = copy.deepcopy(model).eval().requires_grad_(False)
-    return hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run)
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
+    teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    return split_tables(hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run), config)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

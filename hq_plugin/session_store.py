@@ -10,17 +10,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.errors import ArtifactError, HQError, ModelError
+from hq_plugin.distillation import loss_name
+from hq_plugin.errors import ArtifactError, ModelError
+from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
+from hq_plugin.outline import Outline, read_outline, read_table, write_outline, write_table
+from hq_plugin.search import Scored
 from hq_plugin.session import Session, search_space, teacher_of
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
+from hq_plugin.untrusted import at_most, clean_errors
 
 FORMAT, VERSION = "hq_plugin session", 1
+#: Building the network registers its tensors some times over, but not more than this.
+_SLACK = 16
 
 
 def save_session(session: Session, directory: str | Path, *, overwrite: bool = False) -> Path:
@@ -43,11 +49,10 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
         "config": session.config.to_json(),
         "history": session.history,
         "seconds": session.seconds,
-        "sensitivities": [
-            [[value if np.isfinite(value) else None for value in row] for row in group]
-            for group in session.sensitivities.tolist()
-        ],
+        "memory": session.memory,
+        "sensitivities": write_table(session.sensitivities),
         "tied": tied,
+        "outline": write_outline(session, model_name(session.teacher), loss_name(session.loss)),
     }
     return write_directory(directory, FORMAT, VERSION, content, tensors, overwrite=overwrite)
 
@@ -72,25 +77,43 @@ def read_session(
     """
     content = read_json(directory, FORMAT, VERSION)
     tensors = read_tensors(directory, content.get("sha256"))
-    try:
+    with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
-        teacher = teacher_of(model, data)
+        teacher = teacher_of(model, data, config)
         if content.get("model") != fingerprint(teacher.state_dict()):
             raise ModelError(
                 f"{directory} was made from another float model, or from other weights. Load the same checkpoint."
             )
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
         space = search_space(teacher, data, config)
-        network = build_network(teacher, space, data, config)
+        size = sum(tensor.numel() for tensor in [*tensors.values(), *teacher.state_dict().values()])
+        with at_most(_SLACK * size, _SLACK * len(tensors)):
+            network = build_network(teacher, space, data, config)
         network.load_state_dict(tensors)
         session = Session(teacher, network.eval(), space, data, config)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
-        table = np.array(content["sensitivities"], dtype=float)  # None, where there is no choice, becomes NaN
-        if table.shape != session.costs.weight_bytes.shape:
+        session.memory = dict(content.get("memory", {}))
+        session.sensitivities = read_table(content["sensitivities"])
+        if session.sensitivities.shape != session.costs.weight_bytes.shape:
             raise ArtifactError(f"{directory} is damaged, or an option changed its search space.")
-        session.sensitivities = np.where(np.isfinite(table), table, np.inf)
-    except HQError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise ArtifactError(f"{directory} is damaged, or an option changed its search space: {error}") from error
+        if "outline" in content:  # sessions that an earlier version saved have none
+            outline = read_outline(content["outline"], content["sensitivities"])
+            session.source = outline.source
+            if outline.space.groups == space.groups:  # an option may have changed the choices
+                session.scored = [Scored(genome, score) for genome, score in outline.scored]
     return session
+
+
+def read_session_outline(directory: str | Path) -> Outline:
+    """Reads what a saved session knows without its model.
+
+    Raises:
+        ArtifactError: The directory holds no session, a damaged or newer one, or one of an earlier version.
+    """
+    content = read_json(directory, FORMAT, VERSION)
+    if "outline" not in content:
+        raise ArtifactError(
+            f"{directory} was saved by an earlier version, which kept less. Load it with its model and save it "
+            "again: hq_plugin.load_session(directory, model, data).save(directory, overwrite=True)."
+        )
+    return read_outline(content["outline"], content.get("sensitivities"))

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, ModelError
 from hq_plugin.nn.held import HeldWeight, held_name, with_held_weights
+from hq_plugin.nn.split import PARTS, with_split_tables
 from hq_plugin.probe import probe
 
 #: Base class of each kind of site. Transposed and 3-D convolutions are not subclasses of these.
@@ -28,6 +30,8 @@ KINDS: dict[str, type[nn.Module]] = {
     "embedding": nn.Embedding,
     "held": HeldWeight,
 }
+#: Embeddings of fewer rows are one table.
+_SMALLEST_SPLIT = 4096
 #: Parameters of fewer elements are not worth a layer of their own.
 _SMALLEST_HELD = 256
 
@@ -235,6 +239,33 @@ def hold_parameters(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Mod
         return model
     reads = probe(model, {}, watched, run).reads
     return with_held_weights(model, [held_name(places[key][0]) for key in watched if key in reads])
+
+
+def split_tables(model: nn.Module, config: Config) -> nn.Module:
+    """Returns a copy of a model whose large embeddings are split into tables with a width each.
+
+    Not those that subclasses of Embedding look up, that share their weight with another layer, or that an option
+    names. Without any such embedding, or where `config` asks for one table, the model itself is returned.
+
+    Args:
+        model: A model; it is not changed.
+        config: Gives the number of tables, and the patterns of its options.
+    """
+    parts = config.embedding_parts or 1
+    patterns = [*config.exclude, *(config.pinned or {}), *(pattern for group in config.groups for pattern in group)]
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+
+    def splits(name: str, module: nn.Module) -> bool:
+        if type(module) is not nn.Embedding or len(module.weight) < _SMALLEST_SPLIT or users[id(module.weight)] > 1:
+            return False
+        special = module.max_norm is not None or module.sparse or module.scale_grad_by_freq
+        return bool(name) and not special and not any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+    names = [name for name, module in model.named_modules() if parts > 1 and splits(name, module)]
+    return with_split_tables(model, [f"{name}.{PARTS}.{parts - 1}" for name in names])
 
 
 def _may_be_held(parameter: Tensor) -> bool:

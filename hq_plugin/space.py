@@ -30,6 +30,11 @@ class Group:
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
     wanted_group_size: int = 0
+    dynamic: bool = False
+
+    def is_dynamic(self, site: Site) -> bool:
+        """Whether steps of a site's input, where it is quantized, are computed for each row: in linear layers."""
+        return self.dynamic and site.kind == "linear" and site.quantizes_input
 
     def group_size(self, site: Site) -> int:
         """Returns how many inputs of a site share a step: 0 where whole channels do.
@@ -43,7 +48,8 @@ class Group:
     def bits(self, site: Site, weight: int, activation: int) -> LayerBits:
         """Returns a site's widths for two indices. A site without a float input keeps it."""
         activation_bits = self.activation_bits[activation] if site.quantizes_input else FLOAT_BITS
-        return LayerBits(self.weight_bits[weight], activation_bits, self.group_size(site))
+        dynamic = self.is_dynamic(site) and activation_bits != FLOAT_BITS
+        return LayerBits(self.weight_bits[weight], activation_bits, self.group_size(site), dynamic)
 
 
 @dataclass(frozen=True)
@@ -79,7 +85,8 @@ class SearchSpace:
                     weights, activations = _pin(pattern, width, activations)
             if not any(site.quantizes_input for site in sites):
                 activations = (FLOAT_BITS,)
-            groups.append(Group(name, tuple(sites), weights, activations, config.group_size or 0))
+            dynamic = config.activation_scheme == "dynamic"
+            groups.append(Group(name, tuple(sites), weights, activations, config.group_size or 0, dynamic))
         for pattern in set(config.pinned or {}) - pinned_used:
             raise ConfigError(f"pinned pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
         return cls(table, tuple(groups))
@@ -130,6 +137,12 @@ class SearchSpace:
                     raise PolicyError(
                         f"The policy gives {site.name!r} a group size of {policy[site.name].group_size}; this "
                         f"search space has {group.group_size(site)}."
+                    )
+                dynamic = group.is_dynamic(site) and policy[site.name].activation != FLOAT_BITS
+                if policy[site.name].dynamic != dynamic:
+                    raise PolicyError(
+                        f"The policy gives {site.name!r} {_scheme(policy[site.name].dynamic)} activations; this "
+                        f"search space has {_scheme(dynamic)} ones."
                     )
             for column, (chosen, possible) in enumerate(
                 ((weights, group.weight_bits), (activations or {FLOAT_BITS}, group.activation_bits))
@@ -205,6 +218,10 @@ def _pin(
             f"with an activation width of 2 to 8 or {FLOAT_BITS} for floating point."
         )
     return (weight,), activations if activation is None else (activation,)
+
+
+def _scheme(dynamic: bool) -> str:
+    return "dynamic" if dynamic else "static"
 
 
 def _nearest(widths: tuple[int, ...], wanted: int) -> int:

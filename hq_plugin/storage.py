@@ -1,12 +1,11 @@
 """Directories of one JSON file and one safetensors file: written whole or not at all, read with checks.
 
-Saved models (`artifact.py`) and sessions (`session_store.py`) are both such directories. Nothing is
-ever unpickled.
+Saved models (`artifact.py`), sessions (`session_store.py`) and states of training (`checkpoint.py`) are such
+directories. The JSON holds a checksum of the tensors and one of itself. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -18,15 +17,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor
 
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError
+from hq_plugin.exclusive import exchange, locked
+from hq_plugin.untrusted import clean_errors, read_file
 
 JSON_FILE, TENSOR_FILE = "hq.json", "model.safetensors"
 #: A JSON file above this size is not one of ours.
-_JSON_LIMIT = 64 << 20
+JSON_LIMIT = 64 << 20
+#: Key under which JSON holds the checksum of the rest of it.
+_SEAL = "checksum"
 
 
 def write_directory(
@@ -55,9 +59,9 @@ def write_directory(
     if not is_first():
         wait_for_all()
         return target
-    _check_target(target, kind, overwrite)
     staging: Path | None = None
     try:
+        _check_target(target, kind, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         save_file(
@@ -65,12 +69,16 @@ def write_directory(
             staging / TENSOR_FILE,
         )
         head = {"format": kind, "version": version, "sha256": _digest(staging / TENSOR_FILE)}
-        (staging / JSON_FILE).write_text(json.dumps({**head, **content}))
+        (staging / JSON_FILE).write_text(json.dumps(sealed({**head, **content}), separators=(",", ":")))
         for name in (TENSOR_FILE, JSON_FILE):
             with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
         staging.chmod(0o755)
-        _move_into_place(staging, target)
+        with locked(target.parent):
+            _check_target(target, kind, overwrite)  # again: another process may have been faster
+            _move_into_place(staging, target)
+    except ArtifactPathError:
+        raise
     except (OSError, SafetensorError) as error:
         raise ArtifactPathError(
             f"{target} could not be written: {error}. Nothing was left there. Choose a directory that is "
@@ -85,14 +93,24 @@ def write_directory(
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all, in place of an old one."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all, in place of an old one.
+
+    Raises:
+        OSError: It cannot be written; an old one is as it was.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)  # mkstemp lets only the owner read
         os.replace(name, path)
-    except OSError:
+    except BaseException:  # Ctrl-C as well
         Path(name).unlink(missing_ok=True)
         raise
 
@@ -127,7 +145,9 @@ def _move_into_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.rename(target)
         return
-    # An existing directory moves aside first, so that at every moment one whole directory exists.
+    if exchange(staging, target):
+        return  # the old one is where the staging was, and goes with it
+    # Else the old one moves aside first, so that at every moment one whole directory exists.
     aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
     target.rename(aside / "old")
     try:
@@ -147,48 +167,73 @@ def read_json(directory: str | Path, kind: str, version: int | None) -> dict[str
     """
     path = Path(directory).expanduser() / JSON_FILE
     try:
-        if path.stat().st_size > _JSON_LIMIT:
-            raise ArtifactError(f"{path} is larger than {_JSON_LIMIT >> 20} MiB: it is not a saved {kind}.")
-        data = json.loads(path.read_text())
+        return read_sealed(path, kind, version)
     except FileNotFoundError:
         raise ArtifactError(
             f"{Path(directory)} holds no saved {kind} (no {JSON_FILE}). Give a directory that hq_plugin wrote."
         ) from None
+
+
+def read_sealed(path: Path, kind: str, version: int | None) -> dict[str, Any]:
+    """Reads a JSON file that `sealed` has made whole, and checks format, version and checksum.
+
+    Raises:
+        ArtifactError: The file cannot be read, is damaged, foreign or of a newer version.
+        FileNotFoundError: There is none.
+    """
+    try:
+        data = json.loads(read_file(path, JSON_LIMIT))
+    except FileNotFoundError:
+        raise
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
     except (ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} is damaged: it is not JSON ({error}). Save the {kind} again.") from error
     if not isinstance(data, dict) or data.get("format") != kind:
         found = data.get("format") if isinstance(data, dict) else type(data).__name__
-        raise ArtifactError(f"{path} is not a saved {kind} (format {found!r}).")
-    if version is not None and not (isinstance(data.get("version"), int) and 1 <= data["version"] <= version):
+        raise ArtifactError(f"{path} is not a saved {kind} (format {str(found)[:80]!r}).")
+    found = data.get("version")
+    if version is not None and not (type(found) is int and 1 <= found <= version):
         raise ArtifactError(
-            f"{path} has format version {data.get('version')!r}; this hq_plugin reads up to {version}. "
-            "Upgrade hq_plugin."
+            f"{path} has format version {str(found)[:80]}; this hq_plugin reads up to {version}. Upgrade hq_plugin."
+        )
+    with clean_errors(path):
+        expected = sealed(data)[_SEAL]
+    if data.get(_SEAL) != expected:
+        raise ArtifactError(
+            f"{path} is damaged, or was edited: its checksum is not that of its content. Copy or save it again."
         )
     return data
 
 
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns JSON values with the checksum of their canonical text in place, by which damage is told."""
+    # As it will be read again: JSON turns tuples into lists, and keys into strings.
+    rest = {name: value for name, value in json.loads(json.dumps(content)).items() if name != _SEAL}
+    text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    return {**rest, _SEAL: hashlib.sha256(text.encode()).hexdigest()}
+
+
 def read_tensors(directory: str | Path, digest: Any) -> dict[str, Tensor]:
     """Reads the tensor part, once its checksum is right.
-
-    The tensors may be views of the file, which is then read only where they are: copy what is to outlive it.
 
     Raises:
         ArtifactError: The file is missing, damaged or truncated.
     """
     path = Path(directory).expanduser() / TENSOR_FILE
     try:
-        found = _digest(path)
+        raw = read_file(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if found != digest:
+    if hashlib.sha256(raw).hexdigest() != digest:
         raise ArtifactError(
             f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it again."
         )
-    with contextlib.suppress(SafetensorError, ValueError, KeyError, RuntimeError, OSError):
-        return load_file(path)
-    raise ArtifactError(f"{path} is not a safetensors file.")
+    with clean_errors(path):
+        try:
+            return load_tensors(raw)
+        except SafetensorError as error:
+            raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _digest(path: Path) -> str:

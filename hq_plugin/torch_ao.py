@@ -28,9 +28,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hq_plugin.errors import ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
-from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_held_weights
+from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
-from hq_plugin.quantization import optimal_activation_qparams
+from hq_plugin.quantization import fake_quantize_rows, optimal_activation_qparams
 from hq_plugin.sites import KINDS, foldable
 
 __all__ = [
@@ -145,6 +145,22 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
         generated: Tensor = self._ready(weight)(weight, self.bits)
         return generated
 
+    def lookup(self, weight: Tensor, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Returns fake-quantized rows for a lookup, without quantizing the whole table.
+
+        Args:
+            weight: `[rows, width]`.
+            ids: Rows that are looked up, whole numbers of any shape.
+
+        Returns:
+            The distinct rows, `[distinct, width]`, and the place among them of each id, in the shape of `ids`;
+            None where the whole table is at hand anyway.
+        """
+        if not self.active or self._cache is not None or ids.numel() >= len(weight):
+            return None
+        distinct, places = torch.unique(ids, return_inverse=True)
+        return self._ready(weight).channels(weight, self.bits, distinct), places
+
     def _ready(self, weight: Tensor) -> WeightBlock:
         if self.block is None:
             self.block = WeightBlock(weight.detach(), (self.bits,), self._group_size).to(weight.device)
@@ -171,19 +187,24 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
 class HybridActivationFakeQuantize(HybridFakeQuantize):
     """Fake-quantizes a layer's input at the width in force; 16 lets it through.
 
-    It calibrates itself on the first batch that it sees, unless `calibrate` ran before.
+    It calibrates itself on the first batch that it sees, unless `calibrate` ran before; a dynamic one has nothing
+    to calibrate.
 
     Args:
         bits: The width in force.
         steps: Steps of every width; None makes those of `bits` alone.
+        dynamic: Whether each row of the input gets a step and a zero point of its own, from its own values.
     """
 
     dtype = torch.quint8
     qscheme = torch.per_tensor_affine
 
-    def __init__(self, bits: int = 8, steps: ActivationSteps | None = None, **_: Any) -> None:
+    def __init__(
+        self, bits: int = 8, steps: ActivationSteps | None = None, dynamic: bool = False, **_: Any
+    ) -> None:
         super().__init__(bits)
-        self.steps = steps if steps is not None else ActivationSteps((bits,))
+        self.is_dynamic = dynamic
+        self.steps = steps if steps is not None else ActivationSteps(() if dynamic else (bits,))
         self.activation_post_process = ActivationObserver(bits)
         self.observing = False
         self._calibrated = False
@@ -192,6 +213,8 @@ class HybridActivationFakeQuantize(HybridFakeQuantize):
         """Returns the fake-quantized input, in the shape and dtype of `x`."""
         if self.bits == FLOAT_BITS and not self.observing:
             return x
+        if self.is_dynamic:
+            return fake_quantize_rows(x, self.bits) if self.active else x
         if self.observing:
             self.activation_post_process(x)
         elif not self._calibrated and not bool(self.steps.calibrated):
@@ -210,7 +233,13 @@ class HybridActivationFakeQuantize(HybridFakeQuantize):
         self.observing = False
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
-        """Returns step and zero point of the width in force."""
+        """Returns step and zero point of the width in force.
+
+        Raises:
+            ModelError: They are dynamic, and so not known before the input is.
+        """
+        if self.is_dynamic:
+            raise ModelError("Steps of a dynamic activation are computed from each of its rows.")
         step, zero_point = self.steps.qparams(self.bits)
         return step.detach().reshape(1), zero_point.detach().round().to(torch.int32).reshape(1)
 
@@ -234,12 +263,29 @@ class QATMixin(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the float layer's forward on a fake-quantized input and weight."""
-        if args and args[0].is_floating_point():
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             args = (self.activation_fake_quant(args[0]), *args[1:])
         elif not args:
             kwargs = {name: self.activation_fake_quant(value) for name, value in kwargs.items()}
+        elif self._float_type.forward is nn.Embedding.forward:
+            return self._look_up(args[0])
         output: Tensor = super().forward(*args, **kwargs)
         return output
+
+    def _look_up(self: Any, ids: Tensor) -> Tensor:
+        """Does what an embedding does, on the rows that are looked up alone: a vocabulary has many more."""
+        if not ids.numel():
+            return torch.zeros_like(self._parameters["weight"][:0]).view(*ids.shape, self.embedding_dim)
+        found = self.weight_fake_quant.lookup(self._parameters["weight"], ids)
+        if found is None or self.max_norm is not None or self.sparse or self.scale_grad_by_freq:
+            output: Tensor = super().forward(ids)
+            return output
+        rows, places = found
+        if self.padding_idx is not None:  # which gets no gradient
+            padding = (ids == self.padding_idx).unsqueeze(-1)
+            looked_up = F.embedding(places, rows)
+            return torch.where(padding, looked_up.detach(), looked_up)
+        return F.embedding(places, rows)
 
 
 @cache
@@ -294,7 +340,7 @@ def prepare(
     Raises:
         PolicyError: The policy names a layer that the model lacks or that cannot be quantized.
     """
-    model = with_held_weights(copy.deepcopy(model), policy, inplace=True)
+    model = with_layers_of(copy.deepcopy(model), policy, inplace=True)
     modules = dict(model.named_modules())
     blocks: dict[int, WeightBlock] = {}
     for name, bits in policy.items():
@@ -313,7 +359,7 @@ def prepare(
             assert weight is not None
             # Tied weights share one block, or else they would not stay tied.
             block = blocks.setdefault(id(weight), _table(weight, bits, whole_zero_points))
-            steps = None if bits.activation == FLOAT_BITS else ActivationSteps((bits.activation,))
+            steps = ActivationSteps((bits.activation,)) if bits.static_input else None
         module.qconfig = _qconfig(bits, block, steps)  # type: ignore[assignment]
     training = {name: module.training for name, module in model.named_modules()}
     mapping = {type(modules[name]): _SwapToQAT for name in policy}
@@ -331,7 +377,7 @@ def _table(weight: Tensor, bits: LayerBits, whole: bool) -> WeightBlock:
 def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps | None) -> tq.QConfig:
     # Functions and not `with_args`: a deep copy of the model leaves them alone, and blocks stay shared.
     return tq.QConfig(
-        activation=lambda **_: HybridActivationFakeQuantize(bits.activation, steps),
+        activation=lambda **_: HybridActivationFakeQuantize(bits.activation, steps, bits.dynamic),
         weight=lambda **_: HybridWeightFakeQuantize(bits.weight, block, bits.group_size),
     )
 
@@ -452,11 +498,11 @@ class _SwapToPacked:
     def _pack(self, module: Any, weight: Tensor, float_type: type[nn.Module]) -> nn.Module:
         quantizer: HybridWeightFakeQuantize = module.weight_fake_quant
         activation: HybridActivationFakeQuantize | None = getattr(module, "activation_fake_quant", None)
-        bits = LayerBits(
-            quantizer.bits, FLOAT_BITS if activation is None else activation.bits, quantizer.group_size
-        )
+        width_in = FLOAT_BITS if activation is None else activation.bits
+        dynamic = activation is not None and activation.is_dynamic and width_in != FLOAT_BITS
+        bits = LayerBits(quantizer.bits, width_in, quantizer.group_size, dynamic)
         step_in = zero_point = None
-        if activation is not None and activation.bits != FLOAT_BITS:
+        if activation is not None and bits.static_input:
             step_in, zero_point = (part.reshape(()) for part in activation.calculate_qparams())
         integers, step, zero = quantizer.integers(weight)
         packed = PackedModule.from_integers(
@@ -566,8 +612,16 @@ def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:
     For `prepare_qat_fx(model, get_qconfig_mapping(policy), example_inputs)`. Steps start on the first
     batch, so run one forward before you make the optimizer; `hq_plugin.torch_ao.convert` packs the
     result. In graph mode torch.ao may quantize a layer's input at its producer's width.
+
+    Raises:
+        PolicyError: The policy has dynamic activations.
     """
     mapping = tq.QConfigMapping().set_global(None)
     for name, bits in policy.items():
+        if bits.dynamic:
+            raise PolicyError(
+                f"The policy gives {name!r} dynamic activations, which torch.ao's graph mode cannot train. Use "
+                'hq_plugin.torch_ao.prepare, or a policy with activation_scheme="static".'
+            )
         mapping = mapping.set_module_name(name, _qconfig(bits, None, None))
     return mapping

@@ -5,11 +5,10 @@ Meta-training and fine-tuning are this loop with different networks and a differ
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +22,16 @@ from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
+from hq_plugin.interruption import Interruption, deferred, interrupted
 from hq_plugin.progress import progress
+from hq_plugin.tracking import track
 
 #: Share of the steps over which the learning rate rises, and how often a good state is kept.
 WARMUP, SNAPSHOTS = 0.05, 20
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
+#: Devices on which torch's Adam is one kernel.
+_FUSED_ADAM = ("cpu", "cuda")
 _STEP_PARAMETERS = (".log_step", ".zero", ".zero_point")
 _GENERATOR = "weight_fake_quant.block."
 
@@ -76,15 +79,6 @@ class Task:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's randomness follows from `seed`; outside, the caller's is untouched."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
-
-
 def train(task: Task) -> None:
     """Runs a training stage.
 
@@ -98,56 +92,78 @@ def train(task: Task) -> None:
     warn_if_alone()
     network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
     _set_modes(network, task.batch_statistics)
-    optimizer = torch.optim.Adam(_parameter_groups(task))
+    groups = _parameter_groups(task)
+    # One pass over weights and moments in place of a dozen, where torch has the kernel.
+    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for group in groups for p in group["params"])
+    optimizer = torch.optim.Adam(groups, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
     wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    batches = task.data.forever()
+    # Batches of a step, as accelerate is configured.
+    batches, accumulated = task.data.forever(), accelerator.gradient_accumulation_steps
     first, keep = 0, task.checkpoint
     if keep is not None:
         first, task.history[:] = keep.restore(task.stage, network, optimizer)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
             for _ in range(first):
-                next(batches)
+                for _ in range(accumulated):
+                    next(batches)
                 schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
-    with progress(task.show) as bars:
+    # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
+    with progress(task.show) as bars, nullcontext(Interruption()) if keep is None else deferred() as stop:
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)
         for step in range(first, task.steps):
             if step and step % every == 0:
                 good = None  # first, so that two are never in memory
-                good = (step, copy.deepcopy(network.state_dict()))
-            batch, weight = share_of_batch(next(batches).to(accelerator.device))
+                good = (step, _state(network))
             task.before_step(step)
-            with accelerator.autocast():
-                with torch.no_grad():
-                    target = batch.run(teacher)
-                loss = task.loss(batch.run(wrapped), target) * weight
-            # The mean over processes, so that all of them see the same and stop together.
-            value = float(accelerator.reduce(loss.detach(), "mean"))
+            value = 0.0
+            for part in range(accumulated):
+                with nullcontext() if part == accumulated - 1 else accelerator.no_sync(wrapped):
+                    batch, weight = share_of_batch(next(batches).to(accelerator.device))
+                    with accelerator.autocast():
+                        with torch.no_grad():
+                            target = batch.run(teacher)
+                        loss = task.loss(batch.run(wrapped), target) * weight
+                    # The mean over processes, so that all of them see the same and stop together.
+                    value += float(accelerator.reduce(loss.detach(), "mean")) / accumulated
+                    if math.isfinite(value):
+                        accelerator.backward(loss)  # which divides by `accumulated`
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
                 break
-            optimizer.zero_grad()
-            accelerator.backward(loss)
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
+            optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
             schedule.step()
             task.history.append({"step": step, "loss": value})
+            track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:
-                due = torch.tensor(float(keep.due()), device=accelerator.device)
+                due = torch.tensor([float(keep.due()), float(stop.wanted)], device=accelerator.device)
                 # The processes' clocks differ: they keep a state together or not at all.
-                if bool(accelerator.reduce(due)):
+                keeps, stops = accelerator.reduce(due).tolist()
+                if keeps or stops:
                     keep.keep(task.stage, step + 1, network, optimizer, task.history)
+                if stops:
+                    raise interrupted(f"{task.name}, after step {step + 1} of {task.steps}", keep.directory)
     # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
     if keep is not None:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
+    # References in circles would keep the moments, twice the weights, until Python finds them.
+    optimizer.state.clear()
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    """Returns a copy of what training changes, for `load_state_dict(..., strict=False)`."""
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().clone() for name, tensor in [*trained.items(), *network.named_buffers()]}
 
 
 def _set_modes(network: nn.Module, batch_statistics: bool) -> None:
@@ -194,7 +210,7 @@ def _stop_at(
             f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "
             f"state to keep. {advice}"
         )
-    network.load_state_dict(good[1])
+    network.load_state_dict(good[1], strict=False)
     warnings.warn(
         f"The loss of {task.name} became {value} at step {step} of {task.steps}; training stopped there, and "
         f"the state of step {good[0]} is used. {advice}",

@@ -7,6 +7,9 @@ from torch import nn
 
 from hq_plugin import ArtifactError, adapters
 
+#: Elements and tensors that a rebuilt model may have.
+LIMITS = (10**8, 10**4)
+
 
 def test_a_timm_model_is_found_and_others_are_not() -> None:
     assert adapters.find(timm.create_model("resnet10t")) is not None
@@ -22,9 +25,9 @@ def test_a_library_that_was_not_imported_is_not_asked(monkeypatch: pytest.Monkey
 
 def test_only_known_integrations_are_imported() -> None:
     with pytest.raises(ArtifactError, match="knows timm"):
-        adapters.rebuild({"integration": "../evil"})
+        adapters.rebuild({"integration": "../evil"}, *LIMITS)
     with pytest.raises(ArtifactError, match="no model"):
-        adapters.rebuild({"integration": "timm", "name": "not_a_model", "arguments": {}})
+        adapters.rebuild({"integration": "timm", "name": "not_a_model", "arguments": {}}, *LIMITS)
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,11 +35,11 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(ArtifactError, match=r"pip install 'hq-plugin\[timm\]'"):
-        adapters.rebuild({"integration": "timm", "name": "resnet10t", "arguments": {}})
+        adapters.rebuild({"integration": "timm", "name": "resnet10t", "arguments": {}}, *LIMITS)
 
 
 def test_a_description_goes_through_json_and_back() -> None:
     model = timm.create_model("resnet10t", num_classes=3)
     description = json.loads(json.dumps(adapters.describe(model)))
     assert description["integration"] == "timm"
-    assert adapters.describe(adapters.rebuild(description)) == description
+    assert adapters.describe(adapters.rebuild(description, *LIMITS)) == description

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hq_plugin as hq
 from hq_plugin import BudgetError, Config, ConfigError, DataError, HQWarning, LayerBits, ModelError, TrainingError
 from hq_plugin.nn import packed_modules
-from tests.conftest import SITES, TinyNet
+from tests.conftest import SITES, TinyNet, digits_batches
 
 SMOKE = Config(effort="smoke", meta_steps=3, finetune_steps=2, search_evaluations=6, holdout=32)
 
@@ -197,3 +197,11 @@ def test_importing_is_light() -> None:
 
 def test_tiny_net_has_the_sites() -> None:
     assert set(SITES) <= {name for name, _ in TinyNet().named_modules()}
+
+
+def test_meta_training_for_a_main_budget_trains_near_it_and_serves_others(trained: nn.Module) -> None:
+    with pytest.raises(BudgetError, match="smallest"):
+        hq.meta_train(trained, digits_batches(), budget="0.5bit", effort="smoke")
+    session = hq.meta_train(trained, digits_batches(), budget="3bit", effort="smoke")
+    assert session.quantize("3bit").hq.effective_bits <= 3  # type: ignore[union-attr]
+    assert session.quantize("5bit").hq.effective_bits <= 5  # type: ignore[union-attr]

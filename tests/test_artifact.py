@@ -16,7 +16,7 @@ from hq_plugin.cost import CostTable
 from hq_plugin.nn import packed_modules
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
-from hq_plugin.storage import JSON_FILE, TENSOR_FILE
+from hq_plugin.storage import JSON_FILE, TENSOR_FILE, sealed
 from tests.conftest import TinyNet
 
 X = torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -244,7 +244,19 @@ def test_a_quantized_model_is_no_skeleton(packed: nn.Module, saved: Path) -> Non
 def edit(directory: Path, **changes: object) -> None:
     data = json.loads((directory / JSON_FILE).read_text())
     data.update(changes)
-    (directory / JSON_FILE).write_text(json.dumps(data))
+    (directory / JSON_FILE).write_text(json.dumps(sealed(data)))
+
+
+def test_an_edited_description_is_noticed(saved: Path) -> None:
+    data = json.loads((saved / JSON_FILE).read_text())
+    data["constants"]["bn1.running_mean"]["value"] = 0.5
+    (saved / JSON_FILE).write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="damaged, or was edited"):
+        hq.load(saved, TinyNet())
+    del data["checksum"]
+    (saved / JSON_FILE).write_text(json.dumps(data))
+    with pytest.raises(ArtifactError, match="damaged, or was edited"):
+        hq.load(saved, TinyNet())
 
 
 @pytest.mark.parametrize(
@@ -261,7 +273,7 @@ def edit(directory: Path, **changes: object) -> None:
         ({"constants": 1}, "damaged"),
         ({"constants": {"bn1.running_mean": {"shape": [8], "dtype": "pickle", "value": 0}}}, "damaged"),
         ({"architecture": 3}, "damaged"),
-        ({"report": {"policy": {}}}, "cannot be read"),
+        ({"report": {"policy": {}}}, "damaged"),
     ],
 )
 def test_damaged_descriptions(saved: Path, changes: dict[str, object], says: str) -> None:
@@ -274,6 +286,34 @@ def test_a_huge_declared_constant_is_not_allocated(saved: Path) -> None:
     edit(saved, constants={"bn1.running_mean": {"shape": [10**15], "dtype": "float32", "value": 0.0}})
     with pytest.raises(ModelError, match="another architecture"):
         hq.load(saved, TinyNet())
+
+
+def test_a_huge_declared_architecture_is_not_allocated(tmp_path: Path) -> None:
+    model = timm.create_model("mobilenetv3_small_050", num_classes=7, in_chans=1)
+    x = torch.randn(4, 1, 64, 64)
+    policy = HybridPolicy({s.name: LayerBits(4, 8) for s in find_sites(model, lambda m: m(x), 4)})
+    target = hq.save(converted(model, policy, x), tmp_path / "model")
+    asked = json.loads((target / JSON_FILE).read_text())["architecture"]
+    for argument in ({"num_classes": 10**9}, {"in_chans": 10**9}):
+        edit(target, architecture={**asked, "arguments": {**asked["arguments"], **argument}})
+        with pytest.raises(ArtifactError, match="larger model than the file holds"):
+            hq.load(target)
+
+
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_waited_for(saved: Path) -> None:
+    for name in (JSON_FILE, TENSOR_FILE):
+        original = (saved / name).read_bytes()
+        (saved / name).unlink()
+        os.mkfifo(saved / name)
+        with pytest.raises(ArtifactError, match="not a regular file"):
+            hq.load(saved, TinyNet())
+        (saved / name).unlink()
+        (saved / name).symlink_to("/dev/zero")
+        with pytest.raises(ArtifactError, match="not a regular file"):
+            hq.load(saved, TinyNet())
+        (saved / name).unlink()
+        (saved / name).write_bytes(original)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 200_000, "null", "[]"])

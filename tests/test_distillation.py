@@ -2,10 +2,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hq_plugin import ModelError, distillation
-from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, relative_error
+from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, loss_name, relative_error
 
 
 def test_kl_by_hand() -> None:
@@ -13,6 +13,19 @@ def test_kl_by_hand() -> None:
     p = torch.tensor([0.5, 0.5])
     assert float(kl_divergence(student, teacher)) == pytest.approx(float((p * (p.log() - student[0])).sum()))
     assert float(kl_divergence(teacher, teacher)) == 0.0
+
+
+def test_hidden_states_count_most() -> None:
+    hidden, pooled = torch.randn(2, 5, 8), torch.randn(2, 8)
+    teacher = {"last_hidden_state": hidden, "pooler_output": pooled}
+    near = {"last_hidden_state": hidden + 1, "pooler_output": pooled}
+    pooler = {"last_hidden_state": hidden, "pooler_output": pooled + 1}
+    one, other = float(relative_error(near, teacher)), float(relative_error(pooler, teacher))
+    assert one == pytest.approx(1 / 1.1 / float(hidden.var(correction=0)), rel=1e-4)
+    assert other == pytest.approx(0.1 / 1.1 / float(pooled.var(correction=0)), rel=1e-4)
+    # Without that name all count alike.
+    alike = relative_error((hidden, pooled + 1), (hidden, pooled))
+    assert float(alike) == pytest.approx(0.5 / float(pooled.var(correction=0)), rel=1e-4)
 
 
 def test_relative_error_is_free_of_scale() -> None:
@@ -76,3 +89,15 @@ def test_kl_and_its_gradient_are_those_of_the_definition(monkeypatch: pytest.Mon
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, torch.autograd.grad(3 * expected, student)[0])
     assert kl_divergence(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_losses_have_names_for_reports() -> None:
+    def my_loss(student: Tensor, teacher: Tensor) -> Tensor:
+        return (student - teacher).abs().mean()
+
+    scores, image = torch.zeros(2, 10), torch.zeros(2, 3, 4, 4)
+    assert loss_name(loss_function("auto", scores)) == "KL divergence"
+    assert loss_name(loss_function("auto", image)) == "relative squared error"
+    assert loss_name(loss_function(my_loss, scores)) == "my_loss"
+    assert loss_name(lambda student, teacher: student.sum()) == "custom loss"
+    assert loss_name(nn.MSELoss()) == "MSELoss"

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 
-from hq_plugin import DataError, HQWarning, distribution
+from hq_plugin import ConfigError, DataError, HQWarning, distribution
 from hq_plugin.data import Batch
-from hq_plugin.distribution import map_split, share_of_batch, warn_if_alone
+from hq_plugin.distribution import alive_together, map_split, processes, share_of_batch, warn_if_alone
 
 
 def test_one_process_has_everything() -> None:
@@ -37,6 +39,7 @@ def test_a_launch_that_started_one_process_is_noticed(tmp_path: Path, monkeypatc
     words = [sys.executable, "/usr/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "train.py"]
     real = Path.read_bytes
     monkeypatch.delenv("WORLD_SIZE", raising=False)
+    warn_if_alone.cache_clear()
     monkeypatch.setattr(
         Path,
         "read_bytes",
@@ -44,8 +47,23 @@ def test_a_launch_that_started_one_process_is_noticed(tmp_path: Path, monkeypatc
     )
     with pytest.warns(HQWarning, match="2 processes and started one.*torchrun --nproc_per_node 2"):
         warn_if_alone()
+    warn_if_alone()  # said once
     words[5] = "1"
+    warn_if_alone.cache_clear()
     warn_if_alone()
+    warn_if_alone.cache_clear()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.warns(HQWarning, match="ACCELERATE_USE_CPU=true"):
         warn_if_alone()
+
+
+@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
+def test_ways_that_split_the_model_are_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", kind)
+    with pytest.raises(ConfigError, match=f"configured for {kind.value}.*data-parallel"):
+        processes()
+
+
+def test_one_process_has_nobody_to_lose() -> None:
+    with pytest.raises(RuntimeError, match="peer"), alive_together():
+        raise RuntimeError("gloo: Connection closed by peer")

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from hq_plugin import Config
-from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, build_block
+from hq_plugin import Config, metaquantnet
+from hq_plugin.metaquantnet import ActivationSteps, Kind, MetaQuantNet, build_block
 from hq_plugin.quantization import fake_quantize_weight, optimal_weight_step
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -93,3 +93,22 @@ def test_it_generates_the_weights_of_a_policy(tiny: nn.Module) -> None:
     assert kinds == ["DenseBlock", "DenseBlock", "LowRankBlock", "LowRankBlock"]
     generated = meta(space.policy(space.top * 0), weights)
     assert {name: len(w.unique()) <= 4 * len(w) for name, w in generated.items()} == dict.fromkeys(generated, True)
+
+
+@pytest.mark.parametrize("kind", ["dense", "low_rank", "table"])
+def test_a_large_weight_that_is_generated_again_has_the_same_gradients(
+    kind: Kind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.randn(8, 64))
+    block = build_block(kind, weight, (2, 4), Config(hidden=4), group_size=32)
+    nn.init.normal_(block.log_step, -2, 0.1)
+    found = []
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(metaquantnet, "_REGENERATED", least)
+        weight.grad = None
+        block.zero_grad()
+        block(weight, 4).square().sum().backward()
+        found.append([p.grad for p in (weight, *block.parameters()) if p.grad is not None])
+    assert len(found[0]) >= 3
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -80,8 +80,73 @@ def test_losses_of_widths(setting: tuple[Words, SiteTable, list[Batch]]) -> None
         assert row[3] == 0
 
 
+class OddEmbedding(nn.Embedding):
+    """Called with a mask, looks up positions behind an offset, and scales them."""
+
+    def forward(self, mask: Tensor) -> Tensor:
+        return 5 * super().forward(mask.long().cumsum(1) + 1)
+
+
+def test_embeddings_are_seen_where_they_look_up() -> None:
+    torch.manual_seed(0)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.head = OddEmbedding(20, 32), nn.Linear(32, 6)
+
+        def forward(self, mask: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(self.positions(mask))}
+
+    model = Model().eval().requires_grad_(False)
+    batch = Batch((torch.ones(4, 8),), {}, None, 4)
+    moments = collect_moments(model, find_sites(model, batch.run, 4), [batch], 0)
+    assert moments["positions"].inputs.nonzero().flatten().tolist() == list(range(2, 10))
+    # The gradient at what was looked up, and not at what became of it: 25 times as large.
+    plain = nn.Sequential(nn.Embedding(20, 32), nn.Linear(32, 6)).eval().requires_grad_(False)
+    plain[0].weight, plain[1].weight, plain[1].bias = (
+        nn.Parameter(5 * model.positions.weight, requires_grad=False),
+        model.head.weight,
+        model.head.bias,
+    )
+    ids = torch.arange(2, 10).expand(4, 8)
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = plain
+
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.body(ids)}
+
+    other = Batch((ids,), {}, None, 4)
+    expected = collect_moments(Scores(), find_sites(Scores(), other.run, 4), [other], 0)["body.0"]
+    torch.testing.assert_close(moments["positions"].outputs, 25 * expected.outputs)
+
+
 def test_it_needs_class_scores() -> None:
     model = nn.Linear(4, 3, bias=False)
     batch = Batch((torch.randn(2, 5, 4),), {}, None, 2)
     with pytest.raises(ConfigError, match="class scores"):
         collect_moments(model, find_sites(model, batch.run, 2), [batch], 0)
+
+
+def test_a_network_of_convolutions_has_no_moments() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()).eval().requires_grad_(False)
+    batch = Batch((torch.randn(2, 1, 4, 4),), {}, None, 2)
+    table = find_sites(model, batch.run, 2)
+    assert collect_moments(model, table, [batch], seed=0) == {}
+
+
+def test_a_model_may_change_what_a_layer_returned_in_place() -> None:
+    class InPlace(Words):
+        def forward(self, ids: Tensor) -> dict[str, Tensor]:
+            hidden = self.hidden(self.embed(ids).mul_(2.0))
+            return {"logits": self.head(hidden.tanh_())}
+
+    torch.manual_seed(0)
+    model = InPlace().eval().requires_grad_(False)
+    batch = Batch((torch.randint(20, (4, 6)),), {}, None, 4)
+    moments = collect_moments(model, find_sites(model, batch.run, 4), [batch], seed=0)
+    assert set(moments) == {"embed", "hidden", "head"}
+    assert all(bool((seen.outputs > 0).all()) for seen in moments.values())  # type: ignore[union-attr]

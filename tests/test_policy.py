@@ -6,13 +6,29 @@ from hq_plugin import HybridPolicy, LayerBits, PolicyError
 
 
 def test_json_reads_back() -> None:
-    policy = HybridPolicy({"a": LayerBits(3, 8), "b.c": LayerBits(1), "d": LayerBits(3, 16, 64)})
+    policy = HybridPolicy(
+        {
+            "a": LayerBits(3, 8),
+            "b.c": LayerBits(1),
+            "d": LayerBits(3, 16, 64),
+            "e": LayerBits(4, 8, dynamic=True),
+        }
+    )
     assert HybridPolicy.from_json(json.dumps(policy.to_json())) == policy
     assert hash(policy) == hash(HybridPolicy(dict(policy)))
     assert str(policy["a"]) == "W3A8"
     assert str(policy["b.c"]) == "W1"
     assert str(policy["d"]) == "W3g64"
-    assert policy.to_json() == {"a": [3, 8], "b.c": [1, 16], "d": [3, 16, 64]}
+    assert str(policy["e"]) == "W4A8d"
+    assert policy.to_json() == {"a": [3, 8], "b.c": [1, 16], "d": [3, 16, 64], "e": [4, 8, 0, 1]}
+    assert [bits.static_input for bits in policy.values()] == [True, False, False, False]
+
+
+def test_dynamic_activations_have_a_width() -> None:
+    with pytest.raises(PolicyError, match="2 to 8 bits"):
+        LayerBits(4, 16, dynamic=True)
+    with pytest.raises(PolicyError, match="dynamic=2"):
+        HybridPolicy.from_json({"a": [4, 8, 0, 2]})
 
 
 @pytest.mark.parametrize("weight", [0, 9, -1, 2.5, True, None])

@@ -30,6 +30,7 @@ from hq_plugin.policy import LayerBits
 from hq_plugin.profiles import _line, first_samples, random_layer, signature, width
 from hq_plugin.result import versions
 from hq_plugin.sites import find_sites
+from hq_plugin.storage import sealed
 from hq_plugin.timing import machine
 from tests.conftest import TinyNet
 
@@ -211,13 +212,13 @@ def test_a_damaged_file(made: Profile, tmp_path: Path) -> None:
     for wrong in (
         "{",
         "[]",
-        json.dumps({**data, "format": "other"}),
-        json.dumps({**data, "version": 99}),
-        json.dumps({**data, "layers": {layer: {"2,8": 1.0}}}),
-        json.dumps({**data, "layers": {layer: {"2,8": {}}}}),
-        json.dumps({**data, "layers": {layer: {"2,8": {"int8": "fast"}}}}),
-        json.dumps({**data, "layers": {layer: {"2,8": {"int8": -1}}}}),
-        json.dumps({**data, "rest": None}),
+        json.dumps(sealed({**data, "format": "other"})),
+        json.dumps(sealed({**data, "version": 99})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": 1.0}}})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": {}}}})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": {"int8": "fast"}}}})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": {"int8": -1}}}})),
+        json.dumps(sealed({**data, "rest": None})),
     ):
         good.write_text(wrong)
         with pytest.raises(ArtifactError):

@@ -1,10 +1,11 @@
 import copy
+import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hq_plugin import Config, HybridPolicy, LayerBits, torch_ao
+from hq_plugin import Config, DataError, HQWarning, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
 from hq_plugin.scoring import Scorer, calibrate_activations, evaluating
@@ -67,3 +68,69 @@ def test_evaluating_caches_weights_and_restores_statistics(trained: nn.Module, s
         assert network.stem.weight is network.stem.weight
     assert network.stem.weight is not network.stem.weight
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
+
+
+class Hungry(nn.Module):
+    """Asks torch's allocator for more than there is, where a batch has more than so many samples."""
+
+    def __init__(self, model: nn.Module, most: int) -> None:
+        super().__init__()
+        self.model, self.most, self.seen = model, most, [0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) > self.most:
+            torch.empty(1 << 60)
+        self.seen.append(len(x))
+        return self.model(x)
+
+
+def test_too_little_memory_halves_the_batch_and_changes_nothing(trained: nn.Module, scorer: Scorer) -> None:
+    network = prepared(trained, LayerBits(3, 8), scorer)
+    plain = scorer.measure(network)
+    hungry = Hungry(network, 20)
+    with pytest.warns(HQWarning, match="Memory is too little to score a batch of 64") as said:
+        halved = scorer.measure(hungry)
+    assert len(said) == 1, "said once"
+    assert max(hungry.seen) == 16
+    assert halved.distance == pytest.approx(plain.distance, rel=1e-5)
+    assert halved.agreement == plain.agreement
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert scorer.measure(Hungry(network, 16)).distance == halved.distance, "and stays so"
+
+
+def test_one_sample_that_is_too_large_is_an_error(scorer: Scorer, trained: nn.Module) -> None:
+    with pytest.warns(HQWarning), pytest.raises(RuntimeError, match="allocate memory"):
+        scorer.measure(Hungry(trained, 0))
+
+
+def test_other_errors_are_not_taken_for_it(scorer: Scorer) -> None:
+    with pytest.raises(DataError, match="cannot run"):
+        scorer.measure(nn.Linear(3, 3))
+
+
+def test_an_output_that_is_a_mapping_is_joined(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = trained
+
+        def forward(self, x: Tensor) -> dict[str, object]:
+            return {"logits": self.inner(x), "hidden": (x, x.mean()), "length": 3}
+
+    model = Named()
+    data = prepare_data(batches, model, Config(effort="smoke", holdout=64))
+    scorer = Scorer(model, data, loss_function("auto", model(batches[0][0])), 64, 32)
+    plain = scorer.measure(model).distance
+    with pytest.warns(HQWarning):
+        assert scorer.measure(Hungry(model, 30)).distance == pytest.approx(plain, abs=1e-7)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_distance_that_is_not_finite_is_the_worst(scorer: Scorer, trained: nn.Module, value: float) -> None:
+    broken = copy.deepcopy(trained)
+    with torch.no_grad():
+        broken.head.bias[0] = value
+    assert scorer.measure(broken).distance == float("inf")
+    mean = Scorer(trained, scorer._data, lambda student, teacher: torch.tensor(value), 64, 32).measure(trained)
+    assert mean.distance == float("inf")

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 
 from hq_plugin import Config, ConfigError, HybridPolicy, LayerBits, PolicyError
+from hq_plugin.cost import CostTable
+from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
 from tests.conftest import SITES, TinyNet
@@ -62,6 +64,23 @@ def test_policies_that_do_not_fit() -> None:
             space.genome(HybridPolicy({**good, **change}))
     with pytest.raises(PolicyError, match="lacks head"):
         space.genome(HybridPolicy({name: good[name] for name in SITES[:-1]}))
+
+
+def test_dynamic_activations_are_those_of_linear_layers(tiny: torch.nn.Module) -> None:
+    table = find_sites(tiny, lambda m: m(torch.randn(2, 1, 8, 8)), 2)
+    config = Config(activation_bits=(4, 8, 16), activation_scheme="dynamic")
+    space = SearchSpace.build(table, config)
+    policy = space.policy(space.top * 0)
+    assert {name: bits.dynamic for name, bits in policy.items()} == {name: name == "head" for name in SITES}
+    assert not space.policy(space.top)["head"].dynamic  # float
+    assert np.array_equal(space.genome(policy), space.top * 0)
+    static = SearchSpace.build(table, Config(activation_bits=(4, 8, 16)))
+    with pytest.raises(PolicyError, match="'head' dynamic activations; this search space has static"):
+        static.genome(policy)
+    # Nothing is stored for them.
+    saved = CostTable(static).activation_bytes - CostTable(space).activation_bytes
+    assert saved[-1, 0].tolist() == [ACTIVATION_QPARAM_BYTES, ACTIVATION_QPARAM_BYTES, 0]
+    assert np.array_equal(CostTable(static).bitops, CostTable(space).bitops)
 
 
 def test_tied_sites_with_and_without_input() -> None:

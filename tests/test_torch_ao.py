@@ -10,11 +10,13 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-from hq_plugin import HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin import Config, HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin.metaquantnet import Kind, MetaQuantNet
 from hq_plugin.nn import packed_modules
 from hq_plugin.packing import unpack_bits
 from hq_plugin.quantization import weight_range
 from hq_plugin.sites import find_sites
+from hq_plugin.space import SearchSpace
 from tests.conftest import SITES
 
 
@@ -103,6 +105,31 @@ def test_timm_architectures(name: str) -> None:
     for _ in range(12):  # enough for the running statistics of a random network to be sensible
         prepared(x)
     check_converted(prepared.eval(), x)
+
+
+@pytest.mark.parametrize("activation", range(2, 9))
+def test_dynamic_activations_convert_exactly(activation: int) -> None:
+    torch.manual_seed(activation)
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 8))
+    policy = HybridPolicy({"0": LayerBits(3, activation, 16, True), "2": LayerBits(4, activation, dynamic=True)})
+    prepared = train_a_little(torch_ao.prepare(model, policy), torch.randn(6, 5, 32))
+    x = torch.randn(4, 7, 32)
+    converted = check_converted(prepared, x)
+    assert {name: module.bits for name, module in packed_modules(converted).items()} == dict(policy)
+    assert not any("activation" in name for name in converted.state_dict())
+    # A token's result does not hang on the tokens beside it.
+    torch.testing.assert_close(converted(x)[:1, :1], converted(x[:1, :1]))
+    quantizer = prepared[0].activation_fake_quant
+    assert quantizer.is_dynamic
+    with pytest.raises(ModelError, match="dynamic"):
+        quantizer.calculate_qparams()
+    with torch.no_grad(), torch_ao.float_forward(prepared):
+        torch.testing.assert_close(quantizer(x), x)
+
+
+def test_graph_mode_takes_no_dynamic_activations() -> None:
+    with pytest.raises(PolicyError, match="graph mode"):
+        torch_ao.get_qconfig_mapping(HybridPolicy({"fc": LayerBits(4, 8, dynamic=True)}))
 
 
 def test_the_float_model_is_not_changed(tiny: nn.Module) -> None:
@@ -207,3 +234,51 @@ def test_graph_mode(tiny: nn.Module) -> None:
     train_a_little(prepared, x)
     converted = check_converted(prepared, x)
     assert sorted(m.bits.weight for m in packed_modules(converted).values()) == [2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("kind", ["dense", "low_rank", "table"])
+@pytest.mark.parametrize("group_size", [0, 16])
+def test_a_lookup_quantizes_only_the_rows_that_it_needs(
+    kind: Kind, group_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Embedding(50, 32, padding_idx=3)
+    table = find_sites(model, lambda m: m(torch.tensor([[1]])), 1)
+    config = Config(block=kind, group_size=group_size, weight_bits=(3,))
+    space = SearchSpace.build(table, config)
+    meta = MetaQuantNet(space, {"": model.weight}, config)
+    prepared = torch_ao.prepare(model, space.policy(space.top), metaquantnet=meta)
+    for parameter in prepared.weight_fake_quant.block.parameters():
+        nn.init.uniform_(parameter, -2.0, -1.0)
+    ids = torch.tensor([[7, 3, 7], [0, 3, 49]])
+    found = []
+    for rows_only in (True, False):
+        if not rows_only:
+            monkeypatch.setattr(torch_ao.HybridWeightFakeQuantize, "lookup", lambda *_: None)
+        prepared.zero_grad()
+        output = prepared(ids)
+        (output * torch.arange(32)).sum().backward()
+        found.append((output.detach(), [p.grad.clone() for p in prepared.parameters() if p.grad is not None]))
+    assert torch.equal(found[0][0], found[1][0])
+    assert len(found[0][1]) == len(found[1][1]) >= 2
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_a_layer_may_be_called_with_what_is_no_tensor() -> None:
+    class Positions(nn.Embedding):
+        def forward(self, shape: torch.Size) -> Tensor:
+            return super().forward(torch.arange(shape[1]))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.head = Positions(16, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x + self.positions(x.shape))
+
+    x = torch.randn(2, 5, 8)
+    model = Model().eval()
+    packed = torch_ao.convert(torch_ao.prepare(model, HybridPolicy({"positions": LayerBits(8)})))
+    torch.testing.assert_close(packed(x), model(x), atol=0.05, rtol=0.05)

@@ -1,17 +1,23 @@
+import contextlib
 import copy
+import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from hq_plugin import Config, HQWarning, TrainingError
-from hq_plugin.data import prepare_data
+from hq_plugin.checkpoint import Checkpoint
+from hq_plugin.data import make_batch, prepare_data
 from hq_plugin.distillation import loss_function
 from hq_plugin.meta_training import build_network
+from hq_plugin.seeding import seeded
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
-from hq_plugin.training import Task, _cosine, _parameter_groups, seeded, train
+from hq_plugin.training import Task, _cosine, _parameter_groups, train
 from tests.conftest import TinyNet
 
 
@@ -44,15 +50,6 @@ def test_the_same_seed_gives_the_same_network(trained: nn.Module, batches) -> No
             train(job)
         results.append(job.network.state_dict())
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
-
-
-def test_seeding_leaves_the_caller_s_randomness_alone() -> None:
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    with seeded(1):
-        torch.rand(100)
-    assert torch.equal(torch.rand(3), expected)
 
 
 def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
@@ -150,3 +147,45 @@ def test_mixed_precision_is_accelerate_s(trained: nn.Module, batches, monkeypatc
         assert all(math.isfinite(record["loss"]) for record in job.history)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_batches_of_a_step_are_accumulated_as_accelerate_is_configured(
+    trained: nn.Module, batches, monkeypatch: pytest.MonkeyPatch
+) -> None:  # type: ignore[no-untyped-def]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # no BatchNorm, which knows one batch at a time
+    whole = [x for x, _ in batches[:8]]
+    halves = [half for x in whole for half in x.split(32)]
+    losses = {}
+    for steps, data in ((1, whole), (2, halves)):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(steps))
+        torch.manual_seed(0)
+        job = task(model, data, steps=5)
+        job.data = dataclasses.replace(job.data, train=[make_batch(x, lambda x: ((x,), {}, None)) for x in data])
+        train(job)
+        losses[steps] = [record["loss"] for record in job.history]
+    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    assert Accelerator().gradient_accumulation_steps == 1
+
+
+def test_accumulated_batches_are_passed_over_when_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    data = list(torch.randn(96, 1, 8, 8, generator=torch.Generator().manual_seed(0)).split(8))
+    states = []
+    for stops in ((6,), (2, 6)):
+        for stop in stops:
+            torch.manual_seed(0)
+            job = task(model, data, steps=6, checkpoint=Checkpoint(tmp_path / str(len(stops)), {}, 0))
+            job.before_step = lambda step, stop=stop: _stop(step == stop)
+            with contextlib.suppress(ZeroDivisionError):
+                train(job)
+        states.append(job.network.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    monkeypatch.delenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    Accelerator()
+
+
+def _stop(now: bool) -> None:
+    if now:
+        raise ZeroDivisionError

@@ -1,5 +1,6 @@
 """Packed layers: what a converted model is made of."""
 
+from hq_plugin.nn.forms import with_layers_of
 from hq_plugin.nn.held import HeldWeight, with_held_weights
 from hq_plugin.nn.packed import (
     PackedConv1d,
@@ -10,11 +11,13 @@ from hq_plugin.nn.packed import (
     adopt,
     affine_weight,
     cache_weights,
+    check_unedited,
     is_plain,
     packed_modules,
     packed_type,
     share_packed_weight,
 )
+from hq_plugin.nn.split import SplitEmbedding, with_split_tables
 
 __all__ = [
     "HeldWeight",
@@ -23,12 +26,16 @@ __all__ = [
     "PackedEmbedding",
     "PackedLinear",
     "PackedModule",
+    "SplitEmbedding",
     "adopt",
     "affine_weight",
     "cache_weights",
+    "check_unedited",
     "is_plain",
     "packed_modules",
     "packed_type",
     "share_packed_weight",
     "with_held_weights",
+    "with_layers_of",
+    "with_split_tables",
 ]

@@ -12,7 +12,7 @@ kernel          devices   layers                                   computes in  
 `bfloat16`      all       Linear, float input                      bfloat16              rounded to bfloat16
 `int4`          CPU, CUDA Linear, float input, weights up to 4 bit bfloat16              rounded to bfloat16
 `int8_weight`   CPU, CUDA Linear, float input, whole channels      bfloat16              rounded to bfloat16
-`int8`          CPU       Linear and Conv2d, quantized input,      8-bit integers        equal up to float rounding
+`int8`          CPU       Linear and Conv2d, static input steps,   8-bit integers        equal up to float rounding
                           whole channels
 `int8_matmul`   CPU, CUDA Linear, quantized input, whole channels  8-bit integers        equal up to float rounding
 =============== ========= ======================================== ===================== ==========================
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from hq_plugin.nn.packed import PackedModule, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.quantization import quantize_rows
 
 #: The kernel that every layer has: its own forward.
 REFERENCE = "dequantized"
@@ -216,6 +217,8 @@ class _Int8(Kernel):
             return "it is not a plain Linear or Conv2d layer"
         if layer.bits.activation == FLOAT_BITS:
             return "its input is not quantized"
+        if layer.bits.dynamic:
+            return "each row of its input has a step of its own"
         if layer.bits.group_size:
             return "its weight has groups"
         if isinstance(layer, nn.Conv2d) and (layer.padding_mode != "zeros" or isinstance(layer.padding, str)):
@@ -270,20 +273,34 @@ class _Int8MatMul(Kernel):
 
     def bind(self, layer: PackedModule) -> Run:
         integers, scale = _whole(layer)
-        quantized, step, zero_point = _input_quantizer(layer)
         rows, inputs = layer.weight_shape
-        # Inputs of 0 to 255 are moved into signed integers; what the zero point adds to each sum is constant.
-        weight = integers.T
-        shift = (128 - zero_point) * integers.sum(1, dtype=torch.int32)
-        factor, bias, least = scale * step, _bias(layer), self.least_rows
+        weight, sums = integers.T, integers.sum(1, dtype=torch.int32)
+        bias, least = _bias(layer), self.least_rows
+
+        def product(flat: Tensor) -> Tensor:
+            # Inputs of 0 to 255 are moved into signed integers, and what that takes from each sum is given back.
+            moved = (flat.to(torch.int16) - 128).to(torch.int8)
+            count = moved.shape[0]
+            if count < least:
+                moved = F.pad(moved, (0, 0, 0, least - count))
+            return torch._int_mm(moved, weight)[:count] + 128 * sums
+
+        def biased(y: Tensor, x: Tensor) -> Tensor:
+            return _biased(y.to(x.dtype).view(*x.shape[:-1], rows), bias)
+
+        if layer.bits.dynamic:
+            bits = layer.bits.activation
+
+            def run_dynamic(x: Tensor) -> Tensor:
+                found, step, zero = quantize_rows(x.reshape(-1, inputs), bits)
+                return biased((product(found) - zero.to(torch.int32) * sums) * (step * scale), x)
+
+            return run_dynamic
+        quantized, step, zero_point = _input_quantizer(layer)
+        factor, shift = scale * step, zero_point * sums
 
         def run(x: Tensor) -> Tensor:
-            flat = (quantized(x).reshape(-1, inputs).to(torch.int16) - 128).to(torch.int8)
-            count = flat.shape[0]
-            if count < least:
-                flat = F.pad(flat, (0, 0, 0, least - count))
-            y = (torch._int_mm(flat, weight)[:count] + shift) * factor
-            return _biased(y.to(x.dtype).view(*x.shape[:-1], rows), bias)
+            return biased((product(quantized(x).reshape(-1, inputs)) - shift) * factor, x)
 
         return run
 

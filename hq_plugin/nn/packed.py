@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.quantization import (
     STEP_DTYPE,
     dequantize_weight,
     fake_quantize_activation,
+    fake_quantize_rows,
     load_zero,
     store_zero,
     weight_offset,
@@ -55,8 +57,8 @@ class PackedModule(nn.Module):
         weight_packed: uint8, the integers (see `hq_plugin.packing`).
         weight_step: bfloat16 `[rows]`, a row being a channel or a group; no dtype move changes it.
         weight_zero: int8 `[rows]`, if the weight has groups.
-        activation_step: float32 scalar, if the input is quantized.
-        activation_zero_point: int32 scalar, if the input is quantized.
+        activation_step: float32 scalar, if the input is quantized with one step.
+        activation_zero_point: int32 scalar, if the input is quantized with one step.
     """
 
     bits: LayerBits
@@ -105,7 +107,7 @@ class PackedModule(nn.Module):
         packed.register_buffer("weight_step", torch.empty(rows, dtype=STEP_DTYPE, device=device))
         if bits.group_size:
             packed.register_buffer("weight_zero", torch.empty(rows, dtype=torch.int8, device=device))
-        if bits.activation != FLOAT_BITS:
+        if bits.static_input:
             packed.register_buffer("activation_step", torch.ones((), device=device))
             packed.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
         return packed
@@ -132,8 +134,8 @@ class PackedModule(nn.Module):
             step: `[rows]`; rounded to bfloat16.
             zero: `[rows]`, needed if the weight has groups; rounded to `zero_unit`.
             bits: Its widths.
-            activation_step: Scalar, needed if the input is quantized.
-            activation_zero_point: Whole scalar, needed if the input is quantized.
+            activation_step: Scalar, needed if the input is quantized with one step.
+            activation_zero_point: Whole scalar, needed if the input is quantized with one step.
             float_type: The class to subclass; None takes that of `float_module`.
             drop: Names of submodules that are not taken over.
 
@@ -148,7 +150,7 @@ class PackedModule(nn.Module):
             if zero is None:
                 raise ValueError("A weight with groups needs zero points.")
             packed.weight_zero = store_zero(zero.detach(), bits.weight)
-        if bits.activation != FLOAT_BITS:
+        if bits.static_input:
             if activation_step is None or activation_zero_point is None:
                 raise ValueError("A layer with a quantized input needs activation_step and zero point.")
             packed.activation_step = activation_step.detach().float().reshape(())
@@ -190,6 +192,8 @@ class PackedModule(nn.Module):
     def _quantize_input(self, x: Any) -> Any:
         if not isinstance(x, Tensor) or not x.is_floating_point():
             return x
+        if self.bits.dynamic:
+            return fake_quantize_rows(x, self.bits.activation)
         return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, self.bits.activation)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -267,6 +271,25 @@ def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """Returns the packed layers of a model by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
+def check_unedited(model: nn.Module) -> None:
+    """Checks, before a model is saved, that its dequantized weights are still those that its integers give.
+
+    Raises:
+        ModelError: They were edited in place. Merging a LoRA adapter does that, and it would be lost.
+    """
+    for name, module in packed_modules(model).items():
+        if module._cached is not None:
+            kept, module._cached = module._cached, None
+            fresh = module.weight
+            module._cached = kept
+            if not torch.equal(kept, fresh):
+                raise ModelError(
+                    f"The dequantized weight of {name!r} was edited (by merging an adapter?): the packed integers "
+                    "do not hold that. Save the adapter beside the packed model, or merge it into the float model "
+                    "and quantize that."
+                )
 
 
 def cache_weights(model: nn.Module, enabled: bool) -> nn.Module:

@@ -19,7 +19,7 @@ from transformers.initialization import no_init_weights
 from hq_plugin.adapters import Unwrapped, without_memory
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.integrations.huggingface import inputs
+from hq_plugin.integrations.huggingface import inputs, rows
 from hq_plugin.integrations.huggingface.layers import with_linear_layers
 from hq_plugin.integrations.huggingface.quantizer import attach
 
@@ -30,6 +30,9 @@ FUSED = (
     ("q_proj", "k_proj", "v_proj"),
     ("query", "key", "value"),
     ("q_lin", "k_lin", "v_lin"),
+    ("q", "k", "v"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("linear_q", "linear_k", "linear_v"),
     ("gate_proj", "up_proj"),
     ("w1", "w3"),
     ("wi_0", "wi_1"),
@@ -87,24 +90,33 @@ class HuggingFaceAdapter:
         """Returns options that fit the model.
 
         Nothing but what is quantized is trained. Models that generate text get weights alone, in groups of
-        64, and few, long samples; others keep the general options.
+        64, and few, long samples; others of text 8-bit inputs with a step for each token.
         """
         assert isinstance(model, PreTrainedModel)
-        proposed: dict[str, Any] = {"prepare_batch": inputs.split_batch, "train_float": False}
+        proposed: dict[str, Any] = {"prepare_batch": rows.splitter(model), "train_float": False}
         if inputs.takes_text(model):
-            length = inputs.positions(model) or 512
+            length = rows.positions(model) or 512
             causal = model.can_generate()
             proposed |= {"batch_size": 4 if causal else 16, "sequence_length": min(256 if causal else 128, length)}
+            # Tokens differ by orders of magnitude: one step for all of them costs more than any width.
+            proposed["activation_scheme"] = "dynamic"
             if causal:
                 proposed |= {
                     "activation_bits": (16,),
                     "group_size": 64,
                     "sensitivities": "fisher",
+                    "self_written": 0.5,
                     **_CAUSAL_STEPS[config.effort],
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
             else:
-                proposed |= {"learning_rate": 2e-4, "step_learning_rate": 1e-3, **_TEXT_STEPS[config.effort]}
+                proposed |= {
+                    "embedding_parts": 16,
+                    "rounding": "second_order",
+                    "learning_rate": 2e-4,
+                    "step_learning_rate": 1e-3,
+                    **_TEXT_STEPS[config.effort],
+                }
         return proposed
 
     def fused(self, model: nn.Module) -> list[list[str]]:

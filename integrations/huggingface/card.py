@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.policy import FLOAT_BITS, LayerBits
 
 
 def card(class_name: str, origin: str, config: Any) -> str:
@@ -18,8 +18,9 @@ def card(class_name: str, origin: str, config: Any) -> str:
     """
     summary: dict[str, Any] = config.summary
     widths = Counter(bits[0] for bits in config.policy.values())
-    groups = sorted({bits[2] for bits in config.policy.values() if len(bits) > 2})
-    activations = Counter(bits[1] for bits in config.policy.values())
+    policy = config.hybrid_policy()
+    groups = sorted({bits.group_size for bits in policy.values() if bits.group_size})
+    activations = Counter(_activation(bits) for bits in policy.values())
     hub_name = origin if origin and not origin.startswith(("/", ".", "~")) else ""
     lines = ["---", "library_name: transformers", *([f"base_model: {hub_name}"] if hub_name else [])]
     lines += [
@@ -50,9 +51,7 @@ def card(class_name: str, origin: str, config: Any) -> str:
         f"| layers by weight width | {', '.join(f'{n} of {bits} bits' for bits, n in sorted(widths.items()))} |",
         f"| inputs of a group that share a step | {', '.join(map(str, groups)) or 'all of a channel'} |",
         "| layers by activation width | "
-        + ", ".join(
-            f"{n} {'float' if bits == FLOAT_BITS else f'of {bits} bits'}" for bits, n in sorted(activations.items())
-        )
+        + ", ".join(f"{n} {width}" for width, n in sorted(activations.items()))
         + " |",
         "",
     ]
@@ -80,3 +79,9 @@ def card(class_name: str, origin: str, config: Any) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _activation(bits: LayerBits) -> str:
+    if bits.activation == FLOAT_BITS:
+        return "float"
+    return f"of {bits.activation} bits{', a step for each token' if bits.dynamic else ''}"

@@ -1,39 +1,37 @@
-"""Text, pictures and a tokenizer's output as batches; text that a model writes itself."""
+"""What users of transformers have as data: which kind it is, text as tokens, text that a model writes itself.
+
+Rows of tensors, pictures and sounds are `rows.py`.
+"""
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hq_plugin.config import Config
-from hq_plugin.data import LABEL_KEYS
+from hq_plugin.data import RERANK_FACTOR
 from hq_plugin.errors import DataError, HQWarning
+from hq_plugin.integrations.huggingface import rows
+from hq_plugin.precision import autocast
+from hq_plugin.seeding import seeded
 
-#: Sequences that a causal model writes itself where no data is given, by effort.
-_WRITTEN = {"smoke": 8, "fast": 64, "balanced": 192, "best": 512}
+#: Most sequences that a causal model writes itself, by effort.
+_WRITTEN = {"smoke": 8, "fast": 128, "balanced": 384, "best": 2048}
+#: Sequences that are written at once.
+_AT_ONCE = 32
+#: Rows of a stream that are read for each sequence that is needed: texts are shorter than sequences.
+_STREAMED = 8
 #: Fields in which rows of a data set keep their text.
 TEXT_FIELDS = ("text", "content", "sentence")
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """Samples as rows of tensors, which the core shuffles, splits and collates."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self.tensors = dict(tensors)
-
-    def __len__(self) -> int:
-        return len(next(iter(self.tensors.values())))
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {name: tensor[index] for name, tensor in self.tensors.items()}
 
 
 def takes_text(model: PreTrainedModel) -> bool:
@@ -41,48 +39,53 @@ def takes_text(model: PreTrainedModel) -> bool:
     return model.main_input_name == "input_ids"
 
 
-def split_batch(raw: Any) -> tuple[tuple[Any, ...], dict[str, Any], Tensor | None]:
-    """Splits a batch for `Config.prepare_batch`: labels apart, and no cache of keys and values."""
-    if isinstance(raw, Mapping):
-        kwargs = {name: value for name, value in raw.items() if name not in LABEL_KEYS}
-        label = next((raw[name] for name in LABEL_KEYS if isinstance(raw.get(name), Tensor)), None)
-        if "input_ids" in kwargs:
-            kwargs.setdefault("use_cache", False)
-        return (), kwargs, label if label is not None and label.dim() == 1 else None
-    if isinstance(raw, (tuple, list)):
-        last = raw[-1]
-        is_label = len(raw) == 2 and isinstance(last, Tensor) and last.dim() == 1 and not last.is_floating_point()
-        return (tuple(raw[:-1]), {}, last) if is_label else (tuple(raw), {}, None)
-    return (raw,), {}, None
-
-
 def batches(model: PreTrainedModel, data: Any, config: Config) -> Any:
     """Turns what users of transformers have into a Dataset; leaves batches of tensors as they are.
 
     Args:
         model: The float model.
-        data: Strings, rows with a text field, a tokenizer's output, pictures, batches, or None.
+        data: Strings, a tokenizer's output, pictures, sounds, rows of a data set with any of these, batches,
+            or None. Of a stream as much is read as is needed.
         config: Gives processor, sequence length, effort and seed.
 
     Raises:
-        DataError: Text without a tokenizer, or sequences longer than the model takes.
+        DataError: Text without a tokenizer, pictures or sounds without a processor, or sequences longer than
+            the model takes.
     """
     if data is None:
-        return Rows({"input_ids": written(model, config)}) if _writes(model) else None
+        if not _writes(model):
+            return None
+        warnings.warn(
+            "No data was given: the model writes its own calibration text. Text like that which it will see does "
+            "better where there is much of it: pass data=[...].",
+            HQWarning,
+            stacklevel=4,
+        )
+        return rows.Rows({"input_ids": written(model, config, min(_WRITTEN[config.effort], _needed(config)))})
     if isinstance(data, Mapping) and not isinstance(data, Tensor):
-        return _from_encoding(model, data)
+        return rows.from_encoding(model, data)
     if isinstance(data, (DataLoader, Tensor, str, bytes)) or not isinstance(data, Iterable):
         return data
     if iter(data) is data:
         return data  # the core says what is wrong with it
     first = next(iter(data), None)
-    text = _text_of(first)
-    if text is not None:
-        return Rows(_tokenized(model, [_text_of(row) or "" for row in data], config))
-    if type(first).__module__.startswith("PIL."):
-        return Rows(_processed(list(data), config))
-    if isinstance(first, Mapping):
-        _check_length(model, first.get("input_ids"))
+    samples = data if isinstance(data, Sized) else itertools.islice(data, _STREAMED * _needed(config))
+    if isinstance(first, Mapping) and rows.is_row(model, first):
+        return rows.from_rows(model, list(samples))
+    if takes_text(model) and _text_of(first) is not None:
+        tokens = _tokenized(model, [_text_of(row) or "" for row in samples], config)
+        if config.self_written and _writes(model):
+            tokens = {"input_ids": _with_written(model, tokens["input_ids"], config)}
+        return rows.Rows(tokens)
+    field = rows.media_field(first)
+
+    def media(row: Any) -> Any:
+        return row if field is None else row[field]
+
+    if rows.is_picture(media(first)):
+        return rows.from_pictures([media(row) for row in samples], config.processor)
+    if not takes_text(model) and rows.is_sound(media(first)):
+        return rows.from_sounds(model, [media(row) for row in samples], config.processor)
     return data
 
 
@@ -96,42 +99,6 @@ def _text_of(row: Any) -> str | None:
 
 def _writes(model: PreTrainedModel) -> bool:
     return takes_text(model) and model.can_generate() and not model.config.is_encoder_decoder
-
-
-def positions(model: PreTrainedModel) -> int | None:
-    """Returns how many tokens a model takes, where its configuration bounds them."""
-    config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return None
-
-
-def _check_length(model: PreTrainedModel, ids: Any) -> None:
-    most = positions(model)
-    if isinstance(ids, Tensor) and ids.dim() >= 1 and most is not None and ids.shape[-1] > most:
-        raise DataError(
-            f"Sequences of {ids.shape[-1]} tokens are longer than the {most} that the model takes. Truncate them, "
-            f"or pass text and sequence_length={most}."
-        )
-
-
-def _from_encoding(model: PreTrainedModel, encoding: Mapping[str, Any]) -> Rows:
-    """Takes what a tokenizer or an image processor returned for all samples."""
-    tensors = {}
-    for name, value in encoding.items():
-        try:
-            tensors[name] = value if isinstance(value, Tensor) else torch.tensor(value)
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise DataError(
-                f"{name!r} is not one tensor: its samples have several lengths. Tokenize with padding=True and "
-                "return_tensors='pt', or pass the text itself."
-            ) from error
-    if not tensors or any(tensor.dim() == 0 for tensor in tensors.values()):
-        raise DataError("data is a mapping without samples. Pass a tokenizer's output, or a list of batches.")
-    _check_length(model, tensors.get("input_ids"))
-    return Rows(tensors)
 
 
 def tokenizer(model: PreTrainedModel, config: Config) -> Any:
@@ -159,7 +126,7 @@ def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> 
     """Tokenizes: one stream cut into samples for causal models, one padded sample a text for others."""
     read = tokenizer(model, config)
     length = config.sequence_length or 128
-    most = positions(model)
+    most = rows.positions(model)
     if most is not None and length > most:
         raise DataError(f"sequence_length={length} is longer than the {most} tokens that the model takes.")
     if _writes(model):
@@ -182,47 +149,56 @@ def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> 
     return encoded
 
 
-def _processed(pictures: list[Any], config: Config) -> dict[str, Tensor]:
-    if config.processor is None:
-        raise DataError(
-            "data is pictures, and there is no image processor to read them with. Pass it: "
-            "hq_plugin.quantize(model, budget, data=pictures, processor=image_processor)."
-        )
-    return dict(config.processor(images=pictures, return_tensors="pt"))
+def _needed(config: Config) -> int:
+    """Returns how many sequences all stages see, those that are held out counted."""
+    steps = config.steps
+    return (steps.meta + steps.finetune) * (config.batch_size or 1) + steps.holdout * RERANK_FACTOR
+
+
+def _with_written(model: PreTrainedModel, ids: Tensor, config: Config) -> Tensor:
+    """Puts text that the model writes itself beside the user's, in the share that `self_written` says.
+
+    Of the user's sequences, evenly spaced ones are kept, as many as training sees, so that the share holds.
+    """
+    needed = _needed(config)
+    count = min(_WRITTEN[config.effort], round(needed * (config.self_written or 0.0)))
+    kept = min(len(ids), max(needed - count, 1))
+    places = torch.linspace(0, len(ids) - 1, kept).round().long()
+    return torch.cat([ids[places], written(model, config, count, length=ids.shape[1])])
 
 
 @torch.no_grad()
-def written(model: PreTrainedModel, config: Config) -> Tensor:
-    """Lets a causal model write its own calibration text, by sampling from its begin-of-text token.
+def written(model: PreTrainedModel, config: Config, count: int, length: int | None = None) -> Tensor:
+    """Lets a causal model write text, by sampling from its begin-of-text token.
 
     Text of the model's own distribution distils better than little text of another kind (LLM-QAT, Liu et
     al., arXiv:2305.17888).
 
+    Args:
+        model: The float model; it is not changed. With mixed precision a copy in that precision writes.
+        config: Gives the seed and, where `length` is None, the sequence length.
+        count: Sequences.
+        length: Tokens of each.
+
     Returns:
-        `[sequences, tokens]`.
+        `[count, length]`.
     """
-    warnings.warn(
-        "No data was given: the model writes its own calibration text. Text like that which it will see does "
-        "better where there is much of it: pass data=[...].",
-        HQWarning,
-        stacklevel=5,
-    )
-    length = min(config.sequence_length or 256, positions(model) or 1 << 30)
+    length = min(length or config.sequence_length or 256, rows.positions(model) or 1 << 30)
     settings = model.generation_config
     text = model.config.get_text_config()
     named = (settings.bos_token_id, text.bos_token_id, settings.eos_token_id)
     tokens = [token[0] if isinstance(token, list) else token for token in named]
     start = next((token for token in tokens if token is not None and token < text.vocab_size), 0)
-    wanted = _WRITTEN[config.effort]
-    made: list[Tensor] = []
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(config.seed)
-    try:
-        while sum(len(part) for part in made) < wanted:
-            count = min(32, wanted - sum(len(part) for part in made))
-            ids = torch.full((count, 1), start, device=next(model.parameters()).device)
+    kind = next(model.parameters()).device
+    with autocast():
+        dtype = torch.get_autocast_dtype(kind.type) if torch.is_autocast_enabled(kind.type) else None
+    writer: Any = model if dtype is None else copy.deepcopy(model).to(dtype=dtype)
+    made = [torch.empty(0, length, dtype=torch.long)]
+    with seeded(config.seed):
+        for first in range(0, count, _AT_ONCE):
+            ids = torch.full((min(_AT_ONCE, count - first), 1), start, device=kind)
             # Sequences go on after an end-of-text token: samples of one length need no padding.
-            out = model.generate(
+            out = writer.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 do_sample=True,
@@ -234,8 +210,6 @@ def written(model: PreTrainedModel, config: Config) -> Tensor:
                 pad_token_id=start,
             )
             made.append(out[:, :length].cpu())
-    finally:
-        torch.random.set_rng_state(generator_state)
     return torch.cat(made)
 
 
@@ -243,7 +217,7 @@ def example(model: PreTrainedModel) -> dict[str, Any]:
     """Returns keyword inputs for two samples."""
     parameter = next(model.parameters())
     config = model.config
-    length = min(16, positions(model) or 16)
+    length = min(16, rows.positions(model) or 16)
     ids = torch.randint(config.get_text_config().vocab_size, (2, length)) if takes_text(model) else None
     if ids is not None:
         names = inspect.signature(model.forward).parameters

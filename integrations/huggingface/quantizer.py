@@ -7,9 +7,7 @@ and does not fill the layers with random numbers.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,10 +20,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from hq_plugin.distribution import is_first
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
-from hq_plugin.integrations.huggingface.card import card
-from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_held_weights
+from hq_plugin.integrations.huggingface.integrity import check_folder
+from hq_plugin.integrations.huggingface.saving import bind
+from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_layers_of
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
@@ -51,6 +49,7 @@ class HqConfig(QuantizationConfigMixin):
         tied: Sites that use the weight of another: `{site: owner}`.
         summary: Budget and fidelity, for people; nothing depends on it.
         version: Version of the format.
+        checksum: Of the folder; written and compared by `integrity.py`.
     """
 
     def __init__(
@@ -59,10 +58,12 @@ class HqConfig(QuantizationConfigMixin):
         tied: Mapping[str, str] | None = None,
         summary: Mapping[str, Any] | None = None,
         version: int = VERSION,
+        checksum: str | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD
         self.version = version
+        self.checksum = checksum
         self.policy = dict(policy or {})
         self.tied = dict(tied or {})
         self.summary = dict(summary or {})
@@ -73,7 +74,7 @@ class HqConfig(QuantizationConfigMixin):
         Raises:
             ArtifactError: It is damaged, or from a newer version.
         """
-        if not isinstance(self.version, int) or self.version > VERSION:
+        if type(self.version) is not int or not 1 <= self.version <= VERSION:
             raise ArtifactError(
                 f"The model was saved in version {self.version!r} of hq_plugin's format; this hq_plugin reads "
                 f"up to {VERSION}. Upgrade: pip install -U hq-plugin."
@@ -120,7 +121,7 @@ class HqQuantizer(HfQuantizer):
         policy = config.hybrid_policy()
         # AutoModel loads the body of a model with a head, and the other way round.
         places = {name: (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}") for name in policy}
-        with_held_weights(model, [place for names in places.values() for place in names], inplace=True)
+        with_layers_of(model, [place for names in places.values() for place in names], inplace=True)
         modules = dict(model.named_modules())
         self._names: dict[str, str] = {}
         lacking = []
@@ -179,25 +180,30 @@ class HqQuantizer(HfQuantizer):
             for key in expected[here]:
                 shape, dtype = tuple(state[key].shape), _DTYPES.get(state[key].dtype)
                 if key not in found:
-                    problems.append(f"{site}: {key} is missing")
+                    if key not in model.all_tied_weights_keys:
+                        problems.append(f"{site}: {key} is missing")
                 elif found[key][0] != shape or (dtype is not None and found[key][1] != dtype):
                     problems.append(f"{key} is {found[key][1]} {found[key][0]}, not {dtype or ''} {shape}")
             problems += [f"{key} is too much" for key in held[here] if key not in state]
+        modules, known = dict(model.named_modules()), set(self._names.values())
+        packed = [key.rpartition(".")[0] for key in found if key.endswith(".weight_step")]
+        problems += [f"{name} is packed" for name in packed if name in modules and name not in known]
         if problems:
             raise ArtifactError(
                 f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. The folder is damaged, or parts of two were mixed."
             )
+        check_folder(files)
 
     def _untie(self, model: PreTrainedModel) -> None:
         """Takes packed weights out of what transformers ties: we tie them, packed."""
         packed = packed_modules(model)
-        keys = {
+        ours = {f"{name}.weight" for name in packed}
+        model.all_tied_weights_keys = {
             target: source
             for target, source in getattr(model, "all_tied_weights_keys", {}).items()
-            if target.rpartition(".")[0] not in packed and source.rpartition(".")[0] not in packed
+            if target not in ours and source not in ours
         }
-        model.all_tied_weights_keys = keys
         for name, owner in self.quantization_config.tied.items():
             if name in self._names and owner in self._names:
                 share_packed_weight(packed[self._names[owner]], packed[self._names[name]])
@@ -219,8 +225,9 @@ class HqQuantizer(HfQuantizer):
             )
         for module in packed.values():
             module._cached = None
+        _initialise_buffers(model, packed)
         model.requires_grad_(False)
-        _bind(model)
+        bind(model)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
@@ -251,6 +258,24 @@ class HqQuantizer(HfQuantizer):
             path, _, last = name.rpartition(".")
             renamed[f"{path}.{_STORED[last]}" if last in _STORED else name] = tensor
         return renamed, {}
+
+
+def _initialise_buffers(model: PreTrainedModel, packed: Mapping[str, PackedModule]) -> None:
+    """Lets the model set buffers of packed layers that no file holds (Gemma's scale of its embeddings)."""
+    from transformers import PreTrainedModel, initialization
+
+    parts = {name: module for name, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    with torch.no_grad(), initialization.guard_torch_init_functions():
+        for name, module in packed.items():
+            if not module._non_persistent_buffers_set:
+                continue
+            owner = max((part for part in parts if not part or name.startswith(f"{part}.")), key=len)
+            # What it does to weights does not reach this one, of which there is only a shape.
+            weight: Any = torch.empty((), dtype=module.weight_dtype, device="meta").expand(module.weight_shape)
+            weight._is_hf_initialized = True
+            module._cached = weight
+            parts[owner]._init_weights(module)
+            module._cached = None
 
 
 def _by_layer(keys: Iterable[str], layers: Iterable[str]) -> dict[str, list[str]]:
@@ -287,25 +312,8 @@ def attach(model: nn.Module) -> nn.Module:
     made.hf_quantizer = quantizer
     made.is_quantized = True
     made.quantization_method = METHOD
-    _bind(made)
+    bind(made)
     return model
-
-
-def _bind(model: PreTrainedModel) -> None:
-    # A bound method, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
-
-
-def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
-    """As `PreTrainedModel.save_pretrained`, and writes a model card; of several processes the first alone."""
-    options.setdefault("is_main_process", is_first())
-    type(self).save_pretrained(self, save_directory, **options)
-    if options["is_main_process"]:
-        config: Any = self.config.quantization_config
-        page = Path(save_directory) / "README.md"
-        page.write_text(
-            card(type(self).__name__, getattr(self.config, "_name_or_path", ""), config), encoding="utf-8"
-        )
 
 
 def _summary(result: Result) -> dict[str, Any]:

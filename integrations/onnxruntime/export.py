@@ -6,9 +6,7 @@ import contextlib
 import copy
 import io
 import logging
-import os
 import re
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inpu
 from hq_plugin.integrations.onnxruntime.layers import OPSET, exported_layer, form
 from hq_plugin.nn import packed_modules
 from hq_plugin.policy import LayerBits
+from hq_plugin.storage import write_bytes
 
 #: Files above this size cannot be one protobuf message.
 _LARGEST = 2_000_000_000
@@ -308,17 +307,8 @@ def _message(error: BaseException, layer: str) -> str:
 def _write(model: onnx.ModelProto, target: Path) -> None:
     if model.ByteSize() > _LARGEST:
         raise ExportError(f"The model has {model.ByteSize():,} bytes; a single ONNX file holds two gigabytes.")
-    staging: str | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, staging = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(model.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(staging, 0o644)
-        os.replace(staging, target)
+        write_bytes(target, model.SerializeToString())
     except OSError as error:
-        if staging is not None:
-            Path(staging).unlink(missing_ok=True)
         raise ExportError(f"{target} could not be written: {error}. Choose a writable place with room.") from error

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
+from hq_plugin.integrations.onnxruntime.dynamic import DynamicLinear
 from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.quantization import quantize_rows
 
 #: Version of the default operators that are written by hand.
 OPSET = 21
@@ -35,7 +37,7 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
     if is_plain(layer, nn.Linear) and layer.bits.activation == FLOAT_BITS:
         return NBitsLinear(layer, accuracy_level)
     if is_plain(layer, nn.Linear) and not layer.bits.group_size:
-        return IntegerLinear(layer)
+        return _dynamic(layer) if layer.bits.dynamic else IntegerLinear(layer)
     if is_plain(layer, nn.Embedding) and layer.max_norm is None:
         return IntegerEmbedding(layer)
     return _dequantizing(layer)
@@ -47,8 +49,9 @@ def form(module: nn.Module) -> tuple[str, int]:
         return "MatMulNBits", module.width
     if isinstance(module, IntegerEmbedding):
         return "Gather, DequantizeLinear", module.width
+    operator = "MatMulInteger" if isinstance(module, DynamicLinear) else "DequantizeLinear"
     integers = next(name for name in dict(module.named_buffers(recurse=False)) if name.startswith("weight_int"))
-    return "DequantizeLinear", int(integers.removeprefix("weight_int"))
+    return operator, int(integers.removeprefix("weight_int"))
 
 
 class NBitsLinear(nn.Module):
@@ -153,6 +156,11 @@ class IntegerLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+def _dynamic(layer: PackedModule) -> DynamicLinear:
+    integers, step, _ = dequantizer(layer, transposed=True)
+    return DynamicLinear(layer, integers, step, _bias(layer), _storage_width(integers))
+
+
 class IntegerEmbedding(nn.Module):
     """An Embedding that gathers integers and then scales them."""
 
@@ -192,8 +200,8 @@ class InputQuantizer(nn.Module):
 
     def __init__(self, layer: PackedModule) -> None:
         super().__init__()
-        self.bits = layer.bits.activation
-        if self.bits != FLOAT_BITS:
+        self.bits, self.dynamic = layer.bits.activation, layer.bits.dynamic
+        if layer.bits.static_input:
             self.register_buffer("step", layer.activation_step.detach().float().clone())
             self.register_buffer("zero", layer.activation_zero_point.to(torch.uint8))
             step, zero = float(layer.activation_step), int(layer.activation_zero_point)
@@ -203,6 +211,9 @@ class InputQuantizer(nn.Module):
         """Returns the quantized input as floats."""
         if self.bits == FLOAT_BITS:
             return x
+        if self.dynamic:
+            integers, step, zero = quantize_rows(x, self.bits)
+            return (integers - zero) * step
         if self.bits < 8:  # the runtime's integers are wider
             x = x.clamp(self.low, self.high)
         quantized = ops.symbolic(

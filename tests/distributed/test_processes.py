@@ -1,51 +1,40 @@
 """Real processes over gloo, against one process."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import hq_plugin as hq
+from tests.distributed.conftest import assert_same
 from tests.distributed.job import Plain
-
-
-def launch(count: int, out: Path) -> list[dict[str, Any]]:
-    out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tests.distributed.job", str(out)]
-    if count > 1:
-        head = ["-m", "torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
-        command = [sys.executable, *head, *command[1:]]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=280)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(count)]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return launch(1, tmp_path_factory.mktemp("one") / "out")[0]
+from tests.distributed.launching import reports, run, torchrun
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_processes_reach_what_one_reaches(count: int, alone: dict[str, Any], tmp_path: Path) -> None:
-    found = launch(count, tmp_path / "out")
-    # Every process has the same model and the same log.
-    assert all(report == found[0] for report in found)
     # 30 samples over 4 processes are not split evenly, and still the same mean.
-    np.testing.assert_allclose(found[0]["meta"], alone["meta"], rtol=1e-3, atol=1e-4)
-    assert found[0]["searched"] == alone["searched"]
-    np.testing.assert_allclose(found[0]["scores"], alone["scores"], rtol=1e-2, atol=1e-4)
-    assert found[0]["policy"] == alone["policy"]
-    np.testing.assert_allclose(found[0]["finetune"], alone["finetune"], rtol=1e-2, atol=1e-4)
+    done = run(torchrun(count, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(reports(tmp_path, count), alone)
     # One process wrote the files, whole.
-    loaded = hq.load(tmp_path / "out" / "model", Plain())
+    loaded = hq.load(tmp_path / "model", Plain())
     assert loaded.hq.policy.to_json() == alone["policy"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dies", [5, 20], ids=["sensitivities", "training"])
+def test_a_process_that_dies_ends_the_job_and_a_restart_goes_on(
+    dies: int, alone: dict[str, Any], tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    done = run(torchrun(2, tmp_path, dies))
+    assert done.returncode != 0
+    assert time.monotonic() - began < 120, "start, work and end"
+    # torchrun names it, and what the other one says is of use.
+    assert "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in done.stderr
+    assert "TrainingError: Another of the 2 processes has ended" in done.stderr
+    assert not (tmp_path / "model").exists()
+    again = run(torchrun(2, tmp_path))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert_same(reports(tmp_path, 2), alone)

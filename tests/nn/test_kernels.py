@@ -84,6 +84,17 @@ def test_integer_linear_layers_equal_the_reference(name: str, bits: int, activat
                 assert error(layer, name, x) < 1e-5, (rows, inputs, shape, bias)
 
 
+@pytest.mark.parametrize("activation", range(2, 9))
+def test_integer_products_of_inputs_with_a_step_a_row(activation: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for (rows, inputs), bias in itertools.product([(16, 256), (8, 24)], (False, True)):
+        layer = packed(nn.Linear(inputs, rows, bias=bias), LayerBits(4, activation, dynamic=True))
+        assert {name for name, kernel in KERNELS.items() if kernel.refuses(layer) is None} == {"int8_matmul"}
+        for shape in INPUTS:
+            x = torch.randn(*shape, inputs, generator=generator) * torch.rand(*shape, 1, generator=generator)
+            assert error(layer, "int8_matmul", x) < 1e-5, (rows, inputs, shape, bias)
+
+
 #: Channels in and out, kernel, stride, padding, dilation, groups, padding mode.
 CONVOLUTIONS = [
     (3, 5, 3, 1, 1, 1, 1),

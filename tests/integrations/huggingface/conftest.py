@@ -6,10 +6,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BeitConfig,
     BeitForImageClassification,
     BertConfig,
+    BertForMaskedLM,
     BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     GptOssConfig,
@@ -20,10 +25,14 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -59,16 +68,56 @@ def gpt2() -> GPT2LMHeadModel:
     return GPT2LMHeadModel(config).eval()
 
 
+BERT = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+
+
 def bert() -> BertModel:
-    config = BertConfig(
+    return BertModel(BertConfig(**BERT)).eval()
+
+
+def masked_bert() -> BertForMaskedLM:
+    """Ties the head's weight to the embedding, and the head's bias to another bias."""
+    return BertForMaskedLM(BertConfig(**BERT)).eval()
+
+
+def bart() -> BartForConditionalGeneration:
+    """Its positions are an embedding that is called with token ids, which it does not look up."""
+    config = BartConfig(
         vocab_size=64,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
+        d_model=64,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=40,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=1,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
     )
-    return BertModel(config).eval()
+    return BartForConditionalGeneration(config).eval()
+
+
+def wav2vec2() -> Wav2Vec2Model:
+    config = Wav2Vec2Config(
+        **{name: value for name, value in BERT.items() if name != "max_position_embeddings"},
+        conv_dim=[32, 32],
+        conv_kernel=[10, 8],
+        conv_stride=[5, 4],
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=4,
+    )
+    return Wav2Vec2Model(config).eval()
 
 
 def vit() -> ViTForImageClassification:
@@ -137,6 +186,18 @@ def gpt_oss() -> GptOssForCausalLM:
     return GptOssForCausalLM(GptOssConfig(**SMALL, head_dim=16)).eval()
 
 
+def qwen_moe() -> Qwen3MoeForCausalLM:
+    """A router and many small experts, with keys and queries normed."""
+    options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 16}
+    settings = {name: value for name, value in SMALL.items() if name != "num_local_experts"}
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**settings, **options, decoder_sparse_step=1)).eval()
+
+
+def gemma() -> Gemma2ForCausalLM:
+    """Its embedding scales what it looks up by a buffer that no file holds."""
+    return Gemma2ForCausalLM(Gemma2Config(**{**SMALL, "head_dim": 16})).eval()
+
+
 def beit() -> BeitForImageClassification:
     """Reads weights around their layers."""
     config = BeitConfig(
@@ -152,7 +213,8 @@ def beit() -> BeitForImageClassification:
 
 
 KINDS = {"llama": llama, "gpt2": gpt2, "bert": bert, "vit": vit, "t5": t5, "whisper": whisper}
-KINDS |= {"mixtral": mixtral, "gpt_oss": gpt_oss, "beit": beit}
+KINDS |= {"mixtral": mixtral, "gpt_oss": gpt_oss, "qwen_moe": qwen_moe, "beit": beit}
+KINDS |= {"masked_bert": masked_bert, "bart": bart, "gemma": gemma}
 
 
 def build(kind: str) -> PreTrainedModel:

@@ -1,25 +1,40 @@
+import copy
+import itertools
 import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import datasets
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     LlamaForCausalLM,
     Pipeline,
+    RobertaConfig,
+    RobertaModel,
+    TorchAoConfig,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     ViTImageProcessor,
+    Wav2Vec2FeatureExtractor,
+    WhisperFeatureExtractor,
     pipeline,
 )
 
 import hq_plugin as hq
-from hq_plugin import DataError, HQWarning, ModelError
-from hq_plugin.integrations.huggingface import inputs
+from hq_plugin import DataError, HQWarning, ModelError, torch_ao
+from hq_plugin.distillation import kl_divergence
+from hq_plugin.integrations.huggingface import ADAPTER, inputs, rows
 from hq_plugin.nn import PackedModule, packed_modules
-from tests.integrations.huggingface.conftest import KINDS, SMOKE, TEXTS, build, llama, tokenizer
+from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer, wav2vec2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,7 +93,7 @@ def test_it_generates(packed_llama: LlamaForCausalLM) -> None:
     assert torch.equal(out, again)
 
 
-def test_a_pipeline_in_a_pipeline_out() -> None:
+def test_a_pipeline_in_a_pipeline_out(tmp_path: Path) -> None:
     made = pipeline("text-generation", model=build("llama"), tokenizer=tokenizer())
     packed = hq.quantize(made, "4.6bit", TEXTS, config=SMOKE, sequence_length=16)
     assert isinstance(packed, Pipeline)
@@ -86,6 +101,9 @@ def test_a_pipeline_in_a_pipeline_out() -> None:
     assert not packed_modules(made.model)
     answer = packed("the cat", max_new_tokens=4, do_sample=False)
     assert answer[0]["generated_text"].startswith("the cat")
+    packed.save_pretrained(tmp_path / "pipeline")
+    again = pipeline("text-generation", model=str(tmp_path / "pipeline"))
+    assert again("the cat", max_new_tokens=4, do_sample=False) == answer
 
 
 @pytest.mark.parametrize(
@@ -109,13 +127,82 @@ def test_encoders_and_encoder_decoders_take_text() -> None:
         assert packed.hq.effective_bits <= 4.6
 
 
+def test_rows_of_a_data_set() -> None:
+    texts = datasets.Dataset.from_dict({"text": TEXTS, "label": [i % 2 for i in range(40)]})
+    rows = texts.map(lambda row: tokenizer()(row["text"][: 30 + row["label"] * 30]))
+    assert len({len(row["input_ids"]) for row in rows}) > 1
+    model = build("bert")
+    for data in (rows, rows.with_format("torch"), list(rows), [tokenizer()(text) for text in TEXTS]):
+        made = inputs.batches(model, data, SMOKE.filled())
+        assert {"input_ids", "attention_mask"} <= set(made.tensors) <= {"input_ids", "attention_mask", "label"}
+        longest = max(len(row["input_ids"]) for row in data)
+        assert made.tensors["input_ids"].shape == (40, longest)
+        lengths = made.tensors["attention_mask"].sum(1)
+        assert lengths.tolist() == [len(row["input_ids"]) for row in data]
+    packed = hq.quantize(model, "4.6bit", rows, config=SMOKE)
+    assert packed.hq.effective_bits <= 4.6
+    with pytest.raises(DataError, match="longer than the 64"):
+        hq.quantize(model, "4.6bit", [{"input_ids": [3] * 65}] * 8, config=SMOKE)
+    with pytest.raises(DataError, match=r"'token_type_ids' cannot be stacked"):
+        hq.quantize(model, "4.6bit", [{"input_ids": [3], "token_type_ids": [0]}, {"input_ids": [3]}], config=SMOKE)
+
+
+def test_a_stream_is_read_as_far_as_it_is_needed() -> None:
+    read = []
+
+    def endless():  # type: ignore[no-untyped-def]
+        for number in itertools.count():
+            read.append(number)
+            yield {"text": TEXTS[number % len(TEXTS)]}
+
+    stream = datasets.IterableDataset.from_generator(endless)
+    packed = hq.quantize(build("bert"), "4.6bit", stream, config=SMOKE, processor=tokenizer(), batch_size=4)
+    assert packed.hq.effective_bits <= 4.6
+    assert len(read) < 5000
+
+
+def test_the_decoder_reads_the_target_text() -> None:
+    model = build("t5")
+    rows = tokenizer()(TEXTS[:8], text_target=TEXTS[8:16], return_tensors="pt")
+    (_, kwargs, label) = ADAPTER.options(model, SMOKE)["prepare_batch"](dict(rows))
+    assert torch.equal(kwargs["decoder_input_ids"][:, 1:], rows["labels"][:, :-1])
+    assert set(kwargs["decoder_input_ids"][:, 0].tolist()) == {model.config.decoder_start_token_id}
+    assert label is None
+
+
 def test_pictures_with_a_processor() -> None:
     pictures = [Image.effect_noise((40, 40), 60 + i).convert("RGB") for i in range(16)]
     processor = ViTImageProcessor(size={"height": 32, "width": 32})
-    packed = hq.quantize(build("vit"), "4.6bit", pictures, config=SMOKE, processor=processor)
-    assert {bits.activation for bits in packed.hq.policy.values()} == {8}
+    for data in (pictures, [{"image": picture, "label": 1} for picture in pictures]):
+        packed = hq.quantize(build("vit"), "4.6bit", data, config=SMOKE, processor=processor)
+        assert {bits.activation for bits in packed.hq.policy.values()} == {8}
     with pytest.raises(DataError, match="processor=image_processor"):
         hq.quantize(build("vit"), "4.6bit", pictures, config=SMOKE)
+
+
+def test_sounds_with_a_feature_extractor() -> None:
+    rate = 16_000
+    sounds = [torch.randn(800 + 40 * (i % 3)).numpy() for i in range(12)]
+    rows = [{"audio": {"array": sound, "sampling_rate": rate}} for sound in sounds]
+    for data in (sounds, rows):
+        packed = hq.quantize(wav2vec2(), "4.6bit", data, config=SMOKE, processor=Wav2Vec2FeatureExtractor())
+        assert packed.hq.effective_bits <= 4.6
+    with pytest.raises(DataError, match="processor=feature_extractor"):
+        hq.quantize(wav2vec2(), "4.6bit", sounds, config=SMOKE)
+    slow = [{"audio": {"array": sound, "sampling_rate": 8000}} for sound in sounds]
+    with pytest.raises(DataError, match=r"8000 samples a second.*Resample"):
+        hq.quantize(wav2vec2(), "4.6bit", slow, config=SMOKE, processor=Wav2Vec2FeatureExtractor())
+
+
+def test_the_decoder_of_sounds_reads_what_the_float_model_writes() -> None:
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=400)
+    model = build("whisper")
+    sounds = [torch.randn(16_000).numpy() for _ in range(4)]
+    made = inputs.batches(model, sounds, replace(SMOKE, processor=extractor))
+    assert made.tensors["input_features"].shape == (4, 16, 40)
+    assert made.tensors["decoder_input_ids"].shape[1] > 1
+    packed = hq.quantize(model, "4.6bit", sounds * 4, config=SMOKE, processor=extractor)
+    assert packed.hq.effective_bits <= 4.6
 
 
 def test_gpt2_s_conv1d_becomes_the_linear_layer_that_it_is() -> None:
@@ -129,9 +216,7 @@ def test_gpt2_s_conv1d_becomes_the_linear_layer_that_it_is() -> None:
         torch.testing.assert_close(packed(ids).logits, model(ids).logits, atol=0.05, rtol=0.05)
 
 
-def test_lora_trains_on_packed_layers(packed_llama: LlamaForCausalLM) -> None:
-    import copy
-
+def test_lora_trains_on_packed_layers(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     adapted = get_peft_model(
         copy.deepcopy(packed_llama), LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
     )
@@ -148,22 +233,25 @@ def test_lora_trains_on_packed_layers(packed_llama: LlamaForCausalLM) -> None:
     packed = packed_modules(adapted)
     assert packed
     assert all(not p.requires_grad for m in packed.values() for p in m.parameters(recurse=False))
-
-
-def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    """The recipe of docs/huggingface.md: plain quantization-aware training inside `transformers.Trainer`."""
-    from hq_plugin import torch_ao
-    from hq_plugin.distillation import kl_divergence
-
-    teacher = build("llama")
-    policy = hq.HybridPolicy(
-        {
-            n: hq.LayerBits(3, 16, 64)
-            for n, m in teacher.named_modules()
-            if isinstance(m, nn.Linear) and "layers" in n
-        }
+    adapted.save_pretrained(tmp_path / "adapter")
+    packed_llama.save_pretrained(tmp_path / "packed")
+    again = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed"), tmp_path / "adapter"
     )
-    student = torch_ao.prepare(teacher, policy)
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, adapted.eval()(input_ids=ids).logits)
+    # Integers cannot take an adapter in; what was merged would be lost without a word.
+    merged = adapted.merge_and_unload()
+    with pytest.raises(ModelError, match="merging an adapter"):
+        merged.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ModelError, match="merging an adapter"):
+        hq.save(merged, tmp_path / "merged")
+
+
+def distiller(
+    teacher: nn.Module, network: nn.Module, folder: Path, callbacks: Sequence[TrainerCallback] = ()
+) -> Trainer:
+    """The recipe of docs/huggingface.md."""
 
     class Distiller(Trainer):
         def compute_loss(self, model, inputs, return_outputs=False, **_):  # type: ignore[no-untyped-def]
@@ -173,10 +261,8 @@ def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[n
             loss = kl_divergence(output.logits, target)
             return (loss, output) if return_outputs else loss
 
-    ids = tokenizer()(TEXTS, return_tensors="pt")["input_ids"]
-    rows = [{"input_ids": row} for row in ids]
     arguments = TrainingArguments(
-        output_dir=str(tmp_path),
+        output_dir=str(folder),
         max_steps=30,
         per_device_train_batch_size=8,
         learning_rate=3e-3,
@@ -186,13 +272,50 @@ def test_a_trainer_distils_a_prepared_model(tmp_path) -> None:  # type: ignore[n
         disable_tqdm=True,
         use_cpu=True,
     )
-    trainer = Distiller(model=student, args=arguments, train_dataset=rows)
+    ids = tokenizer()(TEXTS, return_tensors="pt")["input_ids"]
+    rows = [{"input_ids": row} for row in ids]
+    return Distiller(model=network, args=arguments, train_dataset=rows, callbacks=list(callbacks))
+
+
+def test_a_trainer_distils_a_prepared_model(tmp_path: Path) -> None:
+    teacher = build("llama")
+    policy = hq.HybridPolicy(
+        {
+            n: hq.LayerBits(3, 16, 64)
+            for n, m in teacher.named_modules()
+            if isinstance(m, nn.Linear) and "layers" in n
+        }
+    )
+    student = torch_ao.prepare(teacher, policy)
+    trainer = distiller(teacher, student, tmp_path)
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     packed = torch_ao.convert(student)
+    ids = torch.arange(3, 15).view(2, 6)
     with torch.no_grad():
-        torch.testing.assert_close(packed(ids[:2]).logits, student.eval()(ids[:2]).logits)
+        torch.testing.assert_close(packed(ids).logits, student.eval()(ids).logits)
+
+
+def test_a_trainer_meta_trains(tmp_path: Path) -> None:
+    teacher = build("llama")
+    session = hq.meta_train(teacher, TEXTS, config=SMOKE, meta_steps=0, processor=tokenizer(), sequence_length=16)
+    before = {name: p.detach().clone() for name, p in session.network.named_parameters() if p.requires_grad}
+    sampler, seen = session.sampler("4bit"), set()
+
+    class SamplePolicies(TrainerCallback):
+        def on_step_begin(self, args, state, control, **_):  # type: ignore[no-untyped-def]
+            seen.add(sampler(state.global_step))
+            torch_ao.apply_policy(session.network, sampler(state.global_step))
+
+    distiller(teacher, session.network, tmp_path, [SamplePolicies()]).train()
+    changed = [
+        name for name, p in session.network.named_parameters() if name in before and not p.equal(before[name])
+    ]
+    assert len(seen) > 5
+    assert any(".outer." in name for name in changed)  # what generates weights has learned
+    packed = session.quantize("4bit")
+    assert packed.hq.effective_bits <= 4
 
 
 def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]
@@ -202,6 +325,9 @@ def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]
         hq.quantize(build("llama"), "4bit", [{"input_ids": torch.zeros(2, 65, dtype=torch.long)}] * 4, config=SMOKE)
     with pytest.raises(DataError, match="longer than the 64"):
         hq.quantize(build("llama"), "4bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=65)
+    later = [{"input_ids": torch.zeros(2, n, dtype=torch.long)} for n in (8, 8, 8, 8, 8, 8, 8, 65)]
+    with pytest.raises(DataError, match="longer than the 64"):
+        hq.quantize(build("llama"), "4bit", DataLoader(later, batch_size=None), config=SMOKE)
     with pytest.raises(DataError, match="more text"):
         hq.quantize(build("llama"), "4bit", ["the cat"], config=SMOKE, processor=tokenizer(), sequence_length=64)
     with pytest.raises(DataError, match="several lengths"):
@@ -214,6 +340,15 @@ def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]
         hq.quantize(llama().half(), "4bit", TEXTS, config=SMOKE)
 
 
+def test_positions_that_are_kept_for_padding_do_not_count() -> None:
+    model = RobertaModel(RobertaConfig(**BERT, pad_token_id=1)).eval()
+    assert rows.positions(model) == 62
+    with torch.no_grad():
+        model(torch.full((1, 62), 5))
+    with pytest.raises(DataError, match="longer than the 62"):
+        hq.quantize(model, "4bit", {"input_ids": torch.full((4, 63), 5)}, config=SMOKE)
+
+
 def test_a_model_that_is_quantized_already(packed_llama: LlamaForCausalLM) -> None:
     with pytest.raises(ModelError, match="quantized already"):
         hq.quantize(packed_llama, "4bit", TEXTS, config=SMOKE)
@@ -221,6 +356,22 @@ def test_a_model_that_is_quantized_already(packed_llama: LlamaForCausalLM) -> No
     other.config.quantization_config = {"quant_method": "gptq"}
     with pytest.raises(ModelError, match="quantized already"):
         hq.quantize(other, "4bit", TEXTS, config=SMOKE)
+
+
+@pytest.mark.parametrize("method", ["bitsandbytes", "torchao"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_another_library_quantized(method: str, tmp_path: Path) -> None:
+    pytest.importorskip(method)
+    build("llama").save_pretrained(tmp_path)
+    if method == "bitsandbytes":
+        config: object = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    else:
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, device_map="cpu")
+    with pytest.raises(ModelError, match=f"quantized already.*{method}"):
+        hq.quantize(model, "4bit", TEXTS, config=SMOKE)
 
 
 def test_an_offloaded_model(tmp_path) -> None:  # type: ignore[no-untyped-def]

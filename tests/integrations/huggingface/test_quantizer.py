@@ -4,17 +4,28 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+    pipeline,
+)
 
 import hq_plugin as hq
 from hq_plugin import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import HqConfig, inputs
 from hq_plugin.nn import packed_modules
-from tests.integrations.huggingface.conftest import KINDS, SMOKE, TEXTS, build, llama, tokenizer
+from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer
 
 IDS = torch.arange(12).view(1, 12)
 
@@ -45,6 +56,29 @@ def test_round_trip_and_the_same_bytes_again(kind: str, tmp_path: Path) -> None:
     # What the report promised, and the header of the file.
     size = (tmp_path / "one" / "model.safetensors").stat().st_size
     assert packed.hq.size <= size <= packed.hq.size + 20_000
+
+
+def test_an_encoder_with_a_large_vocabulary(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = BertModel(BertConfig(**{**BERT, "vocab_size": 5000})).eval()
+    packed = hq.quantize(model, "4.6bit", TEXTS, config=SMOKE, processor=tokenizer())
+    tables = {name: bits for name, bits in packed.hq.policy.items() if "word_embeddings" in name}
+    assert set(tables) == {f"embeddings.word_embeddings.parts.{n}" for n in range(16)}
+    inputs_ = {bits.dynamic for name, bits in packed.hq.policy.items() if "embeddings" not in name}
+    assert inputs_ == {True}
+    assert packed.get_input_embeddings().weight.shape == (5000, 64)
+    packed.save_pretrained(tmp_path / "packed")
+    assert "a step for each token" in (tmp_path / "packed" / "README.md").read_text()
+    loaded = BertModel.from_pretrained(tmp_path / "packed")
+    ids = torch.tensor([[3, 4999, 700, 12]])
+    with torch.no_grad():
+        expected = packed(ids).last_hidden_state
+        assert torch.equal(loaded(ids).last_hidden_state, expected)
+        again = hq.load(hq.save(packed, tmp_path / "saved"))
+        assert torch.equal(again(ids).last_hidden_state, expected)
+    loaded.save_pretrained(tmp_path / "two")
+    for name in ("model.safetensors", "config.json", "README.md"):
+        assert (tmp_path / "packed" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
 
 
 @pytest.mark.filterwarnings("ignore:No data")
@@ -129,11 +163,32 @@ def test_dtype_device_map_and_moves(folder: Path, packed_llama: LlamaForCausalLM
     assert torch.equal(logits(mapped), logits(packed_llama))
 
 
+def test_a_device_map_that_offloads(folder: Path, packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    on_cpu = ("model.embed_tokens", "lm_head", "model.rotary_emb", "model.norm", "model.layers.0")
+    places = {**dict.fromkeys(on_cpu, "cpu"), "model.layers.1": "disk"}
+    for device_map in ("auto", places):
+        mapped = AutoModelForCausalLM.from_pretrained(
+            folder, device_map=device_map, offload_folder=str(tmp_path / "off")
+        )
+        assert any(tensor.is_meta for tensor in mapped.state_dict().values()) == (device_map is places)
+        assert torch.equal(logits(mapped), logits(packed_llama))
+
+
 def test_shards(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     packed_llama.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
     assert torch.equal(logits(loaded), logits(packed_llama))
+
+
+def test_a_shard_that_lacks_a_tensor(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    packed_llama.save_pretrained(tmp_path, max_shard_size="20KB")
+    shard = next(file for file in tmp_path.glob("*.safetensors") if KEY in load_file(file))
+    tensors = load_file(shard)
+    del tensors[KEY]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises((ArtifactError, OSError), match="up_proj"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_tied_weights_stay_tied_and_are_stored_once(folder: Path) -> None:
@@ -152,6 +207,37 @@ def test_pinned_and_excluded_embeddings(tmp_path: Path) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "ends")
     assert torch.equal(logits(loaded), logits(float_ends))
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
+def test_what_is_pushed_to_the_hub(
+    by: str, packed_llama: LlamaForCausalLM, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub itself cannot be reached: what would be uploaded is looked at instead."""
+    uploaded = tmp_path / "uploaded"
+
+    class Hub:
+        def create_repo(self, name: str, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=name)
+
+        def create_commit(self, operations: list[CommitOperationAdd], **_: object) -> None:
+            uploaded.mkdir()
+            for operation in operations:
+                shutil.copy(operation.path_or_fileobj, uploaded / operation.path_in_repo)
+
+    def no_card(*_: object, **__: object) -> None:
+        raise EntryNotFoundError("the repository is new")
+
+    for module in ("transformers.utils.hub", "transformers.modeling_utils"):
+        monkeypatch.setattr(f"{module}.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.ModelCard.load", no_card)
+    if by == "push_to_hub":
+        packed_llama.push_to_hub("me/small")
+    else:
+        packed_llama.save_pretrained(tmp_path / "local", push_to_hub=True, repo_id="me/small")
+    for file in folder.iterdir():
+        assert (uploaded / file.name).read_bytes() == file.read_bytes(), file.name
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(uploaded)), logits(packed_llama))
 
 
 def test_the_model_card_says_what_it_is(folder: Path, packed_llama: LlamaForCausalLM) -> None:
@@ -207,6 +293,28 @@ KEY = "model.layers.0.mlp.up_proj.weight"
 def test_a_missing_tensor(folder: Path) -> None:
     with pytest.raises(ArtifactError, match=r"up_proj.weight_packed is missing"):
         AutoModelForCausalLM.from_pretrained(tamper(folder, lambda tensors: tensors.pop(KEY)))
+
+
+def test_a_missing_step(folder: Path) -> None:
+    key = KEY.replace("weight", "weight_step")
+    with pytest.raises(ArtifactError, match=r"up_proj.weight_step is missing"):
+        AutoModelForCausalLM.from_pretrained(tamper(folder, lambda tensors: tensors.pop(key)))
+
+
+def test_a_tensor_of_another_dtype(folder: Path) -> None:
+    def widen(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[KEY] = tensors[KEY].short()
+
+    with pytest.raises(ArtifactError, match=r"up_proj.weight_packed is I16"):
+        AutoModelForCausalLM.from_pretrained(tamper(folder, widen))
+
+
+def test_a_packed_layer_that_the_policy_does_not_name(folder: Path) -> None:
+    policy = json.loads((folder / "config.json").read_text())["quantization_config"]["policy"]
+    del policy["model.layers.0.mlp.up_proj"]
+    edit(folder, policy=policy, checksum=None)
+    with pytest.raises(ArtifactError, match=r"up_proj is packed"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_a_tensor_of_another_shape(folder: Path) -> None:

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 import hq_plugin as hq
 from hq_plugin import EngineError, ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
@@ -18,7 +19,7 @@ from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.packing import pack_bits
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
-from tests.integrations.huggingface.conftest import SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
+from tests.integrations.huggingface.conftest import BERT, SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
 
 
 def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool = False) -> nn.Module:
@@ -63,6 +64,24 @@ def test_weights_of_every_width(bits: int, whole: bool, group: int, tmp_path: Pa
     # Steps, biases and what is left of fractional zero points, but no weight.
     assert max(int(np.prod(t.dims)) for t in floats) <= 96 * 40 // 32
     assert sum(node.op_type == "ReduceSum" for node in graph.node) == int(group > 0 and not whole and bits < 7)
+
+
+@pytest.mark.parametrize("activation", [2, 4, 8])
+@pytest.mark.parametrize("group", [0, 32])
+def test_inputs_with_a_step_a_row(activation: int, group: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 40), nn.GELU(), nn.Linear(40, 7)).eval()
+    x = torch.randn(4, 5, 96) * torch.rand(4, 5, 1)
+    bits = {"0": LayerBits(5, activation, group, True), "2": LayerBits(3, activation, dynamic=True)}
+    small = packed(model, bits, x)
+    found = hq.export(small, tmp_path / "m.onnx", x)
+    assert [layer.operator for layer in found.layers] == [
+        "DequantizeLinear" if group else "MatMulInteger",
+        "MatMulInteger",
+    ]
+    # GELU is not computed to the last bit, and a value that lies between two integers may be rounded to the other.
+    assert error(tmp_path / "m.onnx", small, x) < (1e-2 if activation > 2 else 0.1)
+    assert error(tmp_path / "m.onnx", small, torch.randn(1, 5, 96)) < (1e-2 if activation > 2 else 0.1)
 
 
 class Net(nn.Module):
@@ -243,14 +262,19 @@ def test_targets_restrict_widths_and_zero_points() -> None:
         hq.Config(target="tensorrt")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("build", [bert, vit])
+def large_bert() -> BertModel:
+    """Its vocabulary is split into tables."""
+    return BertModel(BertConfig(**{**BERT, "vocab_size": 5000})).eval()
+
+
+@pytest.mark.parametrize("build", [bert, large_bert, vit])
 def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(build(), "5bit", config=SMOKE)
     hq.export(small, tmp_path / "m.onnx")
     made = session(tmp_path / "m.onnx")
-    if build is bert:
-        ids = torch.randint(3, 60, (3, 11))
+    if build is not vit:
+        ids = torch.randint(3, 60 if build is bert else 5000, (3, 11))
         feed = {entry.name: np.ones((3, 11), dtype=np.int64) for entry in made.get_inputs()}
         feed["input_ids"] = ids.numpy()
         expected = small(input_ids=ids, attention_mask=torch.ones_like(ids))[0]

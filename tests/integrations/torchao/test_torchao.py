@@ -58,6 +58,18 @@ def test_layers_with_quantized_inputs_stay_packed(net: nn.Module) -> None:
         to_torchao(packed(net, {"first": LayerBits(4, 8)}))
 
 
+def test_inputs_with_a_step_a_token(net: nn.Module) -> None:
+    bits = {"first": LayerBits(4, 8, 32, True), "second": LayerBits(3, 8, dynamic=True), "head": LayerBits(4, 16)}
+    small = packed(net, bits)
+    made = to_torchao(small)
+    assert isinstance(made.first.weight, IntxUnpackedToInt8Tensor)
+    assert isinstance(made.second.weight, IntxUnpackedToInt8Tensor)
+    # Values that lie between two integers may be rounded to the other one.
+    torch.testing.assert_close(made(X), small(X), rtol=0.02, atol=0.02)
+    with pytest.raises(PolicyError, match="PT2E cannot"):
+        HybridQuantizer(HybridPolicy(bits)).annotate(torch.export.export(net, (X,)).module())  # type: ignore[arg-type]
+
+
 def test_a_language_model_with_tied_weights() -> None:
     torch.manual_seed(0)
     small = hq.quantize(llama(), "5bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=16)

@@ -1,0 +1,52 @@
+"""What the command line makes of errors and warnings: one line each on stderr, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from hq_plugin.errors import HQError
+
+#: Exit codes; 0 is success. Wrong usage, which typer finds, is FIXABLE as well.
+UNEXPECTED, FIXABLE, INTERRUPTED = 1, 2, 130
+
+
+@contextmanager
+def one_line_errors(debug: bool) -> Iterator[None]:
+    """Turns errors into one line on stderr and an exit code, and warnings into one line each.
+
+    Args:
+        debug: Whether to let errors through, with their traceback.
+    """
+    with warnings.catch_warnings():
+        if not debug:
+            warnings.showwarning = lambda message, *_: _line("warning", str(message), "yellow")
+        try:
+            yield
+        except typer.Exit:
+            raise
+        except BrokenPipeError:
+            # Whoever read our output, `head` for one, has seen enough; Python would complain when it flushes.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0) from None
+        except KeyboardInterrupt as error:
+            # A stage that knows what was kept says so.
+            told = str(error) or "Interrupted. With --checkpoint-dir the same command goes on from there."
+            _line("error", told, "red")
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            if debug:
+                raise
+            expected = isinstance(error, (HQError, OSError))
+            text = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows the traceback)"
+            _line("error", text, "red")
+            raise typer.Exit(FIXABLE if expected else UNEXPECTED) from error
+
+
+def _line(kind: str, text: str, color: str) -> None:
+    typer.secho(f"{kind}: {' '.join(text.split())}", fg=color, err=True)

@@ -1,0 +1,194 @@
+"""Models by reference: float ones by name, folder or function; saved ones by directory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hq_plugin.cli.references import call, integration, named_values
+from hq_plugin.config import Config
+from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, ModelError
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model and what came with it.
+
+    Attributes:
+        model: The model.
+        processor: Tokenizer or image processor of a Hugging Face folder, or None.
+    """
+
+    model: Any
+    processor: Any = None
+
+    @property
+    def adapter(self) -> Any:
+        """The adapter of the model's library, or None."""
+        from hq_plugin import adapters
+
+        return adapters.find(self.model)
+
+    @property
+    def is_hugging_face(self) -> bool:
+        """Whether the model is one of transformers'."""
+        return self.adapter is not None and self.adapter.name == "huggingface"
+
+    def config(self) -> Config:
+        """Returns the options that fit the model, for measuring it: on the user's text alone."""
+        config = Config(processor=self.processor, self_written=0.0)
+        return config.filled(None if self.adapter is None else self.adapter.options(self.model, config))
+
+    def batches(self, data: Any) -> Any:
+        """Returns data as batches or a Dataset of what the model takes."""
+        return data if self.adapter is None else self.adapter.batches(self.model, data, self.config())
+
+
+def load_model(
+    reference: str,
+    arguments: Sequence[str] | None = None,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    seed: int | None = None,
+) -> Source:
+    """Returns a float model.
+
+    Args:
+        reference: What `options.MODEL` describes.
+        arguments: Arguments for it, each `name=value`.
+        checkpoint: A .safetensors file with its weights.
+        pretrained: Whether timm may download weights.
+        seed: Seeds weights that are initialised at random, so that several processes begin with the same.
+
+    Raises:
+        ConfigError: The reference or an argument cannot be understood.
+        ModelError: There is no such model, or the weights do not fit it.
+    """
+    import torch
+
+    torch.manual_seed(seed or 0)
+    source = _find_model(reference, named_values("--model-arg", arguments), pretrained)
+    if not isinstance(source.model, torch.nn.Module):
+        raise ConfigError(f"model {reference!r} returned a {type(source.model).__name__}, not a torch.nn.Module.")
+    if checkpoint is not None:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            source.model.load_state_dict(load_file(checkpoint))
+        except (SafetensorError, RuntimeError) as error:
+            raise ModelError(f"{checkpoint} does not fit {reference!r}: {error}") from error
+    return source
+
+
+def source_arguments(
+    reference: str, data: str | None, checkpoint: Path | None, arguments: Sequence[str] | None, pretrained: bool
+) -> tuple[str, ...]:
+    """Returns the arguments that give a float model and its data again, for commands that a user is shown."""
+    named = [
+        ("--checkpoint", checkpoint),
+        *(("--model-arg", argument) for argument in arguments or ()),
+        ("--data", data),
+    ]
+    given = [text for flag, value in named if value is not None for text in (flag, str(value))]
+    return (reference, *(["--pretrained"] if pretrained else []), *given)
+
+
+def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> Source:
+    name = reference.removeprefix("timm:")
+    folder = Path(reference).is_dir() and not reference.startswith("timm:")
+    if pretrained and (folder or ":" in name):
+        raise ConfigError(f"--pretrained is for timm models; {reference!r} brings its weights itself.")
+    if folder or reference.startswith("hf:"):
+        library = integration("huggingface.folder", f"{reference!r} is a Hugging Face model")
+        return Source(*library.read_folder(reference.removeprefix("hf:"), **arguments))
+    if ":" in name:
+        return Source(call(name, "model", arguments))
+    if "/" in name:
+        raise ConfigError(f"model {reference!r} is no folder. A model of the Hugging Face hub is hf:{name}.")
+    library = integration("timm", f"{reference!r} is a timm name")
+    return Source(library.create_model(name, pretrained=pretrained, **arguments))
+
+
+def load_saved(directory: Path, skeleton: str | None = None, arguments: Sequence[str] | None = None) -> Source:
+    """Returns a saved model.
+
+    Args:
+        directory: What `hq_plugin.save`, or `save_pretrained` of a quantized model, wrote.
+        skeleton: The float model, as `options.MODEL` describes, where the directory does not tell.
+        arguments: Arguments for it.
+
+    Raises:
+        ArtifactError: The directory holds neither.
+        ConfigError: The float model cannot be found.
+    """
+    import hq_plugin
+
+    if is_pretrained(directory):
+        library = integration("huggingface.folder", f"{directory} holds a Hugging Face model")
+        return Source(*library.read_folder(directory))
+    return Source(hq_plugin.load(directory, None if skeleton is None else load_model(skeleton, arguments).model))
+
+
+def example_inputs(source: Source, data: Any) -> Any:
+    """Returns inputs of one forward as a tuple or dict: of the data, or what the model's library proposes.
+
+    Raises:
+        ConfigError: Nobody knows what they look like.
+    """
+    from hq_plugin.data import prepare_data
+
+    if data is not None:
+        batch = prepare_data(source.batches(data), source.model, source.config()).holdout[0]
+        return batch.kwargs or batch.args
+    if source.adapter is None:
+        raise ConfigError("Example inputs are needed: give --data.")
+    args, kwargs = source.adapter.example_inputs(source.model)
+    return kwargs or args
+
+
+def is_pretrained(directory: Path) -> bool:
+    """Whether a directory holds what `save_pretrained` of a quantized model wrote."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return bool(config["quantization_config"]["quant_method"] == "hq")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def check_out(out: Path, overwrite: bool, kind: str) -> None:
+    """Finds out before the work, not after it, that a result would have no place.
+
+    Args:
+        out: The directory.
+        overwrite: Whether one of this kind may be replaced.
+        kind: `"model"` or `"session"`.
+
+    Raises:
+        ArtifactPathError: It holds something.
+    """
+    from hq_plugin.storage import read_json
+
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        if kind != "model" or not is_pretrained(out):
+            read_json(out, f"hq_plugin {kind}", None)
+    except ArtifactError as error:
+        raise ArtifactPathError(f"{out} holds something else. Choose a new directory.") from error
+    if not overwrite:
+        raise ArtifactPathError(f"{out} holds a saved {kind}. Give --overwrite or another directory.")
+
+
+def save_model(packed: Any, processor: Any, out: Path, overwrite: bool) -> None:
+    """Saves a quantized model: one of Hugging Face as its `save_pretrained` does, any other by `hq_plugin.save`."""
+    import hq_plugin
+
+    if Source(packed).is_hugging_face:
+        library = integration("huggingface.folder", "The model is of Hugging Face")
+        library.write_folder(packed, processor, out)
+    else:
+        hq_plugin.save(packed, out, overwrite=overwrite)

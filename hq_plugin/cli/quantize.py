@@ -1,0 +1,113 @@
+"""`hq-plugin quantize`: a float model in, a saved quantized one out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import typer
+
+from hq_plugin.cli.config import config_options
+from hq_plugin.cli.data import load_data
+from hq_plugin.cli.errors import one_line_errors
+from hq_plugin.cli.models import check_out, load_model, save_model
+from hq_plugin.cli.options import (
+    ActivationBits,
+    AsJson,
+    Checkpoint,
+    CheckpointDir,
+    Data,
+    Debug,
+    EffortOption,
+    Model,
+    ModelArgs,
+    Options,
+    Overwrite,
+    Pretrained,
+    Seed,
+    TargetOption,
+    WeightBits,
+)
+from hq_plugin.cli.output import print_result, say, say_json
+from hq_plugin.errors import BudgetError, PolicyError
+
+
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Directory for the quantized model.")],
+    budget: Annotated[
+        str | None,
+        typer.Argument(help='"3bit", "250KB", "12%", "1.5GBitOps", "8ms", "50uJ", or several joined by +.'),
+    ] = None,
+    data: Data = None,
+    session: Annotated[
+        Path | None, typer.Option(help="A session from hq-plugin meta-train: nothing is meta-trained again.")
+    ] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="Widths from a JSON file, {site: [weight, activation]}; needs --session.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    model_arg: ModelArgs = None,
+    pretrained: Pretrained = False,
+    effort: EffortOption = None,
+    seed: Seed = None,
+    weight_bits: WeightBits = None,
+    activation_bits: ActivationBits = None,
+    target: TargetOption = None,
+    profile: Annotated[Path | None, typer.Option(help="Times of layers, from hq-plugin profile.")] = None,
+    checkpoint_dir: CheckpointDir = None,
+    option: Options = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Quantize a float model to a budget and save it.
+
+    A Hugging Face model is saved as its save_pretrained does: pipeline(model=DIR) loads it.
+
+    \b
+    Examples:
+      hq-plugin quantize resnet18 12% --pretrained --data photographs/ --out small
+      hq-plugin quantize llm/ 3.5bit --data book.txt --out small
+      hq-plugin quantize my_project:model 3bit --data my_project:batches --out small
+      hq-plugin quantize my_project:model 250KB+1GBitOps --data data.npz --effort fast --json --out small
+      hq-plugin quantize my_project:model 2.5bit --session session --data data.npz --out smaller
+    """
+    with one_line_errors(debug):
+        check_out(out, overwrite, "model")
+        if (budget is None) == (policy is None):
+            raise BudgetError('Give a budget such as "3bit", or --policy, and not both.')
+        if policy is not None and session is None:
+            raise PolicyError("--policy needs --session: fine-tuning starts from what was meta-trained.")
+        options = config_options(
+            option,
+            effort=effort,
+            seed=seed,
+            target=target,
+            profile=profile,
+            checkpoint_dir=checkpoint_dir,
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+        )
+        source = load_model(model, model_arg, checkpoint, pretrained, seed)
+        options |= {} if source.processor is None else {"processor": source.processor}
+        packed = _quantize(source.model, budget, load_data(data, source), session, policy, options)
+        save_model(packed, source.processor, out, overwrite)
+        if as_json:
+            say_json({**packed.hq.to_json(), "history": None})
+        else:
+            print_result(packed.hq)
+            say(f"saved to {out}")
+
+
+def _quantize(
+    model: Any, budget: str | None, data: Any, session: Path | None, policy: Path | None, options: dict[str, Any]
+) -> Any:
+    import hq_plugin
+
+    if session is None:
+        return hq_plugin.quantize(model, cast(str, budget), data, **options)
+    loaded = hq_plugin.load_session(session, model, data, **options)
+    if policy is None:
+        return loaded.quantize(cast(str, budget))
+    return loaded.finetune(hq_plugin.HybridPolicy.from_json(policy.read_text(encoding="utf-8")))

@@ -1,0 +1,150 @@
+"""Folders of transformers for the command line: float models, quantized ones, and pictures for either."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from PIL import Image, UnidentifiedImageError
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from hq_plugin.artifact import SavedModel, SavedSite
+from hq_plugin.compact import read_beside
+from hq_plugin.cost import weight_bytes
+from hq_plugin.distribution import is_first, wait_for_all
+from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
+from hq_plugin.image_files import find_images
+from hq_plugin.nn import packed_modules
+
+#: Main input of a model, to what makes it.
+_PROCESSORS = {
+    "input_ids": AutoTokenizer,
+    "pixel_values": AutoImageProcessor,
+    "input_values": AutoFeatureExtractor,
+    "input_features": AutoFeatureExtractor,
+}
+
+
+def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any]:
+    """Loads a model, float or quantized, as the class that its configuration names.
+
+    Args:
+        reference: A folder, or a name on the hub.
+        **arguments: For `from_pretrained`.
+
+    Returns:
+        The model in float32 and eval mode, and its tokenizer or image processor, or None.
+
+    Raises:
+        ModelError: transformers cannot build it.
+        OSError: There is none, or it has no safetensors file; nothing else is read.
+    """
+    try:
+        config = AutoConfig.from_pretrained(reference)
+        name = (getattr(config, "architectures", None) or [""])[0]
+        made: Any = getattr(transformers, name, AutoModel)
+        arguments = {"dtype": torch.float32, "use_safetensors": True, **arguments}
+        model: nn.Module = made.from_pretrained(reference, **arguments).eval()
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
+        if isinstance(error, (ModelError, ArtifactError)):
+            raise
+        raise ModelError(f"transformers {transformers.__version__} cannot load {reference}: {error}") from error
+    processor = None
+    reader: Any = _PROCESSORS.get(getattr(model, "main_input_name", ""))
+    if reader is not None:
+        try:
+            processor = reader.from_pretrained(reference)
+        except Exception:  # there is none, and whoever needs it says so
+            processor = None
+    return model, processor
+
+
+def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
+    """Saves a quantized model as `save_pretrained` does, with its processor and report, whole or not at all.
+
+    What is there is replaced: the caller knows that it may be.
+
+    Raises:
+        ArtifactPathError: The directory cannot be written.
+    """
+    target = Path(directory).expanduser()
+    if not is_first():
+        wait_for_all()
+        return target
+    staging: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        model.save_pretrained(staging / "new")
+        if processor is not None:
+            processor.save_pretrained(staging / "new")
+        if target.exists():
+            target.rename(staging / "old")
+        (staging / "new").rename(target)
+    except OSError as error:
+        raise ArtifactPathError(f"{target} could not be written: {error}. Choose another directory.") from error
+    finally:
+        if staging is not None:
+            if (staging / "old").exists() and not target.exists():
+                (staging / "old").rename(target)
+            shutil.rmtree(staging, ignore_errors=True)
+        wait_for_all()
+    return target
+
+
+def read_info(directory: str | Path) -> SavedModel:
+    """Reads what a quantized model's folder holds, as `hq_plugin.artifact.read_info` does of its own.
+
+    Raises:
+        ArtifactError: The folder is damaged.
+    """
+    root = Path(directory)
+    model, _ = read_folder(root)
+    sites = tuple(
+        SavedSite(name, module._float_type.__name__, shape, module.bits, weight_bytes(shape, module.bits))
+        for name, module in packed_modules(model).items()
+        for shape in (tuple(module.weight_shape),)
+    )
+    architecture = {"integration": "huggingface", "class": type(model).__name__}
+    size = sum(path.stat().st_size for path in root.glob("*.safetensors"))
+    return SavedModel(sites, architecture, read_beside(root), size)
+
+
+class ImageFolder(Dataset[Any]):
+    """Pictures of a folder as the image processor makes them: `{"pixel_values"}`, and `"labels"` where known.
+
+    Args:
+        folder: The folder; folders in it are classes, see `hq_plugin.image_files`.
+        model: A model of pictures.
+        processor: Its image processor.
+
+    Raises:
+        DataError: The model takes no pictures, there is no processor, or the folder holds no picture.
+    """
+
+    def __init__(self, folder: str | Path, model: nn.Module, processor: Any) -> None:
+        if getattr(model, "main_input_name", "") != "pixel_values":
+            raise DataError(f"{folder} is a folder of images, and {type(model).__name__} takes none.")
+        if processor is None:
+            raise DataError(f"{folder} is a folder of images, and the model's folder has no image processor.")
+        self._processor = processor
+        self.files = find_images(folder, {name for name in Image.registered_extensions() if name != ".pdf"})
+
+    def __len__(self) -> int:
+        return len(self.files.paths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self.files.paths[index]
+        try:
+            with Image.open(path) as image:
+                pixels = self._processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataError(f"{path} cannot be read as an image: {error}. Remove it.") from error
+        labels = self.files.labels
+        return {"pixel_values": pixels} | ({} if labels is None else {"labels": labels[index]})

@@ -1,0 +1,59 @@
+"""Linear layers whose input gets a step and a zero point for each row, as they are exported.
+
+ONNX's DynamicQuantizeLinear has one for the whole tensor, so the rows' are computed by plain operators; the product
+is one of integers.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from hq_plugin.nn import PackedModule
+from hq_plugin.quantization import quantize_rows
+
+#: Version of the operator that is written by hand.
+OPSET = 21
+
+
+class DynamicLinear(nn.Module):
+    """A Linear with integer weights a channel, whose input is quantized row by row.
+
+    Attributes:
+        scale: float32 `[outputs]`.
+        sums: float32 `[outputs]`, the sum of each channel's integers.
+    """
+
+    scale: Tensor
+    sums: Tensor
+
+    def __init__(
+        self, layer: PackedModule, integers: Tensor, step: Tensor, bias: nn.Parameter | None, width: int
+    ) -> None:
+        """Args: the packed layer, its integers `[inputs, outputs]`, steps `[outputs]`, bias, and their width."""
+        super().__init__()
+        self._name, self._bits, self._dtype = f"weight_int{width}", layer.bits.activation, layer.weight_dtype
+        self.register_buffer(self._name, integers)
+        self.register_buffer("scale", step)
+        self.register_buffer("sums", integers.sum(0, dtype=torch.int32).float())
+        self.bias = bias
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the float weight where code asks for its dtype, device or shape."""
+        return torch.empty(getattr(self, self._name).shape[::-1], dtype=self._dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiplies by the weight; only inside an export."""
+        found, step, zero = quantize_rows(x, self._bits)
+        weight = getattr(self, self._name)
+        product: Tensor = ops.symbolic(
+            "MatMulInteger",
+            (found.to(torch.uint8), weight),
+            dtype=torch.int32,
+            shape=(*x.shape[:-1], weight.shape[1]),
+            version=OPSET,
+        )
+        y = (product.float() - zero * self.sums) * (step * self.scale)
+        return y if self.bias is None else y + self.bias

@@ -1,0 +1,323 @@
+"""Every architecture once: quantize to 3 bits, meet the budget, run, save, load, export.
+
+python -m tests.benchmarks.coverage [-j 2] [--only timm/] [--again]
+
+Resumable: a case that has a row in docs/benchmarks/coverage.jsonl is not run again (`--again` runs those that
+failed). Every case is a process of its own with a time limit; the table is docs/benchmarks/coverage.md. Weights are
+random and the data noise: what is counted is whether it works, not how well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import signal
+import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+ROWS, TABLE = Path("docs/benchmarks/coverage.jsonl"), Path("docs/benchmarks/coverage.md")
+BUDGET = "3bit"
+OPTIONS = {
+    "effort": "smoke",
+    "meta_steps": 2,
+    "search_evaluations": 4,
+    "finetune_steps": 2,
+    "sensitivities": "fisher",
+    "weight_bits": (2, 4, 8),
+    "progress": False,
+}
+#: Largest relative difference of the output in ONNX Runtime, which computes in other orders and in 8-bit integers.
+TOLERANCE = 0.05
+#: Deep random networks amplify any difference. Where this much noise at the input changes the packed model's own
+#: output by more than the tolerance, ONNX Runtime may differ by twice as much.
+NOISE = 1e-4
+Row = dict[str, Any]
+
+
+def sweep_one(case: str, told: Connection, known: str | None) -> None:
+    """Runs one case in its own process; every stage that is reached is told at once."""
+    import torch
+    import transformers
+
+    import hq_plugin as hq
+    from tests.benchmarks import architectures
+
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    kind, name = case.split("/", 1)
+    row: Row = {"case": case, "stage": "build"}
+
+    def tell(**values: Any) -> None:
+        row.update(values)
+        told.send(dict(row))
+
+    tell()
+    try:
+        if kind == "timm":
+            variant = known or architectures.smallest(name)
+            tell(name=variant)
+            model, inputs = architectures.timm_model(variant)
+        else:
+            model, inputs = architectures.transformers_model(kind, name)
+            tell(name=type(model).__name__)
+    except Exception as error:
+        tell(reason=_short(error))
+        return
+    try:
+        matrices = {id(p): p.numel() for p in model.parameters() if p.dim() > 1}
+        tell(
+            stage="quantize",
+            parameters=sum(p.numel() for p in model.parameters()),
+            matrices=sum(matrices.values()),
+        )
+        began = time.perf_counter()
+        data = [inputs(seed) for seed in range(3)]
+        small = hq.quantize(model, BUDGET, data, **OPTIONS)  # type: ignore[arg-type]
+        result: hq.Result = small.hq  # type: ignore[assignment]
+        from hq_plugin.nn import packed_modules
+
+        weights = {id(m.weight_packed): m for m in packed_modules(small).values()}
+        tell(
+            stage="budget",
+            seconds=round(time.perf_counter() - began, 1),
+            effective_bits=round(result.effective_bits, 4),
+            quantized=sum(math.prod(m.weight_shape) for m in weights.values()),
+            left_float=[
+                f"{layer['name']} ({layer['type_name']}, {layer['parameters']}): {layer['reason']}"
+                for layer in sorted(result.float_layers, key=lambda layer: -layer["parameters"])[:3]
+                if layer["parameters"] > 0.01 * sum(matrices.values())
+            ],
+        )
+        if not all(used <= 1 for used in result.used.values()):
+            raise AssertionError(f"the budget is exceeded: {result.used}")
+        tell(stage="run")
+        expected = _output(small, data[0])
+        if not bool(torch.isfinite(expected).all()):
+            raise AssertionError("the output is not finite")
+        tell(stage="load")
+        with tempfile.TemporaryDirectory() as place:
+            hq.save(small, Path(place) / "model")
+            loaded = [hq.load(Path(place) / "model", model)]
+            if kind != "timm":
+                small.save_pretrained(Path(place) / "folder")  # type: ignore[operator]
+                loaded.append(type(small).from_pretrained(Path(place) / "folder"))  # type: ignore[attr-defined]
+            elif json.loads((Path(place) / "model" / "hq.json").read_text())["architecture"]:
+                loaded.append(hq.load(Path(place) / "model"))
+            else:
+                tell(by_name=False)
+            if not all(torch.equal(_output(again, data[0]), expected) for again in loaded):
+                raise AssertionError("the outputs of the loaded model differ")
+            tell(stage="done", ok=True)
+            tell(onnx="export")
+            # In float32, where the default also rounds what enters products with float inputs.
+            options: dict[str, Any] = {"accuracy_level": 1} | ({"cache": False} if kind == "causal" else {})
+            path = Path(place) / "model.onnx"
+            hq.export(small, path, data[0], **options)
+            tell(onnx="run")
+            moved = _output(small, _noisy(data[0]))
+            allowed = max(TOLERANCE, 2 * _difference(moved.numpy(), expected.numpy()))
+            found = _onnx_error(path, data[0], expected)
+            tell(onnx_error=round(found, 5), onnx_allowed=round(allowed, 5))
+            if not found <= allowed:
+                raise AssertionError(f"its output differs by {found:.3f}")
+            tell(onnx=True)
+    except Exception as error:
+        if row.get("ok"):
+            tell(onnx=False, onnx_reason=f"{row.get('onnx')}: {_short(error)}")
+        else:
+            tell(ok=False, reason=_short(error))
+
+
+def _output(model: Any, batch: Any) -> Any:
+    import torch
+
+    with torch.no_grad():
+        output = model(**batch) if isinstance(batch, dict) else model(batch)
+    while not isinstance(output, torch.Tensor):
+        logits = getattr(output, "logits", None)
+        output = (
+            logits if logits is not None else next(iter(output.values() if hasattr(output, "values") else output))
+        )
+    return output
+
+
+def _onnx_error(path: Path, batch: Any, expected: Any) -> float:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    # The runtime turns what dequantizes a weight for a product into MatMulNBits, by default in 8-bit integers.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    entries = session.get_inputs()
+    values = batch if isinstance(batch, dict) else {entries[0].name: batch}
+    feed = {entry.name: values[entry.name].numpy() for entry in entries}
+    wanted = expected.numpy()
+    return _difference(next(out for out in session.run(None, feed) if out.shape == wanted.shape), wanted)
+
+
+def _difference(found: Any, wanted: Any) -> float:
+    return float(abs(found - wanted).mean() / max(float(abs(wanted).mean()), 1e-12))
+
+
+def _noisy(batch: Any) -> Any:
+    """Returns inputs with a little noise where they are floating point."""
+    import torch
+
+    def of(value: Any) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        noise = torch.randn(value.shape, generator=generator)
+        return value + NOISE * noise if value.is_floating_point() else value
+
+    return {name: of(value) for name, value in batch.items()} if isinstance(batch, dict) else of(batch)
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+
+
+def rows() -> dict[str, Row]:
+    """Returns the last row of every case."""
+    if not ROWS.exists():
+        return {}
+    found = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    return {row["case"]: row for row in found}
+
+
+def run(case: str, limit: float, known: str | None) -> Row:
+    """Runs a case in a process, and ends it after `limit` seconds; the last thing it told is its row."""
+    context = multiprocessing.get_context("forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=sweep_one, args=(case, sender, known))
+    process.start()
+    sender.close()
+    row: Row = {"case": case, "stage": "start"}
+    deadline = time.monotonic() + limit
+    try:
+        while receiver.poll(max(deadline - time.monotonic(), 0)):
+            row = receiver.recv()
+    except EOFError:
+        process.join()
+    late = process.is_alive()
+    process.kill()
+    process.join()
+    if late or process.exitcode:
+        why = f"after {limit:.0f} s" if late else f"died: {_death(process.exitcode or 0)}"
+        row |= {"onnx": False, "onnx_reason": f"{row.get('onnx')}: {why}"} if row.get("ok") else {"reason": why}
+    row.setdefault("ok", False)
+    return row
+
+
+def _death(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def table(found: dict[str, Row], names: list[str]) -> str:
+    """Returns the page."""
+    import timm
+    import torch
+    import transformers
+
+    kinds = list(dict.fromkeys(name.split("/")[0] for name in names))
+    text = [
+        "# Which architectures work",
+        "",
+        f"timm {timm.__version__}: of each module the smallest variant. transformers {transformers.__version__}:",
+        "every type of the mappings of causal models, sequence, image and audio classification, CTC and",
+        "speech-to-text, as small as its configuration allows. Weights are random, data is noise, two samples a",
+        f"batch. Quantized to {BUDGET} with widths 2, 4, 8 and few steps. *Works*: keeps the budget, runs, gives",
+        "bit-equal outputs once saved and loaded (`hq_plugin.load`, and `from_pretrained` or timm's name). *ONNX*:",
+        f"exported, and within {TOLERANCE:.0%} of the packed model in ONNX Runtime (or within twice what noise of",
+        f"{NOISE:g} at the input does to it: deep random networks amplify). *Quantized*: parameters of packed",
+        "layers among all that are matrices, in the models that work.",
+        "",
+        "Reproduce: `make coverage-sweep` (hours on 2 cores; resumable).",
+        f"Python {platform.python_version()}, torch {torch.__version__}, CPU.",
+        "",
+        "| kind | types | built small | work | of those built | ONNX | quantized |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in kinds:
+        mine = [found[name] for name in names if name.startswith(f"{kind}/") and name in found]
+        total = sum(name.startswith(f"{kind}/") for name in names)
+        built = [row for row in mine if "parameters" in row]
+        works = [row for row in built if row["ok"]]
+        onnx = sum(row.get("onnx") is True for row in works)
+        share = sum(row["quantized"] for row in works) / max(sum(row["matrices"] for row in works), 1)
+        text.append(
+            f"| {kind} | {total} | {len(built)} | {len(works)} | {len(works) / max(len(built), 1):.1%} | {onnx} | "
+            f"{share:.2%} |"
+        )
+    text += ["", "## What does not work", "", "| case | model | stage | reason |", "|---|---|---|---|"]
+    for name in names:
+        row = found.get(name)
+        if row is None or not row["ok"]:
+            row = row or {"stage": "not run yet"}
+            reason = str(row.get("reason", "")).replace("|", "\\|")
+            text.append(f"| {name} | {row.get('name', '')} | {row['stage']} | {reason} |")
+    text += ["", "## What is not exported", "", "| case | model | reason |", "|---|---|---|"]
+    for name in names:
+        row = found.get(name, {})
+        if row.get("ok") and row.get("onnx") is not True:
+            text.append(
+                f"| {name} | {row['name']} | {str(row.get('onnx_reason', '')).replace('|', chr(92) + '|')} |"
+            )
+    text += ["", "## What stays float, above 1 % of a model's matrices", "", "| case | share quantized | layers |"]
+    text += ["|---|---|---|"]
+    for name in names:
+        row = found.get(name, {})
+        if row.get("ok") and row["quantized"] < 0.97 * row["matrices"]:
+            layers = "; ".join(row["left_float"]).replace("|", "\\|")
+            text.append(f"| {name} | {row['quantized'] / row['matrices']:.1%} | {layers} |")
+    return "\n".join([*text, ""])
+
+
+def main() -> None:
+    """Runs what has no row yet, and writes the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-j", "--jobs", type=int, default=1)
+    parser.add_argument("--only", default="", help="cases whose name starts so")
+    parser.add_argument("--again", action="store_true", help="run those again that did not work")
+    parser.add_argument("--onnx", action="store_true", help="with --again: also those that were not exported")
+    parser.add_argument("--limit", type=float, default=2400.0, help="seconds for a case")
+    parser.add_argument("--table", action="store_true", help="only write the table")
+    arguments = parser.parse_args()
+    from tests.benchmarks import architectures
+
+    names, known, lock = architectures.cases(), rows(), Lock()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["hq_plugin", "tests.benchmarks.architectures", "onnx", "onnxruntime"]
+    )
+
+    def wanted(name: str) -> bool:
+        if not name.startswith(arguments.only) or name not in known:
+            return name.startswith(arguments.only)
+        row = known[name]
+        return arguments.again and (not row["ok"] or (arguments.onnx and row.get("onnx") is not True))
+
+    def work(name: str) -> None:
+        row = run(name, arguments.limit, known.get(name, {}).get("name"))
+        with lock:
+            ROWS.parent.mkdir(parents=True, exist_ok=True)
+            with open(ROWS, "a") as log:
+                log.write(json.dumps(row) + "\n")
+            state = "works" if row["ok"] else f"{row['stage']}: {row.get('reason')}"
+            print(f"{name}: {state}; onnx {row.get('onnx')} {row.get('onnx_reason', '')}", flush=True)
+
+    if not arguments.table:
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(work, [name for name in names if wanted(name)]))
+    TABLE.write_text(table(rows(), names))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import hq_plugin as hq
+from tests.cli.conftest import DATA, MODEL, call
+from tests.conftest import TinyNet, digits_batches
+
+
+def test_agrees_with_the_model(saved: Path) -> None:
+    result = call("evaluate", saved, "--model", MODEL, "--data", DATA, "--json")
+    assert result.exit_code == 0, result.output
+    small = hq.load(saved, TinyNet())
+    hits = sum(int((small(x).argmax(1) == y).sum()) for x, y in digits_batches())
+    assert json.loads(result.stdout) == {"accuracy": pytest.approx(hits / 1797), "samples": 1797}
+
+
+def test_arrays(tmp_path: Path, saved: Path) -> None:
+    x, y = digits_batches(256)[0]
+    np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
+    result = call("evaluate", saved, "--model", MODEL, "--data", tmp_path / "data.npz")
+    assert result.stdout.endswith(" on 256 samples\n")

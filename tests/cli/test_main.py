@@ -1,0 +1,60 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import hq_plugin
+from hq_plugin.cli import app
+from tests.cli.conftest import call
+
+COMMANDS = typer.main.get_command(app).commands
+
+
+def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hq_plugin", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_examples_and_the_common_options(name: str) -> None:
+    result = call(name, "--help")
+    assert result.exit_code == 0
+    examples = result.stdout.partition("Examples:\n")[2].splitlines()
+    assert examples[0].strip().startswith(f"hq-plugin {name}")
+    assert "--debug" in result.stdout
+    assert "--json" in result.stdout
+
+
+def test_help_says_the_exit_codes_and_no_line_is_cut() -> None:
+    shown = call("--help").stdout
+    assert set(COMMANDS) <= set(shown.split())
+    assert all(f"\n    {code}" in shown for code in (0, 1, 2, 130))
+    assert "..." not in shown.partition("Commands:")[2]
+
+
+def test_examples_name_options_that_exist() -> None:
+    for name, command in COMMANDS.items():
+        known = {option for parameter in command.params for option in parameter.opts} | {"--help"}
+        for line in call(name, "--help").stdout.splitlines():
+            if line.strip().startswith(f"hq-plugin {name} "):
+                words = line.partition("|")[0].split()
+                assert {word for word in words if word.startswith("-")} <= known, line
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"hq-plugin {hq_plugin.__version__}\n"
+
+
+def test_as_a_module_and_its_exit_code(tmp_path: Path) -> None:
+    result = run("inspect", tmp_path)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" in run("inspect", tmp_path, "--debug").stderr
+
+
+def test_shell_completion() -> None:
+    result = run(_HQ_PLUGIN_COMPLETE="complete_bash", COMP_WORDS="hq-plugin meta", COMP_CWORD="1")
+    assert result.stdout.split() == ["meta-train"]

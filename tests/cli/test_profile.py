@@ -1,0 +1,26 @@
+import json
+from pathlib import Path
+
+import hq_plugin as hq
+from tests.cli.conftest import DATA, MODEL, call
+
+
+def test_a_profile_and_a_budget_of_latency(tmp_path: Path) -> None:
+    widths = ["--weight-bits", "4,8", "--activation-bits", "8"]
+    result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths, "--json")
+    assert result.exit_code == 0, result.output
+    profile = hq.Profile.load(tmp_path / "p.json")
+    assert len(profile.layers) == 4
+    assert json.loads(result.stdout)["layers"] == profile.layers
+    arguments = ["--data", DATA, "--effort", "smoke", "--profile", tmp_path / "p.json", "--out", tmp_path / "small"]
+    result = call("quantize", MODEL, "1000s", *arguments, "--target", "torch", *widths)
+    assert result.exit_code == 0, result.output
+
+
+def test_lines_for_people(tmp_path: Path) -> None:
+    widths = ["--weight-bits", "8", "--activation-bits", "8"]
+    result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths)
+    assert len(result.stdout.splitlines()) == 5
+    assert result.stdout.count("8,8: ") == 4
+    assert "(int8)" in result.stdout or "(dequantized)" in result.stdout
+    assert str(tmp_path / "p.json") in result.stdout

@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+
+import pytest
+
+import hq_plugin as hq
+from tests.cli.conftest import DATA, MODEL, call
+from tests.conftest import TinyNet
+
+
+def test_writes_what_load_reads(saved: Path) -> None:
+    small = hq.load(saved, TinyNet())
+    assert small.hq.effective_bits <= 3
+    assert {bits.activation for bits in small.hq.policy.values()} <= {4, 8}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("much", "--data", DATA), "cannot be read"),
+        (("1bit", "--data", DATA), "cannot be met"),
+        (("--data", DATA), "Give a budget"),
+        (("--data", DATA, "--policy", "p.json"), "--session"),
+        (("3bit", "--data", DATA, "--weight-bits", "two"), "no list of widths"),
+        (("3bit", "--data", DATA, "-o", "no_such=1"), "no option 'no_such'"),
+        (("3bit", "--data", DATA, "--checkpoint", "missing.safetensors"), "missing.safetensors"),
+    ],
+)
+def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[str, ...], says: str) -> None:
+    result = call("quantize", MODEL, *arguments, "--out", tmp_path / "out", "--effort", "smoke")
+    assert result.exit_code == 2
+    assert says in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_any_field_of_the_configuration_is_an_option(tmp_path: Path) -> None:
+    options = ["-o", 'pinned={"stem": [8, 8]}', "-o", "meta_steps=0", "-o", "finetune_steps=0", "--effort", "smoke"]
+    result = call("quantize", MODEL, "4bit", "--data", DATA, "--out", tmp_path / "small", *options, "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["policy"]["stem"] == [8, 8]
+    assert data["config"]["meta_steps"] == 0
+
+
+def test_a_directory_that_is_taken_is_found_out_before_the_work(saved: Path, tmp_path: Path) -> None:
+    def refused(out: Path, *more: str) -> str:
+        # The data does not exist: had the work begun, that would be the error.
+        result = call("quantize", MODEL, "3bit", "--data", "missing.npz", "--out", out, *more)
+        assert result.exit_code == 2
+        return result.stderr
+
+    assert "--overwrite" in refused(saved)
+    assert "is not there" in refused(saved, "--overwrite")
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "something else" in refused(tmp_path, "--overwrite")
+
+
+def test_a_timm_model_of_built_in_data(tmp_path: Path) -> None:
+    arguments = ["--model-arg", "in_chans=1", "--model-arg", "num_classes=10", "--effort", "smoke", "--json"]
+    out = tmp_path / "small"
+    result = call("quantize", "timm:test_resnet", "4bit", "--data", "digits", "--out", out, *arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["costs"]["weight_bits"] <= 4
+    evaluated = call("evaluate", out, "--data", "digits", "--json")
+    assert json.loads(evaluated.stdout)["samples"] == 360, "the part that was not trained on"
+
+
+def test_a_folder_of_images(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for n in range(12):
+        Image.effect_noise((40, 40), 60).convert("RGB").save(tmp_path / f"{n}.png")
+    out = tmp_path / "small"
+    few = ["-o", "meta_steps=1", "-o", "finetune_steps=1", "-o", "search_evaluations=4", "-o", "recalibration=2"]
+    result = call("quantize", "test_resnet", "4bit", "--data", tmp_path, "--out", out, "--effort", "smoke", *few)
+    assert result.exit_code == 0, result.output
+    assert "budget 4bit" in result.stdout
+
+
+def test_warnings_are_one_line_on_stderr(tmp_path: Path) -> None:
+    result = call("quantize", MODEL, "4bit", "--out", tmp_path / "small", "--effort", "smoke", "--json")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.startswith("warning: No data was given")
+    assert json.loads(result.stdout)["costs"]["weight_bits"] <= 4

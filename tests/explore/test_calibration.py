@@ -1,0 +1,29 @@
+import numpy as np
+import pytest
+
+from hq_plugin.explore.calibration import Calibration
+
+
+def test_a_constant_factor_is_found_and_holds_beyond_what_was_measured() -> None:
+    predicted = np.geomspace(1e-3, 1e-1, 60)
+    calibration = Calibration(predicted.tolist(), (3 * predicted).tolist())
+    assert calibration.policies >= 50
+    for value in (1e-5, 1e-2, 10.0):
+        assert calibration(value) == pytest.approx(3 * value, rel=1e-6)
+
+
+def test_expectations_never_fall_where_predictions_rise() -> None:
+    rng = np.random.RandomState(0)
+    predicted = np.geomspace(1e-4, 1, 200)
+    calibration = Calibration(predicted.tolist(), (predicted * np.exp(rng.normal(0, 2, 200))).tolist())
+    expected = [calibration(value) for value in np.geomspace(1e-5, 10, 300)]
+    assert np.diff(expected).min() >= -1e-12  # the last digits of what is flat may differ
+
+
+def test_outliers_do_not_count_and_little_is_nothing() -> None:
+    predicted = [0.01] * 9 + [0.0, 0.01]
+    measured = [0.02] * 9 + [0.3, float("inf")]
+    assert Calibration(predicted, measured)(0.01) == pytest.approx(0.02)
+    few = Calibration([0.01, 0.02], [0.5, 0.5])
+    assert few.policies == 0
+    assert few(0.01) == 0.01
