@@ -22,6 +22,7 @@ from torch import nn
 
 from hq_plugin import adapters, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
+from hq_plugin.blocks import find_blocks
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
@@ -137,6 +138,7 @@ class Session:
         with torch.no_grad():
             example = data.holdout[0].to(_device(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
+        self.blocks = find_blocks(teacher, [site.name for site in space.table])
         self._scorer: Scorer | None = None
 
     @classmethod
@@ -196,7 +198,7 @@ class Session:
     @_stage
     def _meta_train(self, sampler: PolicySampler) -> None:
         self.history = meta_train_network(
-            self.network, self.teacher, sampler, self.data, self.loss, self.config, self.checkpoint
+            self.network, self.teacher, sampler, self.data, self.loss, self.blocks, self.config, self.checkpoint
         )
 
     @property
@@ -401,7 +403,9 @@ class Session:
         network = self._start(found.policy, config)
         untrained = self.scorer.measure(network)
         stage = f"fine-tuning of {found.policy.to_json()} by {_decisive(config)}"
-        history = finetune_network(network, self.teacher, self.data, self.loss, config, self.checkpoint, stage)
+        history = finetune_network(
+            network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
+        )
         fidelity = self.scorer.measure(network)
         if not fidelity.distance <= untrained.distance:
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case

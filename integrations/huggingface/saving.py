@@ -69,7 +69,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
 
 
 def _is_stored_otherwise(model: PreTrainedModel) -> bool:
-    """Whether transformers joins or splits this model's weights on saving, which packed ones do not bear."""
+    """Whether transformers joins or splits this model's weights when it saves, which packed ones do not bear."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
