@@ -159,6 +159,12 @@ def _latency(found: dict[tuple[str, str], Row]) -> list[str]:
             ends = ", ".join(f"{ms:.4g}" for ms in row["fastest and widest policy"])
             numbers = [f"{row[name]:.4g}" for name in columns]
             body.append([f"{model}, {case.removeprefix('latency, ')}", ends, *numbers])
+    if not body:
+        return [
+            "## Latency as a budget",
+            "",
+            "No rows yet; earlier figures are in [deployment.md](../deployment.md).",
+        ]
     header = ["", "fastest and widest policy", *columns]
     text = [
         "Milliseconds of one sample. Weights of 4 or 8 bits, inputs of 8 bits or float; budgets lie between the",
