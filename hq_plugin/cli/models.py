@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hq_plugin.cli.references import call, integration, named_values
-from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, ModelError
+
+if TYPE_CHECKING:
+    from hq_plugin.config import Config
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class Source:
 
     def config(self) -> Config:
         """Returns the options that fit the model, for measuring it: on the user's text alone."""
+        from hq_plugin.config import Config
+
         config = Config(processor=self.processor, self_written=0.0)
         return config.filled(None if self.adapter is None else self.adapter.options(self.model, config))
 
@@ -59,7 +64,7 @@ def load_model(
     Args:
         reference: What `options.MODEL` describes.
         arguments: Arguments for it, each `name=value`.
-        checkpoint: A .safetensors file with its weights.
+        checkpoint: A file with its weights, as `read_checkpoint` takes it.
         pretrained: Whether timm may download weights.
         seed: Seeds weights that are initialised at random, so that several processes begin with the same.
 
@@ -74,14 +79,59 @@ def load_model(
     if not isinstance(source.model, torch.nn.Module):
         raise ConfigError(f"model {reference!r} returned a {type(source.model).__name__}, not a torch.nn.Module.")
     if checkpoint is not None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            source.model.load_state_dict(load_file(checkpoint))
-        except (SafetensorError, RuntimeError) as error:
-            raise ModelError(f"{checkpoint} does not fit {reference!r}: {error}") from error
+        _load_weights(source.model, reference, checkpoint)
     return source
+
+
+def _load_weights(model: Any, reference: str, checkpoint: Path) -> None:
+    weights = read_checkpoint(checkpoint)
+    own = model.state_dict()
+    missing, foreign = [name for name in own if name not in weights], [name for name in weights if name not in own]
+    if missing or foreign:
+        raise ModelError(
+            f"{checkpoint} does not fit {reference!r}: {_some(missing)} of the model's tensors are not in it, and "
+            f"{_some(foreign)} of its tensors are not in the model. Names must agree: write the file with "
+            "safetensors.torch.save_file(model.state_dict(), FILE) from this very model."
+        )
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        told = str(error).strip().splitlines()
+        raise ModelError(f"{checkpoint} does not fit {reference!r}: {(told[1:] or told)[0].strip()}") from error
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{len(names)} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "none"
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Reads float weights: a .safetensors file, or what torch.save wrote, of which nothing but tensors is unpickled.
+
+    Raises:
+        ModelError: It is neither, or holds no tensors by name.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        raise ModelError(
+            f"{path} cannot be read: {str(error).splitlines()[0]}. Give a .safetensors file, or a state_dict of "
+            "tensors that torch.save wrote."
+        ) from error
+    if isinstance(content, dict):  # training scripts, timm's among them, put the weights beside other things
+        content = next(
+            (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content
+        )
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ModelError(f"{path} holds no state_dict: tensors by name.")
+    return content
 
 
 def source_arguments(

@@ -43,7 +43,10 @@ Skeleton = Annotated[
     str | None,
     typer.Option("--model", help="The float model; only for a saved model that does not know its architecture."),
 ]
-Checkpoint = Annotated[Path | None, typer.Option(help="Float weights, a .safetensors file.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Option(help="Float weights: a .safetensors file, or a state_dict that torch.save wrote (.pth)."),
+]
 ModelArgs = Annotated[
     list[str] | None, typer.Option("--model-arg", help="An argument for the model, num_classes=10; repeatable.")
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -29,7 +29,10 @@ from hq_plugin.cli.options import (
     WeightBits,
 )
 from hq_plugin.cli.output import print_result, say, say_json
-from hq_plugin.errors import BudgetError, PolicyError
+from hq_plugin.errors import BudgetError
+
+if TYPE_CHECKING:
+    from hq_plugin import HybridPolicy
 
 
 def quantize(
@@ -44,7 +47,8 @@ def quantize(
         Path | None, typer.Option(help="A session from hq-plugin meta-train: nothing is meta-trained again.")
     ] = None,
     policy: Annotated[
-        Path | None, typer.Option(help="Widths from a JSON file, {site: [weight, activation]}; needs --session.")
+        Path | None,
+        typer.Option(help="Widths from a JSON file, {site: [weight, activation]}, in place of a budget."),
     ] = None,
     checkpoint: Checkpoint = None,
     model_arg: ModelArgs = None,
@@ -63,7 +67,8 @@ def quantize(
 ) -> None:
     """Quantize a float model to a budget and save it.
 
-    A Hugging Face model is saved as its save_pretrained does: pipeline(model=DIR) loads it.
+    A Hugging Face model is saved as its save_pretrained does: pipeline(model=DIR) loads it (after import hq_plugin).
+    With --policy nothing is searched; without --session it is meta-trained for the widths of that file alone.
 
     \b
     Examples:
@@ -72,13 +77,12 @@ def quantize(
       hq-plugin quantize my_project:model 3bit --data my_project:batches --out small
       hq-plugin quantize my_project:model 250KB+1GBitOps --data data.npz --effort fast --json --out small
       hq-plugin quantize my_project:model 2.5bit --session session --data data.npz --out smaller
+      hq-plugin quantize my_project:model --policy policy.json --session session --data data.npz --out chosen
     """
     with one_line_errors(debug):
         check_out(out, overwrite, "model")
         if (budget is None) == (policy is None):
             raise BudgetError('Give a budget such as "3bit", or --policy, and not both.')
-        if policy is not None and session is None:
-            raise PolicyError("--policy needs --session: fine-tuning starts from what was meta-trained.")
         options = config_options(
             option,
             effort=effort,
@@ -105,9 +109,20 @@ def _quantize(
 ) -> Any:
     import hq_plugin
 
-    if session is None:
-        return hq_plugin.quantize(model, cast(str, budget), data, **options)
-    loaded = hq_plugin.load_session(session, model, data, **options)
     if policy is None:
-        return loaded.quantize(cast(str, budget))
-    return loaded.finetune(hq_plugin.HybridPolicy.from_json(policy.read_text(encoding="utf-8")))
+        wanted = cast(str, budget)
+        if session is None:
+            return hq_plugin.quantize(model, wanted, data, **options)
+        return hq_plugin.load_session(session, model, data, **options).quantize(wanted)
+    widths = hq_plugin.HybridPolicy.from_json(policy.read_text(encoding="utf-8"))
+    if session is not None:
+        return hq_plugin.load_session(session, model, data, **options).finetune(widths)
+    return hq_plugin.meta_train(model, data, **(_only(widths) | options)).finetune(widths)
+
+
+def _only(policy: HybridPolicy) -> dict[str, Any]:
+    """Returns options of a search space that holds a policy and little else."""
+    return {
+        "weight_bits": tuple(sorted({bits.weight for bits in policy.values()})),
+        "activation_bits": tuple(sorted({bits.activation for bits in policy.values()})),
+    }

@@ -44,6 +44,20 @@ def test_examples_name_options_that_exist() -> None:
                 assert {word for word in words if word.startswith("-")} <= known, line
 
 
+def test_help_does_not_wait_for_torch() -> None:
+    code = """
+import sys
+from hq_plugin.cli import app
+for arguments in sys.argv[1:]:
+    app(arguments.split(), standalone_mode=False)
+print("torch imported:", "torch" in sys.modules)
+"""
+    asked = ["--help", "--version", *(f"{name} --help" for name in COMMANDS)]
+    result = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, check=True)
+    assert result.stdout.count("Usage:") == 1 + len(COMMANDS)
+    assert result.stdout.splitlines()[-1] == "torch imported: False"
+
+
 def test_version() -> None:
     assert call("--version").stdout == f"hq-plugin {hq_plugin.__version__}\n"
 
