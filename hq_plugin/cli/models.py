@@ -105,7 +105,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads float weights: a .safetensors file, or what torch.save wrote, of which nothing but tensors is unpickled.
+    """Reads float weights: a .safetensors file, or what torch.save wrote; its pickle may hold tensors alone.
 
     Raises:
         ModelError: It is neither, or holds no tensors by name.
@@ -118,11 +118,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        told = str(error).partition("\n")[0] or "it is empty"
         raise ModelError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}. Give a .safetensors file, or a state_dict of "
+            f"{path} cannot be read: {told}. Give a .safetensors file, or a state_dict of "
             "tensors that torch.save wrote."
         ) from error
     if isinstance(content, dict):  # training scripts, timm's among them, put the weights beside other things

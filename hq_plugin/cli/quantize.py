@@ -67,7 +67,7 @@ def quantize(
 ) -> None:
     """Quantize a float model to a budget and save it.
 
-    A Hugging Face model is saved as its save_pretrained does: pipeline(model=DIR) loads it (after import hq_plugin).
+    A Hugging Face model is saved as save_pretrained does; after import hq_plugin, pipeline(model=DIR) loads it.
     With --policy nothing is searched; without --session it is meta-trained for the widths of that file alone.
 
     \b

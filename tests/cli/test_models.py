@@ -1,9 +1,11 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from hq_plugin.cli.models import load_model, load_saved
+from hq_plugin.cli.models import load_model, load_saved, read_checkpoint
 from hq_plugin.errors import ArtifactError, ConfigError, HQError, ModelError
 from tests.cli.conftest import MODEL
 
@@ -49,8 +51,44 @@ def test_a_checkpoint_of_another_model(checkpoint: Path) -> None:
         load_model(MODEL, checkpoint=checkpoint).model.head.bias,
         load_model(MODEL, checkpoint=checkpoint, seed=1).model.head.bias,
     )
-    with pytest.raises(ModelError, match="does not fit"):
+    with pytest.raises(ModelError, match="does not fit") as refused:
         load_model("test_resnet", checkpoint=checkpoint)
+    assert "of the model's tensors are not in it" in str(refused.value)
+    assert len(str(refused.value)) < 600, "a line, not a list of every tensor"
+
+
+def test_a_checkpoint_of_other_shapes(trained: nn.Module, tmp_path: Path) -> None:
+    weights = trained.state_dict()
+    weights["head.bias"] = torch.zeros(3)
+    torch.save(weights, tmp_path / "float.pth")
+    with pytest.raises(ModelError, match=r"does not fit .*size mismatch for head.bias"):
+        load_model(MODEL, checkpoint=tmp_path / "float.pth")
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_a_checkpoint_that_torch_saved(trained: nn.Module, tmp_path: Path, key: str | None) -> None:
+    weights = trained.state_dict()
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "float.pth")
+    loaded = load_model(MODEL, checkpoint=tmp_path / "float.pth").model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+
+
+class _Runs:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (pytest.fail, ("code of a checkpoint was run",))
+
+
+@pytest.mark.parametrize("content", [{"a": _Runs()}, {"epoch": 3}, [1, 2], b"no checkpoint", b""])
+def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: object) -> None:
+    path = tmp_path / "float.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    for name in ("float.pth", "float.safetensors"):
+        with pytest.raises(ModelError, match=r"cannot be read|holds no state_dict"):
+            read_checkpoint(path.rename(tmp_path / name))
+        (tmp_path / name).rename(path)
 
 
 def test_no_saved_model(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 import hq_plugin as hq
 from tests.cli.conftest import DATA, MODEL, call
-from tests.conftest import TinyNet
+from tests.conftest import SITES, TinyNet
 
 
 def test_writes_what_load_reads(saved: Path) -> None:
@@ -20,7 +20,8 @@ def test_writes_what_load_reads(saved: Path) -> None:
         (("much", "--data", DATA), "cannot be read"),
         (("1bit", "--data", DATA), "cannot be met"),
         (("--data", DATA), "Give a budget"),
-        (("--data", DATA, "--policy", "p.json"), "--session"),
+        (("3bit", "--data", DATA, "--policy", "p.json"), "not both"),
+        (("--data", DATA, "--policy", "missing.json"), "missing.json"),
         (("3bit", "--data", DATA, "--weight-bits", "two"), "no list of widths"),
         (("3bit", "--data", DATA, "-o", "no_such=1"), "no option 'no_such'"),
         (("3bit", "--data", DATA, "--checkpoint", "missing.safetensors"), "missing.safetensors"),
@@ -42,6 +43,18 @@ def test_any_field_of_the_configuration_is_an_option(tmp_path: Path) -> None:
     data = json.loads(result.stdout)
     assert data["policy"]["stem"] == [8, 8]
     assert data["config"]["meta_steps"] == 0
+
+
+def test_a_policy_file_without_a_session(tmp_path: Path) -> None:
+    widths = {name: [4 if number % 2 else 3, 6] for number, name in enumerate(SITES)}
+    (tmp_path / "policy.json").write_text(json.dumps(widths))
+    arguments = ["--policy", tmp_path / "policy.json", "--data", DATA, "--effort", "smoke", "-o", "meta_steps=1"]
+    result = call("quantize", MODEL, *arguments, "--out", tmp_path / "small", "--json")
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert data["policy"] == widths
+    assert data["config"]["weight_bits"] == [3, 4]
+    assert data["config"]["activation_bits"] == [6]
 
 
 def test_a_directory_that_is_taken_is_found_out_before_the_work(saved: Path, tmp_path: Path) -> None:
