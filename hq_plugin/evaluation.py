@@ -42,7 +42,10 @@ def accuracy(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Confi
         batch = make_batch(raw, split).to(device)
         scores = class_scores(batch.run(model))
         if scores is None or batch.labels is None:
-            raise DataError("Accuracy needs a model with class scores and data with labels: (inputs, labels).")
+            raise DataError(
+                "Accuracy needs a model with class scores and data with labels: (inputs, labels), or a "
+                "folder of images with a folder for each class."
+            )
         hits += int((scores.argmax(-1) == batch.labels).sum())
         total += batch.labels.numel()
     if total == 0:

@@ -168,13 +168,20 @@ class Result:
 
     @property
     def size(self) -> int:
-        """Bytes of the whole model on disk."""
+        """Bytes of all tensors of the model; what a file adds, its header and the report, is not counted."""
         return self.costs.size
 
     @property
     def bitops(self) -> float:
         """BitOps of one sample."""
         return self.costs.bitops
+
+    def __str__(self) -> str:
+        """Writes a line for people; `repr` holds everything, histories too."""
+        return (
+            f"{self.effective_bits:.3f} effective bits, {self.size:,} of {self.float_size:,} bytes, "
+            f"{self.distance or 'distance'} {self.kl:.4f} to the float model; {self.budget}, {self.chosen}"
+        )
 
     def report(self, path: str | Path) -> Path:
         """Writes the report: what was decided, why, and what it gave.

@@ -10,7 +10,7 @@ import typer
 from hq_plugin.cli.config import config_options
 from hq_plugin.cli.data import load_data
 from hq_plugin.cli.errors import one_line_errors
-from hq_plugin.cli.models import check_out, load_model, source_arguments
+from hq_plugin.cli.models import check_out, load_trained_model, source_arguments
 from hq_plugin.cli.options import (
     ActivationBits,
     AsJson,
@@ -69,7 +69,7 @@ def meta_train(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
         )
-        source = load_model(model, model_arg, checkpoint, pretrained, seed)
+        source = load_trained_model(model, model_arg, checkpoint, pretrained, seed)
         options |= {} if source.processor is None else {"processor": source.processor}
         session = hq_plugin.meta_train(source.model, load_data(data, source), **options)
         session.source = source_arguments(model, data, checkpoint, model_arg, pretrained)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hq_plugin.cli.references import call, integration, named_values
-from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, ModelError
+from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, HQWarning, ModelError
 
 if TYPE_CHECKING:
     from hq_plugin.config import Config
@@ -23,10 +24,12 @@ class Source:
     Attributes:
         model: The model.
         processor: Tokenizer or image processor of a Hugging Face folder, or None.
+        random: Whether its weights are known to be random.
     """
 
     model: Any
     processor: Any = None
+    random: bool = False
 
     @property
     def adapter(self) -> Any:
@@ -80,6 +83,25 @@ def load_model(
         raise ConfigError(f"model {reference!r} returned a {type(source.model).__name__}, not a torch.nn.Module.")
     if checkpoint is not None:
         _load_weights(source.model, reference, checkpoint)
+        return replace(source, random=False)
+    return source
+
+
+def load_trained_model(
+    reference: str,
+    arguments: Sequence[str] | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    seed: int | None,
+) -> Source:
+    """Returns a float model as `load_model` does, with a warning if nobody gave weights for it."""
+    source = load_model(reference, arguments, checkpoint, pretrained, seed)
+    if source.random:
+        warnings.warn(
+            f"{reference!r} has random weights. Give --checkpoint FILE, or --pretrained to download them.",
+            HQWarning,
+            stacklevel=2,
+        )
     return source
 
 
@@ -159,7 +181,7 @@ def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> 
     if "/" in name:
         raise ConfigError(f"model {reference!r} is no folder. A model of the Hugging Face hub is hf:{name}.")
     library = integration("timm", f"{reference!r} is a timm name")
-    return Source(library.create_model(name, pretrained=pretrained, **arguments))
+    return Source(library.create_model(name, pretrained=pretrained, **arguments), random=not pretrained)
 
 
 def load_saved(directory: Path, skeleton: str | None = None, arguments: Sequence[str] | None = None) -> Source:

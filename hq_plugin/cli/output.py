@@ -67,4 +67,4 @@ def print_result(result: Any) -> None:
     rows.append(("float", "0", accuracy, "32", f"{result.float_size:,}", ""))
     print_table(("held-out data", "distance", "accuracy", "effective bits", "bytes", "BitOps"), rows)
     used = ", ".join(f"{share:.1%} of {name}" for name, share in result.used.items())
-    say(f"budget {result.budget}: used {used or 'nothing'}")
+    say(f"budget {result.budget}: used {used}" if used else f"no budget: {result.budget}")

@@ -46,7 +46,7 @@ def profile(
     \b
     Examples:
       hq-plugin profile resnet18 --target onnxruntime --out laptop.json
-      hq-plugin quantize resnet18 8ms --target onnxruntime --profile laptop.json --data photographs/ --out small
+      hq-plugin quantize resnet18 8ms --pretrained --target onnxruntime --profile laptop.json --data photographs/ --out s
     """
     import hq_plugin
 

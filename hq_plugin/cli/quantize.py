@@ -10,7 +10,7 @@ import typer
 from hq_plugin.cli.config import config_options
 from hq_plugin.cli.data import load_data
 from hq_plugin.cli.errors import one_line_errors
-from hq_plugin.cli.models import check_out, load_model, save_model
+from hq_plugin.cli.models import check_out, load_trained_model, save_model
 from hq_plugin.cli.options import (
     ActivationBits,
     AsJson,
@@ -93,7 +93,7 @@ def quantize(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
         )
-        source = load_model(model, model_arg, checkpoint, pretrained, seed)
+        source = load_trained_model(model, model_arg, checkpoint, pretrained, seed)
         options |= {} if source.processor is None else {"processor": source.processor}
         packed = _quantize(source.model, budget, load_data(data, source), session, policy, options)
         save_model(packed, source.processor, out, overwrite)

@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -5,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from hq_plugin.cli.models import load_model, load_saved, read_checkpoint
-from hq_plugin.errors import ArtifactError, ConfigError, HQError, ModelError
+from hq_plugin.cli.models import load_model, load_saved, load_trained_model, read_checkpoint
+from hq_plugin.errors import ArtifactError, ConfigError, HQError, HQWarning, ModelError
 from tests.cli.conftest import MODEL
 
 
@@ -44,6 +45,16 @@ def test_random_weights_follow_from_the_seed() -> None:
 
     assert torch.equal(weights(1), weights(1))
     assert not torch.equal(weights(1), weights(2))
+
+
+def test_a_timm_model_without_weights_is_noticed(tmp_path: Path) -> None:
+    with pytest.warns(HQWarning, match=r"random weights.*--checkpoint"):
+        source = load_trained_model("test_resnet", None, None, False, 0)
+    torch.save(source.model.state_dict(), tmp_path / "float.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_trained_model("test_resnet", None, tmp_path / "float.pth", False, 0)
+        load_trained_model(MODEL, None, None, False, 0)  # whoever wrote it knows
 
 
 def test_a_checkpoint_of_another_model(checkpoint: Path) -> None:

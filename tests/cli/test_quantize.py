@@ -49,12 +49,13 @@ def test_a_policy_file_without_a_session(tmp_path: Path) -> None:
     widths = {name: [4 if number % 2 else 3, 6] for number, name in enumerate(SITES)}
     (tmp_path / "policy.json").write_text(json.dumps(widths))
     arguments = ["--policy", tmp_path / "policy.json", "--data", DATA, "--effort", "smoke", "-o", "meta_steps=1"]
-    result = call("quantize", MODEL, *arguments, "--out", tmp_path / "small", "--json")
+    result = call("quantize", MODEL, *arguments, "--out", tmp_path / "small")
     assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)
-    assert data["policy"] == widths
-    assert data["config"]["weight_bits"] == [3, 4]
-    assert data["config"]["activation_bits"] == [6]
+    assert "no budget: given policy" in result.stdout
+    made = hq.load(tmp_path / "small", TinyNet()).hq
+    assert made.policy.to_json() == widths
+    assert made.config["weight_bits"] == [3, 4]
+    assert made.config["activation_bits"] == [6]
 
 
 def test_a_directory_that_is_taken_is_found_out_before_the_work(saved: Path, tmp_path: Path) -> None:
