@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,6 +50,8 @@ class Padded(nn.Module):
 
 def depthwise() -> nn.Module:
     """timm's mobilenetv3_small_050, its stem at stride 1, since the images are small."""
+    import timm  # here: a ResNet-20 needs torch alone
+
     network = timm.create_model("mobilenetv3_small_050", in_chans=1, num_classes=10)
     network.conv_stem.stride = (1, 1)
     return Padded(network)
