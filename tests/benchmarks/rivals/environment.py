@@ -10,14 +10,15 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("HQ_RIVALS_CACHE", ".cache/rivals"))
 HERE = Path(__file__).parent
-
-
-class EnvironmentError_(RuntimeError):
-    """An environment could not be made."""
+REPOSITORY = HERE.parents[2]
 
 
 def python_of(rival: str) -> Path:
-    """Returns the interpreter of a rival's environment, which is made if it is missing or its pins changed."""
+    """Returns the interpreter of a rival's environment, which is made if it is missing or its pins changed.
+
+    Raises:
+        RuntimeError: pip could not install what is pinned; says why.
+    """
     folder = CACHE / rival
     pins = (HERE / f"{rival}.txt").read_text()
     stamp, python = folder / "pins.txt", folder / "bin" / "python"
@@ -28,7 +29,7 @@ def python_of(rival: str) -> Path:
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     done = subprocess.run([*command, "-r", str(HERE / f"{rival}.txt")], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise EnvironmentError_(f"pip: {reason(done.stderr)}")
+        raise RuntimeError(f"pip: {reason(done.stderr)}")
     stamp.write_text(pins)
     return python
 
@@ -48,7 +49,13 @@ def run(rival: str, task: Path, timeout: float, threads: int) -> None:
     with (task / "log.txt").open("w") as log:
         try:
             done = subprocess.run(
-                command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=timeout, check=False
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=REPOSITORY,
+                env=environment,
+                timeout=timeout,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             raise RuntimeError(f"not done after {timeout:.0f} s") from None

@@ -173,7 +173,7 @@ def stub_torchvision() -> None:
 
     Its operators do not load there, and it refuses to be imported without the names of two of them.
     """
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and not _KEPT:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -181,3 +181,8 @@ def stub_torchvision() -> None:
 
 
 _KEPT: list[Any] = []
+
+
+def float_rest(model: Any, layers: dict[str, nn.Module]) -> int:
+    """Returns how many parameters are not these layers' weights; tied ones count once."""
+    return sum(p.numel() for p in model.parameters()) - sum(m.weight.numel() for m in layers.values())
