@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA ?= digits
 JOBS ?= 2
 
-.PHONY: demo test lint types docs docs-serve figures notebook package bench coverage-sweep clean
+.PHONY: demo test lint types docs docs-serve figures notebook package bench bench-rivals coverage-sweep clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -56,6 +56,11 @@ package: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks.spine
 	$(BIN)/python -m tests.benchmarks.overhead
+
+# ModelOpt, MCT, quanto, auto-round, torchao and HQQ, each in an environment made for it; hours, and resumable.
+bench-rivals: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks.rivals
+	$(BIN)/python -m tests.benchmarks.rivals --page
 
 # Every architecture of timm and transformers once, in small; docs/benchmarks/coverage.md. Hours, and resumable.
 coverage-sweep: $(VENV)/.dev

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import resource
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -112,14 +114,24 @@ class Task:
 
     @torch.no_grad()
     def fidelity(self, quantized: Any, teacher: Any) -> dict[str, float]:
-        """Returns perplexity, KL to the float model in nats a token, and top-1 agreement, on held-out text."""
+        """Returns perplexity, KL to the float model in nats a token, and top-1 agreement, on held-out text.
+
+        The float model's logits (1.2 GB) are kept beside the text for the next rival.
+        """
         windows = self.tensors("text")["windows"]
+        kept = Path(self.given["files"]["text"]).with_name(f"logits-torch{torch.__version__}.safetensors")
+        if not kept.exists():
+            logits = {str(i): teacher(window).logits[0].float() for i, window in enumerate(windows.split(1))}
+            partial = kept.with_suffix(f".{os.getpid()}")
+            save_file(logits, partial)
+            partial.rename(kept)
         sums = {"perplexity": 0.0, "kl": 0.0, "agreement": 0.0}
-        for window in windows.split(1):
-            found, expected = quantized(window).logits[0].float(), teacher(window).logits[0].float()
-            sums["perplexity"] += float(F.cross_entropy(found[:-1], window[0, 1:]))
-            sums["kl"] += float(kl_divergence(found, expected))
-            sums["agreement"] += float((found.argmax(-1) == expected.argmax(-1)).float().mean())
+        with safe_open(kept, "pt") as file:
+            for i, window in enumerate(windows.split(1)):
+                found, expected = quantized(window).logits[0].float(), file.get_tensor(str(i))
+                sums["perplexity"] += float(F.cross_entropy(found[:-1], window[0, 1:]))
+                sums["kl"] += float(kl_divergence(found, expected))
+                sums["agreement"] += float((found.argmax(-1) == expected.argmax(-1)).float().mean())
         means = {name: value / len(windows) for name, value in sums.items()}
         return {**means, "perplexity": float(torch.tensor(means["perplexity"]).exp())}
 

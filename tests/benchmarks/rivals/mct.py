@@ -6,14 +6,18 @@ GPTQ takes 300 steps of 128 images, layers weighted by Hessians, with gradual ac
 defaults one is off, weights for each sample: their Hessians alone would take hours on a CPU.
 """
 
+# ruff: noqa: E402 (torchvision is looked after first)
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
-
 from tests.benchmarks.rivals import hand
+
+hand.stub_torchvision()
+# isort: split
+import model_compression_toolkit as mct
+from torch import Tensor
 
 EPOCHS = 5
 
@@ -30,9 +34,6 @@ def representative(batches: list[Tensor]) -> Callable[[], Iterator[list[Tensor]]
 
 def main() -> None:
     """Quantizes and answers."""
-    hand.stub_torchvision()
-    import model_compression_toolkit as mct
-
     task = hand.task()
     network = task.network()
     layers = hand.weight_layers(network)

@@ -4,16 +4,19 @@ Images: weights and 8-bit activations, calibrated on 512 images in its `Calibrat
 `freeze`, as its documentation says, by our loop. Language: weights only, without the head.
 """
 
+# ruff: noqa: E402 (torchvision is looked after first)
 from __future__ import annotations
 
 import copy
 from typing import Any
 
+from tests.benchmarks.rivals import hand
+
+hand.stub_torchvision()
+# isort: split
 import torch
 from optimum.quanto import Calibration, freeze, qint2, qint4, qint8, quantize
 from optimum.quanto.nn import QModuleMixin
-
-from tests.benchmarks.rivals import hand
 
 WIDTHS = {2.0: qint2, 4.0: qint4, 8.0: qint8}
 
