@@ -104,6 +104,7 @@ def rows(
     run: Run = environment.run,
     timeout: float = 3600,
     threads: int = 1,
+    methods: list[str] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Measures what is not done yet of one rival on one model."""
     variants, own = RIVALS[rival].of(model)
@@ -111,7 +112,7 @@ def rows(
         for variant in variants:
             row: dict[str, Any] = {"model": model, "seed": seed, "method": f"{rival} {variant}"}
             row["budget"] = f"{bits:g}bit"
-            if key(row) in done:
+            if key(row) in done or (methods and variant not in methods):
                 continue
             began = time.perf_counter()
             try:
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", default=list(RIVALS), choices=list(RIVALS))
     parser.add_argument("--models", nargs="+", default=list(models), choices=models)
     parser.add_argument("--budgets", nargs="+", type=float, help="bits; by default what each rival can do")
+    parser.add_argument("--methods", nargs="+", help='of these names only: "auto_quantize, QAT", "uniform" ...')
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--retry", action="store_true", help="measure again what failed")
     parser.add_argument("--timeout", type=float, default=3600, help="seconds for a row")
@@ -147,9 +149,8 @@ def main() -> None:
         for model in options.models:
             for rival in options.rivals:
                 done = {key(row) for row in finished() if not (options.retry and "error" in row)}
-                for row in rows(
-                    rival, model, options.budgets, seed, done, timeout=options.timeout, threads=options.threads
-                ):
+                limits = {"timeout": options.timeout, "threads": options.threads, "methods": options.methods}
+                for row in rows(rival, model, options.budgets, seed, done, **limits):
                     with ROWS.open("a") as file:
                         file.write(json.dumps(row) + "\n")
                     shown = (

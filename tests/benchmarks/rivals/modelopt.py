@@ -23,6 +23,9 @@ def main() -> None:
     """Quantizes, trains where asked, and answers."""
     task = hand.task()
     network = task.network()
+    for module in network.modules():
+        if hasattr(module, "inplace"):  # its gradient scores hang on hooks, which forbid that
+            module.inplace = False
     layers = hand.weight_layers(network)
     elements = {name: module.weight.numel() for name, module in layers.items()}
     biases = hand.folded_biases(network)
