@@ -52,7 +52,9 @@ def main() -> None:
         bits = int(config.get(name, {}).get("bits") or 16)
         layers[name] = {"bits": bits, "elements": count}
         if bits < 16:
-            layers[name] |= {"scales": count // GROUP, "zeros": count // GROUP, "zero_bits": bits}
+            layers[name]["scales"] = count // GROUP
+            if not config[name].get("sym"):  # it makes 8 bits symmetric
+                layers[name] |= {"zeros": count // GROUP, "zero_bits": bits}
     task.answer(
         layers,
         float_elements=rest,
