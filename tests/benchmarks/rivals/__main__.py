@@ -125,6 +125,20 @@ def rows(
             yield row
 
 
+def missing(rows: list[dict[str, Any]]) -> list[str]:
+    """Returns what the rivals can do and no row says anything about, a line for each model and method."""
+    done = {(row["model"], row["method"], row["budget"]) for row in rows}
+    found = []
+    for model in (*tasks.VISION, *tasks.LANGUAGE):
+        for name, rival in RIVALS.items():
+            variants, bits = rival.of(model)
+            for variant in variants:
+                left = [f"{b:g}" for b in bits if (model, f"{name} {variant}", f"{b:g}bit") not in done]
+                if left:
+                    found.append(f"{model}: {name} {variant}, {', '.join(left)} bits")
+    return found
+
+
 def main() -> None:
     """Measures every row that is missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -142,7 +156,7 @@ def main() -> None:
     if options.page:
         from tests.benchmarks.rivals import page
 
-        page.write(finished())
+        page.write(finished(), missing(finished()))
         return
     ROWS.parent.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:

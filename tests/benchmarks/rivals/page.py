@@ -23,7 +23,7 @@ what the tool packs it in, a float one 2 bytes, as many as the tool has; what st
 where BatchNorm is the bias that it folds into (hq_plugin's own bytes keep a scale a channel beside it, so compare
 effective bits). Effective bits are those of the layers' weights with their scales and zero points. Budgets of
 ModelOpt and MCT, which know no scales, are lowered by them first. KL to the float model in nats, on the 10,000
-test images or the windows of text that [Language](language.md) has; never calibration data. Seconds are of a busy
+test images or the windows of text that [Language](language.md) has; never calibration data. quanto's first row also compiles its C++. Seconds are of a busy
 machine of 2 cores, one thread.
 
 **Images**: inputs of 8 bits for all rows here. Rows with `QAT` and `GPTQ` train for 300 steps of 128 images, as
@@ -40,9 +40,9 @@ with each layer's width, versions and peak memory, are in rivals.jsonl). The flo
 first run; for the language model see [Language](language.md)."""
 
 
-def write(rows: list[dict[str, Any]]) -> None:
-    """Writes the page."""
-    OUT.write_text("\n".join(lines(rows, ours())) + "\n")
+def write(rows: list[dict[str, Any]], missing: Iterable[str] = ()) -> None:
+    """Writes the page; `missing` is what no row says anything about yet."""
+    OUT.write_text("\n".join(lines(rows, ours(), missing)) + "\n")
 
 
 def ours() -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def ours() -> list[dict[str, Any]]:
     ]
 
 
-def lines(rows: list[dict[str, Any]], own: Iterable[dict[str, Any]] = ()) -> list[str]:
+def lines(rows: list[dict[str, Any]], own: Iterable[dict[str, Any]] = (), missing: Iterable[str] = ()) -> list[str]:
     """Returns the page, line by line: measured rows by model and budget, then what failed."""
     own = list(own)
     text = [INTRODUCTION]
@@ -91,6 +91,8 @@ def lines(rows: list[dict[str, Any]], own: Iterable[dict[str, Any]] = ()) -> lis
             for row in failed
         ]
         text.append("")
+    if missing := list(missing):
+        text += ["## Not measured yet", "", *(f"- {what}" for what in missing), ""]
     versions = sorted({f"{name} {version}" for row in good for name, version in row["versions"].items()})
     return [*text, f"Versions: {', '.join(versions)}.", "", COMMAND]
 
