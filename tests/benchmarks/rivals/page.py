@@ -23,8 +23,8 @@ what the tool packs it in, a float one 2 bytes, as many as the tool has; what st
 where BatchNorm is the bias that it folds into (hq_plugin's own bytes keep a scale a channel beside it, so compare
 effective bits). Effective bits are those of the layers' weights with their scales and zero points. Budgets of
 ModelOpt and MCT, which know no scales, are lowered by them first. KL to the float model in nats, on the 10,000
-test images or the windows of text that [Language](language.md) has; never calibration data. quanto's first row also compiles its C++. Seconds are of a busy
-machine of 2 cores, one thread.
+test images or the windows of text that [Language](language.md) has; never calibration data. Seconds are of a very
+busy machine of 2 cores, one thread: they say little, and quanto's first row also compiles its C++.
 
 **Images**: inputs of 8 bits for all rows here. Rows with `QAT` and `GPTQ` train for 300 steps of 128 images, as
 hq_plugin does; QAT is our loop (KL to the float model, Adam at 5e-4, BatchNorm's statistics kept), since ModelOpt
