@@ -123,7 +123,7 @@ def learn(
             states.append(state)
             actions.append(last)
         genome = pulled_back(genome, resources)
-        # As in HAQ's code, the agent learns from the widths that were really given.
+        # The agent learns from the widths that were really given and scored, not from those that it asked for.
         for number, (row, column) in enumerate(order):
             actions[number] = (genome[row, column] + 0.5) / (space.top[row, column] + 1)
         name = genome.tobytes()
