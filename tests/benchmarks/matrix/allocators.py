@@ -1,7 +1,7 @@
 """Allocators: each gives every layer its width under a budget, from a network that was not trained for it.
 
-They see the same search space, the same costs and, where they score policies, the same scores: the held-out distance
-of the rounded float network with recalibrated BatchNorm (`hq_plugin.scoring`).
+They see the same search space, the same costs and, where they score policies, the same scores: the held-out
+distance of the rounded float network with recalibrated BatchNorm (`hq_plugin.scoring`).
 """
 
 from __future__ import annotations

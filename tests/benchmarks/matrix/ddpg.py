@@ -1,8 +1,8 @@
 """A DDPG agent with one action in [0, 1], as HAQ has it (Lillicrap et al., arXiv:1509.02971).
 
-Hyper-parameters are those of HAQ's published code: two hidden layers of 300, Adam at 1e-4 (actor) and 1e-3 (critic),
-batches of 64, targets moved by 1 %, truncated normal noise of 0.5 that decays by 1 % an episode after the warm-up,
-rewards less their moving average, no discount.
+Hyper-parameters are those of HAQ's published code: two hidden layers of 300, Adam at 1e-4 (actor) and 1e-3
+(critic), batches of 64, targets moved by 1 %, truncated normal noise of 0.5 that decays by 1 % an episode after
+the warm-up, rewards less their moving average, no discount.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """HAQ: a reinforcement-learning agent goes over the layers and gives each a width (Wang et al., arXiv:1811.08886).
 
 States are the layer's features, as in section 3.1 there: its index, kind, channels, kernel, input, weights,
-multiply-accumulates, whether the width is that of weights or of activations, and the last action. A policy that is
-over the budget has its widths taken down one after the other, from the last layer on, until it is not. The reward is
-that of a policy's distance to the float model, its negative logarithm; HAQ's is the accuracy, which on as few samples
-hardly tells policies apart. HAQ trains each candidate for an epoch before it is scored; here it is scored as
-hq_plugin's search scores, without training, so that both have the same.
+multiply-accumulates, whether the width is that of weights or of activations, and the last action. A policy that
+is over the budget has its widths taken down one after the other, from the last layer on, until it is not. The
+reward is that of a policy's distance to the float model, its negative logarithm; HAQ's is the accuracy, which on
+as few samples hardly tells policies apart. HAQ trains each candidate for an epoch before it is scored; here it is
+scored as hq_plugin's search scores, without training, so that both have the same.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def places(space: SearchSpace) -> list[tuple[int, int]]:
 
 
 def layer_features(space: SearchSpace) -> NDArray[np.float32]:
-    """Returns the features of each place, `[places, features]`, each scaled to 0 to 1; the last action is not in it."""
+    """Returns the features of each place, `[places, features]`, scaled to 0 to 1; without the last action."""
     raw = [[row, *_of_group(space.groups[row]), column] for row, column in places(space)]
     table = np.array(raw, dtype=np.float32)
     low, high = table.min(axis=0), table.max(axis=0)

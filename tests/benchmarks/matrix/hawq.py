@@ -1,11 +1,11 @@
 """HAWQ-V2: the mean trace of each layer's Hessian times its squared rounding error (Dong et al., arXiv:1911.03852).
 
 The Hessian is that of the distance to the teacher (for classes, cross-entropy with the teacher's own soft
-predictions, which differs from the KL divergence to it by a constant; for embeddings the relative squared error), at
-the teacher itself, where it equals the Gauss-Newton matrix and has no negative direction. That needs no labels, so
-that it is the same for every model. Traces are Hutchinson's estimates: the mean over random signs `v` of `v · Hv`,
-one `v` for all layers at once, whose cross terms vanish in the mean. Activations add nothing: HAWQ-V2 has traces
-of weights at a fixed width of activations.
+predictions, which differs from the KL divergence to it by a constant; for embeddings the relative squared error),
+at the teacher itself, where it equals the Gauss-Newton matrix and has no negative direction. That needs no
+labels, so that it is the same for every model. Traces are Hutchinson's estimates: the mean over random signs `v`
+of `v · Hv`, one `v` for all layers at once, whose cross terms vanish in the mean. Activations add nothing:
+HAWQ-V2 has traces of weights at a fixed width of activations.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ LOAD = Path("/proc/loadavg")
 
 
 def methods_of(task: Task) -> list[str]:
-    """Returns the methods that a task is measured with: of `hq_dense` and `hq_auto` the one that is its main one."""
+    """Returns the methods that a task is measured with: of `hq_dense` and `hq_auto` its main one."""
     return [name for name in METHODS if name not in ("hq_dense", "hq_auto") or name == task.main]
 
 

@@ -1,8 +1,8 @@
 """Crops of photographs that installed packages bring: data for ImageNet models where ImageNet is not.
 
-Training crops are of scikit-image's and scikit-learn's photographs and of every second one of foolbox's; test crops are
-of the other half of foolbox's, which training never sees. There are too few for accuracy: fidelity is what they
-measure.
+Training crops are of scikit-image's and scikit-learn's photographs and of every second one of foolbox's; test
+crops are of the other half of foolbox's, which training never sees. There are too few for accuracy: fidelity is
+what they measure.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Tasks: a float model, its data, and how closeness to it is measured.
 
-Small networks are trained on Fashion-MNIST (`float_models.py`); the others bring their weights in packages. Test data
-is seen by neither training nor search. Tasks on data that people bring themselves are in `own_data.py`.
+Small networks are trained on Fashion-MNIST (`float_models.py`); the others bring their weights in packages. Test
+data is seen by neither training nor search. Tasks on data that people bring themselves are in `own_data.py`.
 """
 
 from __future__ import annotations
@@ -84,9 +84,8 @@ def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
     data = TensorDataset(crops(train, TRAIN, 0, model))
     measure = Classification(model, crops(test, TEST, 1, model), batch=60)
     config = Config(effort="fast", batch_size=16, holdout=48)
-    return Task(
-        name, model, data, measure, config, steps=120, meta=12, evaluations=60, episodes=120, main="hq_auto"
-    )
+    work: dict[str, int] = {"steps": 120, "meta": 12, "evaluations": 60, "episodes": 120}
+    return Task(name, model, data, measure, config, main="hq_auto", **work)
 
 
 def minilm() -> Task:
