@@ -73,7 +73,7 @@ class Runner:
             "budget": budget,
             "steps": self.steps,
         }
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         reset_peak_memory()
         run: Callable[[str, str], Row] = self._one_call if method in BLOCKS else self._rival
         try:
@@ -82,7 +82,8 @@ class Runner:
             found = {"error": f"{type(error).__name__}: {error}"}
         with suppress(OSError):
             found["load"] = float(LOAD.read_text().split()[0])
-        return {**head, **found, "wall_seconds": round(time.perf_counter() - began, 1)}
+        took = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+        return {**head, **found, **{name: round(value, 1) for name, value in took.items()}}
 
     def _one_call(self, method: str, budget: str) -> Row:
         task = self.task

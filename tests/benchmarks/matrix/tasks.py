@@ -84,7 +84,7 @@ def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
     data = TensorDataset(crops(train, TRAIN, 0, model))
     measure = Classification(model, crops(test, TEST, 1, model), batch=60)
     config = Config(effort="fast", batch_size=16, holdout=48)
-    work: dict[str, int] = {"steps": 120, "meta": 12, "evaluations": 60, "episodes": 120}
+    work: dict[str, Any] = {"steps": 120, "meta": 12, "evaluations": 60, "episodes": 120}
     return Task(name, model, data, measure, config, main="hq_auto", **work)
 
 
