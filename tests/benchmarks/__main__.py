@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.benchmarks.matrix import claims, page
 from tests.benchmarks.matrix.methods import METHODS
+from tests.benchmarks.matrix.rank_correlation import POLICIES, TAU_STEPS
 from tests.benchmarks.matrix.run import Plan, run, told
 
 
@@ -31,8 +32,8 @@ def main() -> None:
     parser.add_argument("--retry", action="store_true", help="measure failed rows again")
     parser.add_argument("--data", type=Path, help="folder of CIFAR-10 or ImageNet")
     parser.add_argument("--claims", nargs="+", choices=tuple(claims.CLAIMS))
-    parser.add_argument("--finetune", type=int, default=claims.TAU_STEPS, help="steps of a policy of `tau`")
-    parser.add_argument("--policies", type=int, default=claims.POLICIES, help="policies of each pool of `tau`")
+    parser.add_argument("--finetune", type=int, default=TAU_STEPS, help="steps of a policy of `tau`")
+    parser.add_argument("--policies", type=int, default=POLICIES, help="policies of each pool of `tau`")
     parser.add_argument("--page", action="store_true")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=UserWarning)

@@ -2,8 +2,8 @@
 
 `search`: how many evaluations and seconds HAQ's agent (and EvoPress) needs to reach the held-out distance that
 hq_plugin's genetic search reaches, on the same scores. `front`: five budgets from one meta-training against five
-separate runs of dynamic programming and training. `tau`: how well a policy's score before training tells its distance
-after it (`rank_correlation.py`). Resumable, one row a line of docs/benchmarks/claims.jsonl.
+separate runs of dynamic programming and training. `tau`: how well a policy's score before training tells its
+distance after it (`rank_correlation.py`). Resumable, one row a line of docs/benchmarks/claims.jsonl.
 """
 
 from __future__ import annotations

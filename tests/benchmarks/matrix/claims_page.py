@@ -65,8 +65,8 @@ def _front(found: Sequence[Row]) -> list[str]:
     text = [
         "## Claim: one MetaQuantNet for five budgets",
         "",
-        "One meta-training, then search and fine-tuning for each budget, against five runs of dynamic programming and",
-        "quantization-aware training, each of which measures sensitivities and trains all of its steps.",
+        "One meta-training, then search and fine-tuning for each budget, against five runs of dynamic programming",
+        "and quantization-aware training, each of which measures sensitivities and trains all of its steps.",
         "",
     ]
     for session in (row for row in found if row["side"] == "session"):

@@ -31,14 +31,14 @@ MAIN = ("hq_dense", "hq_auto")
 OURS = (*MAIN, "hq_low_rank", "hq_table")
 HEAD = """# The matrix: hq_plugin against everything else, at equal bytes and equal training
 
-Written by `{command}` from the rows in matrix.jsonl (and, for libraries in environments of their own, rivals.jsonl).
-How to run it, and what each method does, is in [How the matrix is measured](running.md).
+Written by `{command}` from the rows in matrix.jsonl (and, for libraries in environments of their own,
+rivals.jsonl). How to run it, and what each method does, is in [How the matrix is measured](running.md).
 
-Mean ± standard deviation over seeds. *Distance* is the KL divergence to the float model on test data, in nats; for
-sentence embeddings it is 1 − cosine. *Scored*: policies that were scored to find this one. *Seconds*: allocation, with
-everything that it needed, and training; processor seconds and the machine's load are in the rows. *Peak memory* is that
-of the process. *Ratio* is hq_plugin's distance over that of the best of all other methods at this budget: below 1 it
-is the closest.
+Mean ± standard deviation over seeds. *Distance* is the KL divergence to the float model on test data, in nats;
+for sentence embeddings it is 1 − cosine. *Scored*: policies that were scored to find this one. *Seconds*:
+allocation, with everything that it needed, and training; processor seconds and the machine's load are in the
+rows. *Peak memory* is that of the process. *Ratio* is hq_plugin's distance over that of the best of all other
+methods at this budget: below 1 it is the closest.
 """
 COMMAND = "python -m tests.benchmarks"
 

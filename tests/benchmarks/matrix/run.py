@@ -59,7 +59,9 @@ class Plan:
 
     def seeds_of(self, name: str) -> Sequence[int]:
         """Returns the seeds of a model."""
-        return self.seeds or (FAST_SEEDS if self.fast else FEW_SEEDS.get(name, SEEDS))
+        if self.seeds:
+            return self.seeds
+        return FAST_SEEDS if self.fast else FEW_SEEDS.get(name, SEEDS)
 
     def budgets_of(self, made: Task) -> Sequence[str]:
         """Returns the budgets of a model."""
