@@ -51,8 +51,8 @@ def _search(found: Sequence[Row]) -> list[str]:
     return [
         "## Claim: fewer evaluations than a reinforcement-learning search",
         "",
-        "The goal is the held-out distance that the genetic search reaches; all search on the same scores, those of",
-        "the rounded float network. Ours counts the additive sensitivities that it starts from (measured on a",
+        "The goal is the held-out distance that the genetic search reaches; all search on the same scores, those",
+        "of the rounded float network. Ours counts the additive sensitivities that it starts from (measured on a",
         "quarter of the samples, counted in full). The agent stops at the goal, or after ten times our search's",
         "evaluations.",
         "",

@@ -60,7 +60,7 @@ class Agent:
         """Returns a noisy action, 0 to 1."""
         if self.episodes < self.warmup:
             return float(self.rng.rand())
-        mean = float(self.actor(torch.from_numpy(state)))
+        mean = self.actor(torch.from_numpy(state)).item()
         spread = NOISE * NOISE_DECAY ** (self.episodes - self.warmup)
         for _ in range(100):  # a normal distribution, cut off at the ends
             action = self.rng.normal(mean, spread)

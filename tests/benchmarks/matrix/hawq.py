@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hq_plugin import torch_ao
 from hq_plugin.cost import Table
 from hq_plugin.data import Batch
-from hq_plugin.distillation import LossFunction
+from hq_plugin.distillation import LossFunction, class_scores
 from hq_plugin.session import Session
 
 #: Random sign vectors, and training samples of each.
@@ -72,6 +73,19 @@ def hessian_traces(
     return traces
 
 
+def twice_differentiable(loss: LossFunction) -> LossFunction:
+    """Returns a distance with second derivatives: hq_plugin's KL divergence computes its first by hand."""
+
+    def distance(student: Any, teacher: Any) -> Tensor:
+        scores, expected = class_scores(student), class_scores(teacher)
+        if scores is None or expected is None:
+            return loss(student, teacher)
+        rows, goals = (part.reshape(-1, part.shape[-1]).float() for part in (scores, expected))
+        return F.kl_div(F.log_softmax(rows, -1), F.log_softmax(goals, -1), reduction="batchmean", log_target=True)
+
+    return distance
+
+
 @torch.no_grad()
 def rounding_errors(session: Session, bits: int) -> dict[str, float]:
     """Returns the summed squared error of each site's weight at one width (or the nearest below that it has)."""
@@ -103,7 +117,8 @@ def hawq_losses(session: Session, probes: int = PROBES, samples: int = SAMPLES) 
             break
         batches.append(batch.to(device).take(samples))
     names = [site.name for site in sites]
-    traces = hessian_traces(session.teacher, names, batches, session.loss, probes, session.config.seed)
+    loss = twice_differentiable(session.loss)
+    traces = hessian_traces(session.teacher, names, batches, loss, probes, session.config.seed)
     errors = {bits: rounding_errors(session, bits) for bits in space.weight_bits}
     losses = np.full(session.costs.weight_bytes.shape, np.inf)
     for g, group in enumerate(space.groups):
