@@ -3,10 +3,10 @@
     python -m tests.benchmarks --models cifar10 --data ~/data/cifar10 --seeds 0 1 2
     python -m tests.benchmarks --models imagenet:resnet18 imagenet:mobilenetv2_100 --data ~/data/imagenet
 
-The protocol is the usual one of the papers that compare on these: one float network, a hybrid policy under a budget,
-retraining with augmented images (shifted by up to four pixels and mirrored; random resized crops), top-1 accuracy on
-the whole test set (CIFAR-10) or validation set (ImageNet). The number of retraining steps is what `--steps` says, the
-same for all methods.
+The protocol is the usual one of the papers that compare on these: one float network, a hybrid policy under a
+budget, retraining with augmented images (shifted by up to four pixels and mirrored; random resized crops), top-1
+accuracy on the whole test set (CIFAR-10) or validation set (ImageNet). The number of retraining steps is what
+`--steps` says, the same for all methods.
 """
 
 from __future__ import annotations
