@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from hq_plugin.config import Config
@@ -139,6 +141,22 @@ def rebuild(description: dict[str, Any], elements: int, tensors: int) -> nn.Modu
     rest = {key: value for key, value in description.items() if key != "integration"}
     with seeded(0):
         return build_at_most(lambda: adapter.rebuild(rest), elements, tensors)
+
+
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a model whose parameters are on the meta device, where its code allows that; buffers have values.
+
+    Where torch's default device is the meta device, nothing has values.
+    """
+    if torch.get_default_device().type == "meta":
+        return build()
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = build()
+    except Exception:  # whatever code does that computes with its parameters while it is built
+        return build()
+    # Tables beside a parameter (of relative positions) may follow it to the meta device; they are in no file.
+    return build() if any(buffer.is_meta for buffer in model.buffers()) else model
 
 
 def _adapter(name: str) -> Adapter:

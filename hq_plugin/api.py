@@ -12,10 +12,11 @@ from hq_plugin import adapters
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
-from hq_plugin.errors import ExportError, ModelError
+from hq_plugin.errors import EngineError, ModelError
+from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.profiles import Profile, measure_profile
 from hq_plugin.seeding import seeded
-from hq_plugin.session import EvalFunction, Session, search_space, teacher_of
+from hq_plugin.session import EvalFunction, Session
 from hq_plugin.synthetic import synthetic_data
 from hq_plugin.tracking import tracking
 
@@ -139,6 +140,7 @@ def profile(
     Raises:
         DataError: The data cannot be used.
         ModelError: There is nothing to quantize.
+        EngineError: The target is ONNX Runtime, which is not installed.
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     wrapper = adapters.unwrap(model)
@@ -165,12 +167,13 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **opt
         What became of each layer (`Exported`).
 
     Raises:
-        ExportError: onnx is not installed, or an operator cannot be exported; the message names it.
+        EngineError: onnx is not installed.
+        ExportError: An operator cannot be exported; the message names it.
     """
     try:
         from hq_plugin.integrations.onnxruntime.export import export as write
     except ImportError as error:
-        raise ExportError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
+        raise EngineError(f"{error}. Install what export needs: pip install 'hq-plugin[onnx]'.") from error
     with seeded(0):
         return write(model, path, example_inputs, **options)
 

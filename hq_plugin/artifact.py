@@ -30,6 +30,8 @@ FORMAT, VERSION = "hq_plugin model", 1
 #: (what is constant takes no bytes there), and so many tensors for each that the file names.
 _ELEMENTS_A_BYTE, _ELEMENTS, _TENSORS_AN_ENTRY = 16, 16 << 20, 16
 
+#: How modules load parameters, where they do it as all do.
+_USUAL = (nn.Module._load_from_state_dict, nn.BatchNorm2d._load_from_state_dict)
 _CONSTANT_DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32)
@@ -203,8 +205,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             assert info.architecture is not None
             entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
             elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
-            rebuilt = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
-            skeleton = _without_values(rebuilt, inplace=True)
+            skeleton = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
         skeleton = _pack_sites(skeleton, info)
         expected = skeleton.state_dict()
         tensors = {**written, **_constants(data, expected)}
@@ -213,8 +214,21 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             raise ArtifactError(f"{directory} is damaged: a shared tensor has no owner.")
         tensors |= {name: tensors[owner] for name, owner in tied.items()}
         _check_fit(tensors, expected)
-        skeleton.load_state_dict(tensors)
+        # Float tensors take the dtype of the model. They are copied in any case, into memory that is aligned as
+        # torch's is, since products may hang on it in their last bits.
+        own = {
+            name: tensor.to(expected[name].dtype, copy=tensor.is_floating_point())
+            for name, tensor in tensors.items()
+        }
+        skeleton.load_state_dict(own, assign=True)
         _tie(skeleton, tied)
+        filled = [*skeleton.named_parameters(), *skeleton.named_buffers()]
+        empty = [name for name, tensor in filled if tensor.is_meta]
+        if empty:
+            raise ArtifactError(
+                f"{', '.join(empty[:5])} could not be filled: its layer loads tensors in a way of its own. Pass a "
+                "float model: hq_plugin.load(directory, model)."
+            )
     skeleton.eval().requires_grad_(False)
     if info.result is not None:
         skeleton.hq = info.result  # type: ignore[assignment]
@@ -222,27 +236,24 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
     return skeleton if adapter is None else adapter.finish(skeleton)
 
 
-def _without_values(model: nn.Module, *, inplace: bool = False) -> nn.Module:
-    """Returns a copy of a model on the CPU whose parameters, all of which a file fills, have no values yet.
+def _without_values(model: nn.Module) -> nn.Module:
+    """Returns a copy of a model on the CPU whose parameters, which a file fills, are on the meta device.
 
-    Memory that nobody has written to costs nothing: neither the copy nor what packed layers replace is paid for.
-
-    Args:
-        model: A model; what no file fills (non-persistent buffers) keeps its values.
-        inplace: Whether to change `model` itself, whose parameters may then be on the meta device.
+    Those of modules that load them in a way of their own, and what is in no file, keep memory and values.
     """
-    filled = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    empty = {
-        id(parameter): nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-        for parameter in model.parameters()
-        if id(parameter) in filled and type(parameter) is nn.Parameter
+    filled = {
+        id(tensor)
+        for module in model.modules()
+        if type(module)._load_from_state_dict in _USUAL
+        for tensor in module._parameters.values()
+        if type(tensor) is nn.Parameter
     }
-    if not inplace:
-        return copy.deepcopy(model, empty).cpu()  # type: ignore[arg-type]
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            module._parameters[name] = empty.get(id(parameter), parameter)
-    return model
+    empty: dict[int, Any] = {
+        id(parameter): nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+        for parameter in model.parameters()
+        if id(parameter) in filled
+    }
+    return copy.deepcopy(model, empty)._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
 
 
 def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:

@@ -58,6 +58,7 @@ DEFAULTS: dict[str, Any] = {
     "sensitivities": "measured",
     "rounding": "nearest",
     "train_float": True,
+    "block_loss": 0.3,
     "learning_rate": 5e-4,
     "step_learning_rate": 2e-3,
     "batch_size": 64,
@@ -105,6 +106,9 @@ class Config:
         dense_limit: With `block="auto"`, the most weights of a site that gets a `dense` block.
         loss: `"auto"` (KL for class scores, relative squared error for anything else), `"kl"`, `"mse"`,
             or a function of the student's and the teacher's outputs that returns a scalar tensor.
+        block_loss: Weight, beside the loss, of what the outputs of the network's blocks differ by from the float
+            model's (the mean relative squared error over blocks), in meta-training and fine-tuning; 0 compares
+            the network's output alone. None means 0.3, or what the integration proposes.
         meta_steps: Optimizer steps of meta-training; None takes the effort's.
         search_evaluations: Policies scored by the search; None takes the effort's.
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
@@ -162,6 +166,7 @@ class Config:
     rank: int = 4
     dense_limit: int = 65_536
     loss: Literal["auto", "kl", "mse"] | LossFunction = "auto"
+    block_loss: float | None = None
     meta_steps: int | None = None
     search_evaluations: int | None = None
     finetune_steps: int | None = None
@@ -229,6 +234,10 @@ class Config:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
                 raise ConfigError(f"{name}={value!r} must be a positive number.")
+        if self.block_loss is not None and (
+            not isinstance(self.block_loss, (int, float)) or not 0 <= self.block_loss < float("inf")
+        ):
+            raise ConfigError(f"block_loss={self.block_loss!r} must be a number, 0 or more.")
         for name in ("checkpoint_dir", "tracker_dir"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))

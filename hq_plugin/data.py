@@ -51,7 +51,7 @@ class Batch:
             DataError: The model cannot take these inputs; the message gives their shapes.
         """
         try:
-            return self._without_padding(model(*self.args, **self.kwargs))
+            return self.without_padding(model(*self.args, **self.kwargs))
         except HQError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
@@ -72,7 +72,7 @@ class Batch:
             return None
         return mask.bool()
 
-    def _without_padding(self, output: Any) -> Any:
+    def without_padding(self, output: Any) -> Any:
         """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
 
         What a model says of padding is never used: a loss over it would be spent on nothing.

@@ -89,6 +89,12 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return divergence
 
 
+def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Returns the mean squared error over the variance of the teacher's elements, a scalar."""
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().mean() / teacher.var(correction=0).clamp_min(1e-12)
+
+
 #: What each further tensor of an output counts beside its `last_hidden_state`.
 _BESIDE = 0.1
 
@@ -105,9 +111,7 @@ def relative_error(student: Any, teacher: Any) -> Tensor:
             f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
             "Pass loss=<function of the student's and the teacher's output>."
         )
-    errors = [
-        (s.float() - t.float()).square().mean() / t.float().var(correction=0).clamp_min(1e-12) for s, t in pairs
-    ]
+    errors = [squared_error(s, t) for s, t in pairs]
     weights = torch.ones(len(errors))
     if isinstance(teacher, Mapping) and isinstance(teacher.get("last_hidden_state"), Tensor) and len(errors) > 1:
         main = teacher["last_hidden_state"]

@@ -51,5 +51,9 @@ class ExportError(HQError, RuntimeError):
     """A model that cannot be written for another runtime; the message names the operator or the layer."""
 
 
+class EngineError(HQError, ImportError):
+    """What a target or an integration runs on is not installed; the message says how to install it."""
+
+
 class HQWarning(UserWarning):
     """Something works, but not as well as it could; the message says what to do."""

@@ -7,6 +7,7 @@ is the default here, and from the float weights an option.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -72,6 +73,7 @@ def finetune_network(
     teacher: nn.Module,
     data: Data,
     loss: LossFunction,
+    blocks: Sequence[str],
     config: Config,
     checkpoint: Checkpoint | None = None,
     stage: str = "",
@@ -83,6 +85,7 @@ def finetune_network(
         teacher: The float model, in eval mode.
         data: Batches.
         loss: Distance to the teacher's output.
+        blocks: Names of the blocks whose outputs count as well, by `config.block_loss`.
         config: Options.
         checkpoint: Where the state is kept; None keeps nothing.
         stage: Name of the stage there.
@@ -92,6 +95,7 @@ def finetune_network(
     """
     assert config.learning_rate is not None
     assert config.step_learning_rate is not None
+    assert config.block_loss is not None
     task = Task(
         name="fine-tuning",
         stage=stage,
@@ -99,6 +103,8 @@ def finetune_network(
         teacher=teacher,
         data=data,
         loss=loss,
+        blocks=blocks,
+        block_loss=config.block_loss,
         steps=config.steps.finetune,
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,

@@ -7,7 +7,7 @@ budget; where one is known, policies are sampled around it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ def meta_train_network(
     sampler: Callable[[int], HybridPolicy],
     data: Data,
     loss: LossFunction,
+    blocks: Sequence[str],
     config: Config,
     checkpoint: Checkpoint | None = None,
 ) -> list[dict[str, Any]]:
@@ -76,6 +77,7 @@ def meta_train_network(
         sampler: Gives the policy of each step.
         data: Batches.
         loss: Distance to the teacher's output.
+        blocks: Names of the blocks whose outputs count as well, by `config.block_loss`.
         config: Options.
         checkpoint: Where the state is kept; None keeps nothing.
 
@@ -84,12 +86,15 @@ def meta_train_network(
     """
     assert config.learning_rate is not None
     assert config.step_learning_rate is not None
+    assert config.block_loss is not None
     task = Task(
         name="meta-training",
         network=network,
         teacher=teacher,
         data=data,
         loss=loss,
+        blocks=blocks,
+        block_loss=config.block_loss,
         steps=config.steps.meta,
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,

@@ -24,7 +24,7 @@ from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.data import Batch
-from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
+from hq_plugin.errors import ArtifactError, ConfigError, EngineError, HQWarning
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import LayerBits
@@ -38,6 +38,10 @@ from hq_plugin.timing import machine, median_milliseconds
 from hq_plugin.untrusted import check_types, clean_errors
 
 FORMAT, VERSION = "hq_plugin profile", 1
+#: Share of the model's time by which promises may be wrong without a warning.
+TRUSTED = 0.15
+#: Stands for the kernel of a layer that did not run.
+NO_KERNEL = "none"
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
 _SLOPE = (0.25, 4.0)
 #: Sums of the slowest and the fastest policy must differ by this factor to tell a slope.
@@ -56,7 +60,10 @@ class Profile:
         versions: Versions of the libraries.
         rest: Milliseconds of the model that no width changes.
         slope: Milliseconds of the model for each millisecond of its layers alone.
-        layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width.
+        error: By how much, as a share, the model under one of the policies that it was timed under took more or
+            less time than its layers' times, `slope` and `rest` say.
+        layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width, by kernel;
+            the fastest counts.
     """
 
     target: str
@@ -66,7 +73,8 @@ class Profile:
     versions: dict[str, str]
     rest: float
     slope: float
-    layers: dict[str, dict[str, float]]
+    error: float
+    layers: dict[str, dict[str, dict[str, float]]]
 
     def table(self, space: SearchSpace) -> Table:
         """Returns milliseconds, `[groups, weight widths, activation widths]`.
@@ -95,7 +103,7 @@ class Profile:
 
     def _time(self, site: Site, bits: LayerBits) -> float:
         try:
-            return self.layers[signature(site)][width(bits)]
+            return min(self.layers[signature(site)][width(bits)].values())
         except KeyError:
             raise ConfigError(
                 f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "
@@ -125,7 +133,10 @@ class Profile:
         with clean_errors(source):
             made = cls(**{name: data[name] for name in cls.__dataclass_fields__})
             check_types(made)
-            numbers = [made.rest, made.slope, *(ms for times in made.layers.values() for ms in times.values())]
+            kernels = [ms for widths in made.layers.values() for ms in widths.values()]
+            if not all(kernels):
+                raise ValueError("a layer has no time")
+            numbers = [made.rest, made.slope, made.error, *(ms for times in kernels for ms in times.values())]
             if not all(0 <= number < np.inf for number in numbers):
                 raise ValueError("a time is not a positive number")
         return made
@@ -142,6 +153,17 @@ class Profile:
             warnings.warn(
                 f"The profile of {self.date} is of another {', '.join(different)}. Times may differ; measure here "
                 "with hq-plugin profile, or ignore this if the model is for that machine.",
+                HQWarning,
+                stacklevel=3,
+            )
+
+    def warn_if_rough(self) -> None:
+        """Warns where the times of layers do not add up to those of the model."""
+        if self.error > TRUSTED:
+            warnings.warn(
+                f"Times of layers do not add up to the model's: one policy took {self.error:.0%} more or less. "
+                "Layers with quantized and with float inputs side by side may cost conversions that no layer has "
+                "alone: give one width of activations (activation_bits=8). If the machine was busy, measure again.",
                 HQWarning,
                 stacklevel=3,
             )
@@ -182,12 +204,13 @@ def measure_profile(
         show: Whether to show progress; None does on a terminal.
 
     Raises:
+        EngineError: The target is ONNX Runtime, which is not installed.
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
     layer_time, model_time = _timers(target)
     part = first_samples(batch, samples)
     inputs = _inputs(teacher, space, part)
-    layers: dict[str, dict[str, float]] = {}
+    layers: dict[str, dict[str, dict[str, float]]] = {}
     with progress(show) as bars:
         task = bars.task("profile", len(space.table))
         for group in space.groups:
@@ -199,7 +222,8 @@ def measure_profile(
                         if width(bits) not in times:
                             x = inputs.get(site.name)
                             module = teacher.get_submodule(site.name)
-                            times[width(bits)] = 0.0 if x is None else layer_time(random_layer(module, bits), x)
+                            layer = random_layer(module, bits)
+                            times[width(bits)] = {NO_KERNEL: 0.0} if x is None else layer_time(layer, x)
                 task.advance()
     made = Profile(
         "onnxruntime" if target == "onnxruntime" else "torch",
@@ -209,6 +233,7 @@ def measure_profile(
         _versions(target),
         0.0,
         1.0,
+        0.0,
         layers,
     )
     times_of = made.table(space)
@@ -219,7 +244,8 @@ def measure_profile(
         packed = torch_ao.convert(torch_ao.prepare(teacher, space.policy(genome), whole_zero_points=True))
         totals.append(model_time(packed, part))
     slope, rest = _line(sums, totals)
-    return Profile(**{**vars(made), "rest": rest, "slope": slope})
+    error = max(abs(total / (rest + slope * part) - 1) for total, part in zip(totals, sums, strict=True))
+    return Profile(**{**vars(made), "rest": rest, "slope": slope, "error": error})
 
 
 def _spread(times: Table, space: SearchSpace) -> list[Genome]:
@@ -267,23 +293,28 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
                 f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
                 "for that, or give Budget(latency_ms=..., batch=...)."
             )
+    profile.warn_if_rough()
     profile.put_into(costs)
 
 
-LayerTimer = Callable[[PackedModule, Tensor], float]
+LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]
 ModelTimer = Callable[[nn.Module, Batch], float]
 
 
 def _timers(target: str) -> tuple[LayerTimer, ModelTimer]:
     if target == "onnxruntime":
-        from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
-
+        try:
+            from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
+        except ImportError as error:
+            raise EngineError(
+                f"{error}. Install what ONNX Runtime needs: pip install 'hq-plugin[onnx]'."
+            ) from error
         return layer_milliseconds, model_milliseconds
     return _torch_layer, _torch_model
 
 
-def _torch_layer(layer: PackedModule, x: Tensor) -> float:
-    return min(measure(layer, x).milliseconds.values())
+def _torch_layer(layer: PackedModule, x: Tensor) -> dict[str, float]:
+    return measure(layer, x).milliseconds
 
 
 def _torch_model(model: nn.Module, batch: Batch) -> float:

@@ -6,14 +6,11 @@ policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quant
 
 from __future__ import annotations
 
-import copy
 import functools
-import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from itertools import islice
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
@@ -22,31 +19,39 @@ from torch import nn
 
 from hq_plugin import adapters, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
+from hq_plugin.blocks import find_blocks
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
-from hq_plugin.data import Batch, Data
-from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
-from hq_plugin.distribution import alive_together, map_split, processes
+from hq_plugin.data import Data
+from hq_plugin.distillation import LossFunction, loss_function, loss_name
+from hq_plugin.distribution import alive_together, processes
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
-from hq_plugin.interruption import interrupted
+from hq_plugin.found import Found
 from hq_plugin.kernels import choose_kernels
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.preparation import (
+    calibration_batches,
+    decisive,
+    device_of,
+    open_checkpoint,
+    search_space,
+    teacher_of,
+)
 from hq_plugin.profiles import first_samples, with_latency
-from hq_plugin.result import Baseline, Costs, Result, versions
+from hq_plugin.ranking import distances, rerank
+from hq_plugin.result import Result, versions
 from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.seeding import seeded
-from hq_plugin.sites import find_sites, hold_parameters, split_tables
-from hq_plugin.space import Genome, SearchSpace
-from hq_plugin.storage import fingerprint
+from hq_plugin.space import SearchSpace
 from hq_plugin.tracking import track, tracking
 
 EvalFunction = Callable[[nn.Module], float]
@@ -59,34 +64,6 @@ QUICK = 4
 RECALIBRATION = 512
 #: Activation widths of the search where a budget limits BitOps and the user named none.
 BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
-
-
-@dataclass(frozen=True)
-class Found:
-    """What a search decided for a budget.
-
-    Attributes:
-        policy: The best policy.
-        chosen: `"searched"`, or the baseline that was better: `"uniform"` or `"dynamic_programming"`.
-        costs: What it costs.
-        used: Share of each limit that it uses.
-        baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
-        history: One `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
-        seconds: Wall time of the sensitivities, of the search with its re-ranking, and of the genetic
-            search alone: in scoring, and outside it (`search_overhead`).
-        memory: Most bytes in use so far at the end of the search.
-        front: What additive sensitivities predict to be best over the budget's first limit.
-    """
-
-    policy: HybridPolicy
-    chosen: str
-    costs: Costs
-    used: dict[str, float]
-    baselines: dict[str, Baseline]
-    history: list[dict[str, Any]]
-    seconds: dict[str, float]
-    memory: dict[str, dict[str, int]] = field(default_factory=dict)
-    front: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _stage(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate[Session, P], T]:
@@ -125,7 +102,7 @@ class Session:
     ) -> None:
         self.teacher, self.network, self.space = teacher, network, space
         self.data, self.config = data, config
-        self.device = _device(teacher)
+        self.device = device_of(teacher)
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
@@ -135,8 +112,9 @@ class Session:
         self.sensitivities: Table
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
-            example = data.holdout[0].to(_device(teacher)).run(teacher)
+            example = data.holdout[0].to(device_of(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
+        self.blocks = find_blocks(teacher, [site.name for site in space.table])
         self._scorer: Scorer | None = None
 
     @classmethod
@@ -171,19 +149,19 @@ class Session:
         space = search_space(teacher, data, config)
         costs = CostTable(space)
         if budget is not None:
-            with_latency(costs, budget, teacher, data.holdout[0].to(_device(teacher)), config)
+            with_latency(costs, budget, teacher, data.holdout[0].to(device_of(teacher)), config)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
         moments: dict[str, Moments] = {}
         if config.sensitivities == "fisher":
-            batches = _calibration_batches(teacher, data, config)
+            batches = calibration_batches(teacher, data, config)
             moments = collect_moments(teacher, space.table, batches, config.seed)
         inputs = {name: seen for name, seen in moments.items() if isinstance(seen, SiteMoments)}
         importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config)
         session.costs = costs
-        session.checkpoint = _checkpoint(teacher, config, budget)
+        session.checkpoint = open_checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
@@ -196,7 +174,7 @@ class Session:
     @_stage
     def _meta_train(self, sampler: PolicySampler) -> None:
         self.history = meta_train_network(
-            self.network, self.teacher, sampler, self.data, self.loss, self.config, self.checkpoint
+            self.network, self.teacher, sampler, self.data, self.loss, self.blocks, self.config, self.checkpoint
         )
 
     @property
@@ -235,11 +213,11 @@ class Session:
             samples = self.scorer.samples
 
             def score(policies: Sequence[HybridPolicy]) -> list[float]:
-                return self._distances(policies, samples, "search")
+                return distances(self.scorer, self.network, policies, samples, "search", self.checkpoint)
 
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
-            ranked = self._rerank(found.leaders, found.seeds)
+            ranked = rerank(self.scorer, self.network, self.costs, found.leaders, found.seeds)
         self.scored += found.evaluations
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
@@ -262,55 +240,9 @@ class Session:
     def _resources(self, budget: str | Budget) -> list[Resource]:
         """Turns a budget into limits; measures the machine first, where latency is limited."""
         budget = Budget.parse(budget)
-        batch = self.data.holdout[0].to(_device(self.teacher))
+        batch = self.data.holdout[0].to(device_of(self.teacher))
         with_latency(self.costs, budget, self.teacher, batch, self.config)
         return self.costs.resources(budget)
-
-    def _distances(self, policies: Sequence[HybridPolicy], samples: int, stage: str) -> list[float]:
-        """Scores policies, split over processes where there are several; what a checkpoint knows is read."""
-        names = [json.dumps([stage, samples, policy.to_json()]) for policy in policies]
-        kept = self.checkpoint
-        known = {name: None if kept is None else kept.score(name) for name in names}
-        new = [(name, policy) for name, policy in zip(names, policies, strict=True) if known[name] is None]
-
-        scored: dict[str, float] = {}
-
-        def distance(item: tuple[str, HybridPolicy]) -> float:
-            scored[item[0]] = self.scorer.score(self.network, item[1], samples=samples).distance
-            return scored[item[0]]
-
-        try:
-            found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
-        except KeyboardInterrupt:
-            if kept is not None:
-                kept.add_scores(scored)
-            raise interrupted(stage, None if kept is None else kept.directory) from None
-        if kept is not None:
-            kept.add_scores(found)
-        return [found[name] if name in found else float(known[name] or 0.0) for name in names]
-
-    def _rerank(self, leaders: Sequence[Scored], seeds: Mapping[str, list[Genome]]) -> dict[str, Baseline]:
-        """Measures the leaders and the baselines on all held-out data; keeps the best of each kind."""
-        best: dict[str, Baseline] = {}
-        candidates = {**seeds, "searched": [scored.genome for scored in leaders]}
-        measured: dict[bytes, Fidelity] = {}
-        for name, genomes in candidates.items():
-            for genome in genomes:
-                key = genome.tobytes()
-                if key not in measured:
-                    measured[key] = self.scorer.score(self.network, self.space.policy(genome))
-                fidelity = measured[key]
-                if name not in best or fidelity.distance < best[name].kl:
-                    best[name] = Baseline(
-                        name,
-                        self.space.policy(genome),
-                        self.costs.costs(genome),
-                        fidelity.distance,
-                        fidelity.accuracy,
-                    )
-        # Where the search found a baseline again, the name says so.
-        order = ["searched", "dynamic_programming", "uniform"]
-        return {name: best[name] for name in order if name in best}
 
     def baselines(self, budget: str | Budget) -> dict[str, HybridPolicy]:
         """Returns the policies that need no search: best uniform, and dynamic programming.
@@ -340,7 +272,7 @@ class Session:
         samples = self.scorer.samples // QUICK
 
         def score(policies: Sequence[HybridPolicy]) -> list[float]:
-            return self._distances(policies, samples, "sensitivities")
+            return distances(self.scorer, self.network, policies, samples, "sensitivities", self.checkpoint)
 
         with evaluating(self.network):
             return additive_sensitivities(self.space, score, self.config.progress, weights)
@@ -400,8 +332,10 @@ class Session:
         began = time.perf_counter()
         network = self._start(found.policy, config)
         untrained = self.scorer.measure(network)
-        stage = f"fine-tuning of {found.policy.to_json()} by {_decisive(config)}"
-        history = finetune_network(network, self.teacher, self.data, self.loss, config, self.checkpoint, stage)
+        stage = f"fine-tuning of {found.policy.to_json()} by {decisive(config)}"
+        history = finetune_network(
+            network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
+        )
         fidelity = self.scorer.measure(network)
         if not fidelity.distance <= untrained.distance:
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
@@ -470,7 +404,7 @@ class Session:
         else:
             network = generated_network(self.network, policy)
         if config.rounding == "second_order":
-            start_from_good_integers(network, _calibration_batches(self.teacher, self.data, config))
+            start_from_good_integers(network, calibration_batches(self.teacher, self.data, config))
         self.scorer.recalibrate(network, RECALIBRATION)
         return network
 
@@ -483,54 +417,3 @@ class Session:
         from hq_plugin.session_store import save_session
 
         return save_session(self, directory, overwrite=overwrite)
-
-
-def _calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
-    device = _device(teacher)
-    return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
-
-
-def _checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Checkpoint | None:
-    """Opens the checkpoint that a configuration asks for."""
-    if config.checkpoint_dir is None:
-        return None
-    key = {
-        "float model": fingerprint(teacher.state_dict()),
-        "budget": None if budget is None else str(budget),
-        **_decisive(config),
-    }
-    return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds)
-
-
-def _decisive(config: Config) -> dict[str, Any]:
-    """Returns the options that a result depends on."""
-    free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
-    return {name: value for name, value in config.to_json().items() if name not in free}
-
-
-def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = False) -> nn.Module:
-    """Returns the frozen copy of a float model that everything is measured against.
-
-    Parameters that are matrices of products are layers of their own in it, large embeddings several.
-
-    Args:
-        model: The float model; it is not changed.
-        data: Gives inputs for one forward.
-        config: Options.
-        share: Whether parameters share their memory with those of `model`.
-    """
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
-    teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
-    return split_tables(hold_parameters(teacher, data.holdout[0].to(_device(teacher)).run), config)
-
-
-def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
-    """Finds a model's sites with one held-out batch, and builds the search space of `config`."""
-    batch = data.holdout[0].to(_device(model))
-    table = find_sites(model, batch.run, batch.size, exclude=config.exclude)
-    adapter = adapters.find(model)
-    return SearchSpace.build(table, config, [] if adapter is None else adapter.fused(model))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -19,8 +19,9 @@ from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
 from hq_plugin.outline import Outline, read_outline, read_table, write_outline, write_table
+from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.search import Scored
-from hq_plugin.session import Session, search_space, teacher_of
+from hq_plugin.session import Session
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
 from hq_plugin.untrusted import at_most, clean_errors
 

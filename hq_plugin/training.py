@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hq_plugin.blocks import BlockOutputs
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
@@ -46,6 +47,8 @@ class Task:
         teacher: The float model, in eval mode.
         data: Batches.
         loss: Distance of the network's output to the teacher's.
+        blocks: Names of blocks whose outputs are compared as well; none compares the network's alone.
+        block_loss: Weight of what they differ by, beside `loss`.
         steps: Optimizer steps.
         learning_rate: Peak rate of weights.
         step_learning_rate: Peak rate of quantization steps and zero points.
@@ -69,6 +72,8 @@ class Task:
     steps: int
     learning_rate: float
     step_learning_rate: float
+    blocks: Sequence[str] = ()
+    block_loss: float = 0.0
     final_rate: float = 0.0
     base_rate: float = 1.0
     batch_statistics: bool = True
@@ -113,7 +118,12 @@ def train(task: Task) -> None:
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
     # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
-    with progress(task.show) as bars, nullcontext(Interruption()) if keep is None else deferred() as stop:
+    watched = BlockOutputs(task.blocks if task.block_loss else ())
+    with (
+        progress(task.show) as bars,
+        nullcontext(Interruption()) if keep is None else deferred() as stop,
+        watched.watching(network, teacher) as blocks,
+    ):
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)
         for step in range(first, task.steps):
@@ -128,7 +138,10 @@ def train(task: Task) -> None:
                     with accelerator.autocast():
                         with torch.no_grad():
                             target = batch.run(teacher)
-                        loss = task.loss(batch.run(wrapped), target) * weight
+                        loss = task.loss(batch.run(wrapped), target)
+                        if blocks.names:
+                            loss = loss + task.block_loss * blocks.distance(batch)
+                        loss = loss * weight
                     # The mean over processes, so that all of them see the same and stop together.
                     value += float(accelerator.reduce(loss.detach(), "mean")) / accumulated
                     if math.isfinite(value):

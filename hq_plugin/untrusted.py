@@ -103,7 +103,8 @@ def build_at_most(build: Callable[[], nn.Module], elements: int, tensors: int) -
     """Builds a model of bounded size: first without memory for its values, then in earnest."""
     with at_most(elements, tensors), torch.device("meta"):
         build()
-    with at_most(elements, tensors):
+    # What is within the bounds may be begun twice in earnest: see `adapters.without_memory`.
+    with at_most(2 * elements, 2 * tensors):
         return build()
 
 

@@ -3,9 +3,12 @@ import sys
 
 import pytest
 import timm
+import torch
 from torch import nn
 
 from hq_plugin import ArtifactError, adapters
+from hq_plugin.adapters import without_memory
+from hq_plugin.untrusted import build_at_most
 
 #: Elements and tensors that a rebuilt model may have.
 LIMITS = (10**8, 10**4)
@@ -43,3 +46,22 @@ def test_a_description_goes_through_json_and_back() -> None:
     description = json.loads(json.dumps(adapters.describe(model)))
     assert description["integration"] == "timm"
     assert adapters.describe(adapters.rebuild(description, *LIMITS)) == description
+
+
+class Follows(nn.Module):
+    """A module with a table that follows its parameter to the meta device, so that it is built twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8))
+        self.register_buffer("table", self.weight.detach() * 0 + 1, persistent=False)
+
+
+def test_what_is_within_the_bounds_may_be_built_twice() -> None:
+    def build() -> nn.Module:
+        return without_memory(Follows)
+
+    assert torch.equal(build_at_most(build, 16, 2).table, torch.ones(8))  # type: ignore[arg-type]
+    for bounds in ((15, 2), (16, 1)):
+        with pytest.raises(ArtifactError, match="larger model"):
+            build_at_most(build, *bounds)

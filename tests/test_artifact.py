@@ -105,6 +105,53 @@ def test_a_timm_model_is_rebuilt_from_its_name_alone(tmp_path: Path) -> None:
     assert torch.equal(hq.load(target)(x), packed(x))
 
 
+class OwnLoading(nn.Module):
+    """A module that copies what it loads into its parameter, and a table that no file holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(10))
+        self.register_buffer("table", torch.arange(10.0), persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *_: object) -> None:
+        with torch.no_grad():
+            self.scale.copy_(state_dict[f"{prefix}scale"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.table
+
+
+class WithOwnLoading(TinyNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = OwnLoading()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(super().forward(x))
+
+
+def test_modules_that_load_in_a_way_of_their_own(tmp_path: Path) -> None:
+    model = WithOwnLoading().eval()
+    packed = converted(model, POLICY, X)
+    packed.last.table += 1
+    again = WithOwnLoading()
+    again.last.table += 1
+    assert torch.equal(hq.load(hq.save(packed, tmp_path / "model"), again)(X), packed(X))
+
+
+def test_float_tensors_take_the_dtype_of_the_model_given(packed: nn.Module, tmp_path: Path) -> None:
+    target = hq.save(copy.deepcopy(packed).half(), tmp_path / "model")
+    loaded = hq.load(target, TinyNet())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    torch.testing.assert_close(loaded(X), packed(X), rtol=0.1, atol=0.1)
+
+
+def test_a_loaded_model_does_not_read_its_file_any_more(packed: nn.Module, saved: Path) -> None:
+    loaded = hq.load(saved, TinyNet())
+    (saved / TENSOR_FILE).write_bytes(bytes((saved / TENSOR_FILE).stat().st_size))
+    assert torch.equal(loaded(X), packed(X))
+
+
 def test_without_a_name_the_model_must_be_given(saved: Path) -> None:
     with pytest.raises(ArtifactError, match="Pass a float model"):
         hq.load(saved)

@@ -30,6 +30,8 @@ def test_options_replace() -> None:
         {"meta_steps": -1},
         {"meta_steps": 1.5},
         {"learning_rate": 0.0},
+        {"block_loss": -0.1},
+        {"block_loss": float("nan")},
         {"learning_rate": float("nan")},
         {"crossover": 1.5},
         {"exclude": "head"},

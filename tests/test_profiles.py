@@ -1,4 +1,9 @@
+import itertools
 import json
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -6,14 +11,27 @@ import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, Budget, BudgetError, ConfigError, HQWarning, Profile
+from hq_plugin import (
+    ArtifactError,
+    Budget,
+    BudgetError,
+    ConfigError,
+    EngineError,
+    HQWarning,
+    Profile,
+    profiles,
+)
 from hq_plugin.data import Batch
 from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
 from hq_plugin.kernels import kernel_of
 from hq_plugin.nn import packed_modules
+from hq_plugin.nn.kernels import KERNELS, REFERENCE
 from hq_plugin.policy import LayerBits
 from hq_plugin.profiles import _line, first_samples, random_layer, signature, width
+from hq_plugin.result import versions
 from hq_plugin.sites import find_sites
+from hq_plugin.storage import sealed
+from hq_plugin.timing import machine
 from tests.conftest import TinyNet
 
 
@@ -27,20 +45,37 @@ def made(trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict
     return hq.profile(trained, batches, batch=4, target="torch", **options)
 
 
+def with_times(profile: Profile, milliseconds: Callable[[str, str], float], rest: float, slope: float) -> Profile:
+    """A profile with other times, by layer and width; a second kernel is always slower."""
+    layers = {
+        name: {key: {"fast": milliseconds(name, key), "slow": milliseconds(name, key) + 1} for key in widths}
+        for name, widths in profile.layers.items()
+    }
+    return Profile(**{**vars(profile), "layers": layers, "rest": rest, "slope": slope, "error": 0.0})
+
+
+def bits_of(key: str) -> float:
+    """Bits of weight and activation together."""
+    return float(sum(map(int, key.split(",")[:2])))
+
+
 def slow_and_fast(profile: Profile) -> Profile:
     """A profile whose times are 1 ms for each bit of weight and activation."""
-    layers = {
-        name: {key: float(sum(map(int, key.split(",")[:2]))) for key in times}
-        for name, times in profile.layers.items()
-    }
-    return Profile(**{**vars(profile), "layers": layers, "rest": 5.0, "slope": 2.0})
+    return with_times(profile, lambda name, key: bits_of(key), 5.0, 2.0)
 
 
-def test_every_layer_and_width_is_measured(made: Profile) -> None:
+def test_every_layer_width_and_kernel_is_measured(made: Profile) -> None:
     assert len(made.layers) == 4
     assert all(set(times) == {f"{w},{a}" for w in (2, 4, 8) for a in (8, 16)} for times in made.layers.values())
-    assert all(ms > 0 for times in made.layers.values() for ms in times.values())
+    for name, widths in made.layers.items():
+        for key, kernels in widths.items():
+            assert all(ms > 0 for ms in kernels.values())
+            assert REFERENCE in kernels
+            assert ("int8" in kernels) == key.endswith(",8")
+            assert ("bfloat16" in kernels) == ("Linear" in name and key.endswith(",16"))
     assert (made.batch, made.target) == (4, "torch")
+    assert made.machine == machine()
+    assert made.versions == versions()
 
 
 def test_a_profile_is_saved_and_read(made: Profile, tmp_path: Path) -> None:
@@ -61,7 +96,7 @@ def test_latency_is_a_budget_that_is_kept(
     assert spent >= 0.97 * 125
     # The model runs on the kernels that were promised.
     kernels = {kernel_of(layer) for layer in packed_modules(small).values()}
-    assert kernels <= {"dequantized", "int8", "bfloat16", "int4", "int8_weight"}
+    assert kernels <= {REFERENCE, *KERNELS}
     with pytest.raises(BudgetError, match=r'takes 85 ms \(5 of them in what stays float\). Ask for "86.7ms"'):
         hq.quantize(trained, Budget(latency_ms=80, batch=4), batches, profile=profile, **options)  # type: ignore[arg-type]
 
@@ -78,14 +113,9 @@ def test_a_layer_that_is_faster_on_a_float_input_gets_one(
 ) -> None:
     # For one layer, quantizing the input takes longer than it saves; the others are as fast as they are narrow.
     slow = next(name for name in made.layers if "[8, 1, 3, 3]" in name and name.endswith("inputs=512"))
-    layers = {
-        name: {
-            key: float(sum(map(int, key.split(",")[:2]))) + 100 * (name == slow and key.endswith(",8"))
-            for key in times
-        }
-        for name, times in made.layers.items()
-    }
-    profile = Profile(**{**vars(made), "layers": layers, "rest": 5.0, "slope": 1.0})
+    profile = with_times(
+        made, lambda name, key: bits_of(key) + 100 * (name == slow and key.endswith(",8")), 5.0, 1.0
+    )
     # 3 layers of 2+8, and one of 2+16.
     fastest = 3 * 10 + 18 + 5
     small = hq.quantize(trained, Budget(latency_ms=fastest, batch=4), batches, profile=profile, **options)  # type: ignore[arg-type]
@@ -111,6 +141,24 @@ def test_the_line_goes_through_what_was_measured() -> None:
     assert _line([10.0, 11.0], [5.0, 5.0]) == (pytest.approx(10 / 21), 0.0)
 
 
+def test_times_that_do_not_add_up_are_told(
+    made: Profile,
+    trained: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rough = Profile(**{**vars(slow_and_fast(made)), "error": 0.4})
+    with pytest.warns(HQWarning, match=r"took 40% more or less.*activation_bits=8"):
+        hq.quantize(trained, Budget(latency_ms=180, batch=4), batches, profile=rough, **options)  # type: ignore[arg-type]
+    # All layers take the same; the model takes 2, 4 and 2 ms under the narrowest, the widest and a random policy.
+    totals = itertools.cycle([2.0, 4.0])
+    timers = (lambda layer, x: {"any": 1.0}), (lambda model, batch: next(totals))
+    monkeypatch.setattr(profiles, "_timers", lambda target: timers)
+    found = hq.profile(trained, batches, target="torch", **options)  # type: ignore[arg-type]
+    assert (found.rest + 4 * found.slope, found.error) == (pytest.approx(8 / 3), pytest.approx(0.5))
+
+
 def test_a_profile_of_something_else(
     made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
 ) -> None:
@@ -129,6 +177,34 @@ def test_a_profile_of_something_else(
         )
 
 
+def test_a_profile_for_onnxruntime_knows_its_version(
+    trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
+) -> None:
+    made = hq.profile(trained, batches, target="onnxruntime", **{**options, "weight_bits": 8, "activation_bits": 8})  # type: ignore[arg-type]
+    assert made.versions["onnxruntime"] == metadata.version("onnxruntime")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made.warn_if_foreign()
+    with pytest.warns(HQWarning, match=r"another onnxruntime 0\.1 \(now"):
+        Profile(**{**vars(made), "versions": {**made.versions, "onnxruntime": "0.1"}}).warn_if_foreign()
+
+
+def test_an_engine_that_is_not_installed(
+    trained: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.delitem(sys.modules, "hq_plugin.integrations.onnxruntime.timing")
+    for call in (
+        lambda: hq.profile(trained, batches, target="onnxruntime", **options),  # type: ignore[arg-type]
+        lambda: hq.quantize(trained, "8ms", batches, target="onnxruntime", **options),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(EngineError, match=r"onnxruntime.*hq-plugin\[onnx\]"):
+            call()
+
+
 def test_a_damaged_file(made: Profile, tmp_path: Path) -> None:
     good = made.save(tmp_path / "p.json")
     data = json.loads(good.read_text())
@@ -136,11 +212,13 @@ def test_a_damaged_file(made: Profile, tmp_path: Path) -> None:
     for wrong in (
         "{",
         "[]",
-        json.dumps({**data, "format": "other"}),
-        json.dumps({**data, "version": 99}),
-        json.dumps({**data, "layers": {layer: {"2,8": "fast"}}}),
-        json.dumps({**data, "layers": {layer: {"2,8": -1}}}),
-        json.dumps({**data, "rest": None}),
+        json.dumps(sealed({**data, "format": "other"})),
+        json.dumps(sealed({**data, "version": 99})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": 1.0}}})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": {}}}})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": {"int8": "fast"}}}})),
+        json.dumps(sealed({**data, "layers": {layer: {"2,8": {"int8": -1}}}})),
+        json.dumps(sealed({**data, "rest": None})),
     ):
         good.write_text(wrong)
         with pytest.raises(ArtifactError):
@@ -172,8 +250,9 @@ def test_energy_is_a_budget(
 def test_layers_and_models_are_timed_in_onnxruntime(trained: nn.Module) -> None:
     x = torch.randn(2, 1, 8, 8)
     layer = random_layer(trained.get_submodule("stem"), LayerBits(4, 8))
-    assert layer_milliseconds(layer, x) > 0
-    assert layer_milliseconds(layer, x) == layer_milliseconds(layer, x)
+    (milliseconds,) = layer_milliseconds(layer, x).values()
+    assert milliseconds > 0
+    assert layer_milliseconds(layer, x) == layer_milliseconds(layer, x) == {"DequantizeLinear": milliseconds}
     small = hq.quantize(trained, "5bit", [x], effort="smoke", progress=False)
     assert model_milliseconds(small, Batch((x,), {}, None, 2)) > 0
 

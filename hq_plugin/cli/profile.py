@@ -59,6 +59,7 @@ def profile(
         if as_json:
             say_json(asdict(measured))
             return
-        for name, times in measured.layers.items():
-            say("  ".join((name, *(f"{key}: {ms:.3f}" for key, ms in times.items()))))
+        for name, widths in measured.layers.items():
+            fastest = {key: min(kernels.items(), key=lambda item: item[1]) for key, kernels in widths.items()}
+            say("  ".join((name, *(f"{key}: {ms:.3f} ({kernel})" for key, (kernel, ms) in fastest.items()))))
         say(f"{measured.machine}; {measured.rest:.3f} ms of the model are no layer's; saved to {out}")

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import Pipeline, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from hq_plugin.adapters import Unwrapped
+from hq_plugin.adapters import Unwrapped, without_memory
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import inputs, rows
@@ -167,7 +167,7 @@ class HuggingFaceAdapter:
         try:
             config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
             with torch.random.fork_rng(devices=[]), no_init_weights():
-                model = made(config)
+                model: Any = without_memory(lambda: made(config))
             model.tie_weights()  # a part of the initialisation that was left out
         except Exception as error:  # whatever a class makes of a damaged configuration
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error

@@ -32,7 +32,8 @@ def bind(model: PreTrainedModel) -> None:
     """Makes a packed model write what is ours when it is saved or pushed."""
     # Bound methods, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
-        model.__class__ = _with_dtype(type(model))
+        base: Any = type(model)
+        model.__class__ = _with_dtype(base)
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     model._upload_modified_files = types.MethodType(_upload_modified_files, model)
 
@@ -68,7 +69,7 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
 
 
 def _is_stored_otherwise(model: PreTrainedModel) -> bool:
-    """Whether transformers joins or splits this model's weights when it saves them, which packed ones do not bear."""
+    """Whether transformers joins or splits this model's weights when it saves, which packed ones do not bear."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 

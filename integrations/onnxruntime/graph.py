@@ -30,9 +30,10 @@ def narrow_integers(model: onnx.ModelProto) -> None:
         values = numpy_helper.to_array(tensor)
         if values.min() < -8 or values.max() > 7:
             continue
-        narrow = helper.make_tensor(
-            f"{tensor.name}.packed", TensorProto.INT4, values.shape, values.reshape(-1).tolist()
-        )
+        # Raw bytes, the first of two in the lower bits: as a list, onnx stores up to two bytes for each byte.
+        flat = np.pad(values.reshape(-1), (0, values.size % 2)).view(np.uint8) & 15
+        packed = (flat[0::2] | flat[1::2] << 4).astype(np.uint8).tobytes()
+        narrow = helper.make_tensor(f"{tensor.name}.packed", TensorProto.INT4, values.shape, packed, raw=True)
         casts.append(helper.make_node("Cast", [narrow.name], [tensor.name], to=TensorProto.INT8))
         graph.initializer.remove(tensor)
         graph.initializer.append(narrow)

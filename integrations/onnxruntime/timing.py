@@ -19,8 +19,8 @@ from hq_plugin.timing import median_milliseconds
 _known: dict[tuple[Any, ...], float] = {}
 
 
-def layer_milliseconds(layer: PackedModule, x: Tensor) -> float:
-    """Times a packed layer alone."""
+def layer_milliseconds(layer: PackedModule, x: Tensor) -> dict[str, float]:
+    """Times a packed layer alone, on the one operator that it becomes."""
     operator, width = form(exported_layer(layer, 4))
     # Integers of 4 bits are widened once on loading, except in MatMulNBits.
     runs = width if operator == "MatMulNBits" else 8
@@ -37,7 +37,7 @@ def layer_milliseconds(layer: PackedModule, x: Tensor) -> float:
     )
     if key not in _known:
         _known[key] = _milliseconds(nn.Sequential(layer), (x,), {})
-    return _known[key]
+    return {operator: _known[key]}
 
 
 def model_milliseconds(model: nn.Module, batch: Batch) -> float:

@@ -12,11 +12,10 @@ from typing import Any
 
 import timm
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 
 import hq_plugin
-from hq_plugin.adapters import Unwrapped
+from hq_plugin.adapters import Unwrapped, without_memory
 from hq_plugin.config import Config
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.integrations.timm.architecture import (
@@ -101,7 +100,7 @@ class TimmAdapter:
         if refused:
             raise ArtifactError(f"The saved architecture asks for {', '.join(refused)}, which no saved model does.")
         try:
-            model = _without_initialisation(name, arguments)
+            model = without_memory(lambda: create_model(name, **arguments))
         except ModelError as error:
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
         _set_preprocessing(model, description.get("preprocessing", {}))
@@ -137,18 +136,6 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
     kept = {key: value for key, value in arguments.items() if key not in _REFUSED and _is_json(value)}
     setattr(model, ARGUMENTS, json.loads(json.dumps(kept)))
     return model
-
-
-def _without_initialisation(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """As `create_model`, without memory and random numbers for parameters where the architecture allows it."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            model = create_model(name, **arguments)
-    except ModelError:  # it computes with its weights while it is built
-        return create_model(name, **arguments)
-    # Tables beside a weight (of relative positions) may follow it to the meta device; they are in no file.
-    lost = any(buffer.is_meta for buffer in model.buffers())
-    return create_model(name, **arguments) if lost else model
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:

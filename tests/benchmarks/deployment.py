@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from hq_plugin.integrations.huggingface.quantizer import attach
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.integrations.onnxruntime.timing import model_milliseconds
 from hq_plugin.policy import LayerBits
-from hq_plugin.profiles import first_samples, with_latency
+from hq_plugin.profiles import first_samples, measure_profile, with_latency
 from hq_plugin.timing import machine, median_milliseconds
 from tests.benchmarks.deployment_loading import measure
 from tests.benchmarks.deployment_models import (
@@ -198,16 +199,16 @@ def latency(folder: Path) -> list[Row]:
     return [
         row
         for name, (model, data) in models.items()
-        for target in ("torch", "onnxruntime")
-        for row in _promises(name, model, data, target)
+        for target, activation_bits in (("torch", (8, 16)), ("onnxruntime", (8, 16)), ("onnxruntime", (8,)))
+        for row in _promises(name, model, data, target, activation_bits)
     ]
 
 
-def _promises(name: str, model: nn.Module, data: Any, target: Any) -> list[Row]:
+def _promises(name: str, model: nn.Module, data: Any, target: Any, activation_bits: tuple[int, ...]) -> list[Row]:
     config = Config(
         effort="smoke",
         target=target,
-        activation_bits=(8, 16),
+        activation_bits=activation_bits,
         weight_bits=(4, 8),
         search_evaluations=4,
         meta_steps=0,
@@ -218,12 +219,15 @@ def _promises(name: str, model: nn.Module, data: Any, target: Any) -> list[Row]:
         session = hq_plugin.meta_train(model, data, config=config)
         batch = session.data.holdout[0]
         part, space = first_samples(batch, 1), session.space
+        profile = measure_profile(session.teacher, space, batch, 1, target, False)
+        session.config = replace(session.config, profile=profile)
         with_latency(session.costs, Budget(latency_ms=1e9), session.teacher, batch, session.config)
         # The same model again, at the time of the profile and of each measurement: what the machine did meanwhile.
         widest = torch_ao.convert(
             torch_ao.prepare(session.teacher, space.policy(space.top), whole_zero_points=True)
         )
         then = model_time(widest, part, target)
+        widths = " or ".join(map(str, activation_bits))
         assert session.costs.latency is not None
         fast = float(session.costs.latency.min(axis=(1, 2)).sum()) + session.costs.latency_rest
         wide = session.costs.costs(space.top).latency_ms
@@ -237,13 +241,14 @@ def _promises(name: str, model: nn.Module, data: Any, target: Any) -> list[Row]:
             rows.append(
                 {
                     "model": name,
-                    "case": f"latency, {target}, {share:.0%}",
+                    "case": f"latency, {target}, inputs of {widths} bits, {share:.0%}",
                     "fastest and widest policy": [round(fast, 2), round(wide, 2)],
                     "budget": round(budget.latency_ms or 0.0, 3),
                     "promised": round(promised, 3),
                     "measured": round(measured, 3),
                     "measured / promised": round(measured / promised, 3),
                     "drift": round(drift, 3),
+                    "error": round(profile.error, 3),
                 }
             )
     return rows

@@ -20,6 +20,7 @@ def test_kernels(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     arguments = ("inspect", saved, "--kernels", "--model", MODEL, "--data", DATA)
     result = call(*arguments)
     assert result.exit_code == 0, result.output
+    assert "for one row" in result.stdout
     assert "int8" in result.stdout or "dequantized" in result.stdout
     assert (tmp_path / "kernels.json").exists()
     data = json.loads(call(*arguments, "--json").stdout)

@@ -21,4 +21,6 @@ def test_lines_for_people(tmp_path: Path) -> None:
     widths = ["--weight-bits", "8", "--activation-bits", "8"]
     result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths)
     assert len(result.stdout.splitlines()) == 5
+    assert result.stdout.count("8,8: ") == 4
+    assert "(int8)" in result.stdout or "(dequantized)" in result.stdout
     assert str(tmp_path / "p.json") in result.stdout

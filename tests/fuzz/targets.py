@@ -145,7 +145,8 @@ def checkpoint(directory: Path) -> Target:
 
 
 def profile(directory: Path) -> Target:
-    made = Profile("torch", 1, "a machine", "2026-01-01T00:00:00", {"torch": "2"}, 1.0, 1.0, {"conv": {"4,8": 0.5}})
+    layers = {"conv": {"4,8": {"int8": 0.5, "dequantized": 0.7}}}
+    made = Profile("torch", 1, "a machine", "2026-01-01T00:00:00", {"torch": "2"}, 1.0, 1.0, 0.1, layers)
     made.save(directory / "profile.json")
     return Target(_contents(directory), lambda d: Profile.load(d / "profile.json"), _reseal)
 

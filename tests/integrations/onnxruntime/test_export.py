@@ -1,3 +1,4 @@
+import math
 import os
 import subprocess
 import sys
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 import hq_plugin as hq
-from hq_plugin import ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
+from hq_plugin import EngineError, ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
+from hq_plugin.cost import CostTable
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.packing import pack_bits
+from hq_plugin.sites import find_sites
+from hq_plugin.space import SearchSpace
 from tests.integrations.huggingface.conftest import BERT, SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
 
 
@@ -173,14 +177,69 @@ def test_the_file_runs_with_onnxruntime_alone_and_is_small(tmp_path: Path) -> No
     expected = sum(512 * 512 * bits // 8 + 512 * 8 * 4 + 512 * 8 * bits // 8 for bits in (4, 2)) + 2 * 512 * 4
     assert expected <= found.size <= expected + 4000
     np.save(tmp_path / "x.npy", x.numpy())
-    code = (
-        "import sys\nsys.modules['torch'] = sys.modules['hq_plugin'] = None\nimport numpy as np, onnxruntime\n"
-        f"made = onnxruntime.InferenceSession({str(tmp_path / 'm.onnx')!r})\n"
-        f"x = np.load({str(tmp_path / 'x.npy')!r})\n"
-        f"np.save({str(tmp_path / 'y.npy')!r}, made.run(None, {{made.get_inputs()[0].name: x}})[0])\n"
+    alone(
+        "file, x, y = sys.argv[1:]\n"
+        "made = onnxruntime.InferenceSession(file)\n"
+        "np.save(y, made.run(None, {made.get_inputs()[0].name: np.load(x)})[0])\n",
+        *(tmp_path / name for name in ("m.onnx", "x.npy", "y.npy")),
     )
-    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), small(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def alone(code: str, *arguments: Path) -> None:
+    """Runs code in a process that has onnxruntime and numpy, but neither torch nor this library."""
+    head = (
+        "import sys\nfor name in ('torch', 'transformers', 'hq_plugin'): sys.modules[name] = None\n"
+        "import numpy as np, onnxruntime\n"
+    )
+    subprocess.run([sys.executable, "-c", head + code, *map(str, arguments)], check=True, env=dict(os.environ))
+
+
+class Mixed(nn.Module):
+    """Convolutions, linear layers and an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.deep = nn.Conv2d(3, 64, 3, padding=1), nn.Conv2d(64, 128, 3, stride=2, padding=1)
+        self.embed = nn.Embedding(512, 128)
+        self.first, self.second = nn.Linear(128, 1024), nn.Linear(1024, 128)
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        x = torch.relu(self.deep(torch.relu(self.stem(x)))).mean((2, 3)) + self.embed(ids)
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_the_file_is_as_small_as_the_cost_table_says(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Mixed().eval(), (torch.randn(3, 3, 16, 16), torch.randint(512, (3,)))
+    table = find_sites(model, lambda made: made(*inputs), 3)
+    config = hq.Config(weight_bits=(2, 3, 4, 5, 8), activation_bits=(8, 16), group_size=64)
+    space = SearchSpace.build(table, config)
+    asked = {"stem": 8, "deep": 4, "embed": 3, "first": 3, "second": 5}
+    stored = {"stem": 8, "deep": 4, "embed": 4, "first": 4, "second": 8}
+
+    def policy(widths: dict[str, int]) -> HybridPolicy:
+        conv = {site.name: site.kind == "conv2d" for site in table}
+        return HybridPolicy(
+            {
+                name: LayerBits(bits, 8 if conv[name] else 16, 0 if conv[name] else 64)
+                for name, bits in widths.items()
+            }
+        )
+
+    small = torch_ao.prepare(model, policy(asked), whole_zero_points=True).eval()
+    with torch.no_grad():
+        small(*inputs)
+    small = torch_ao.convert(small)
+    found = hq.export(small, tmp_path / "m.onnx", inputs)
+    assert {layer.name: layer.width for layer in found.layers} == stored
+    assert {layer.name for layer in found.widened} == {"embed", "first", "second"}
+    assert "first: 3 bits, 4 in the file" in str(found)
+    counted = CostTable(space).costs(space.genome(policy(stored))).size
+    # The runtime's steps are float32, and so are zero points of embeddings: 2.5 to 5 bytes a group more.
+    groups = sum(math.prod(site.weight_shape) for site in table if site.kind != "conv2d") // 64
+    assert counted <= found.size <= counted + 5 * groups + 6_000
+    assert found.size < 0.2 * table.float_bytes
 
 
 def test_targets_restrict_widths_and_zero_points() -> None:
@@ -241,6 +300,24 @@ def test_a_language_model_generates_with_a_cache(build, tmp_path: Path) -> None:
     )
     assert np.array_equal(found, expected.numpy())
     assert generate(made, ids[:1].numpy(), 6, stop=int(found[0, 3])).shape == (1, 4)
+    # Token by token, in a process of its own.
+    alone(
+        "file, out = sys.argv[1:]\n"
+        "made = onnxruntime.InferenceSession(file)\n"
+        "names = [entry.name for entry in made.get_inputs()]\n"
+        "new = ids = np.array([[3, 4, 5]])\n"
+        "past = [np.zeros((1, e.shape[1], 0, e.shape[3]), np.float32) for e in made.get_inputs()[2:]]\n"
+        "for _ in range(6):\n"
+        "    feed = dict(zip(names, [new, np.ones_like(ids), *past], strict=True))\n"
+        "    logits, *past = made.run(None, feed)\n"
+        "    assert past[0].shape[2] == ids.shape[1]\n"
+        "    new = logits[:, -1:].argmax(-1)\n"
+        "    ids = np.concatenate([ids, new], 1)\n"
+        "np.save(out, ids)\n",
+        tmp_path / "m.onnx",
+        tmp_path / "ids.npy",
+    )
+    assert np.array_equal(np.load(tmp_path / "ids.npy"), found[:1])
     hq.export(small, tmp_path / "plain.onnx", {"input_ids": ids}, cache=False)
     assert [entry.name for entry in session(tmp_path / "plain.onnx").get_inputs()] == ["input_ids"]
 
@@ -279,5 +356,5 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
     for name in [name for name in sys.modules if name.startswith("hq_plugin.integrations.onnxruntime")]:
         monkeypatch.delitem(sys.modules, name)
-    with pytest.raises(ExportError, match=r"hq-plugin\[onnx\]"):
+    with pytest.raises(EngineError, match=r"hq-plugin\[onnx\]"):
         hq.export(small, tmp_path / "m.onnx", x)

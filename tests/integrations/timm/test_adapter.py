@@ -27,7 +27,20 @@ def test_recovers_what_timm_forgets(name: str, arguments: dict[str, int]) -> Non
     description = ADAPTER.describe(copy.deepcopy(model))
     assert description is not None
     rebuilt = ADAPTER.rebuild(description)
-    rebuilt.load_state_dict(model.state_dict())
+    rebuilt.load_state_dict(model.state_dict(), assign=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "meta"), [("resnet10t", True), ("vit_tiny_patch16_224", True), ("swin_tiny_patch4_window7_224", False)]
+)
+def test_rebuilding_initialises_nothing_but_tables(name: str, meta: bool) -> None:
+    model = timm.create_model(name)
+    rebuilt = ADAPTER.rebuild({"name": name, "arguments": {}})
+    # Swin's tables of relative positions go where its weights are: it is built in full.
+    assert next(rebuilt.parameters()).is_meta == meta
+    for (before, expected), (after, found) in zip(model.named_buffers(), rebuilt.named_buffers(), strict=True):
+        assert before == after
+        assert torch.equal(expected, found)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
 import copy
+import importlib
+import sys
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor, quantize_
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 import hq_plugin as hq
-from hq_plugin import HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin import EngineError, HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
 from hq_plugin.integrations.torchao import HybridQuantizer, to_torchao, torchao_config
 from tests.integrations.huggingface.conftest import SMOKE, TEXTS, llama, tokenizer
 
@@ -104,3 +106,11 @@ def test_the_quantizer_annotates_an_exported_graph(net: nn.Module) -> None:
     assert float((converted(X) - net(X)).norm() / net(X).norm()) < 0.6
     with pytest.raises(PolicyError, match="names nothing"):
         prepare_pt2e(exported, HybridQuantizer(HybridPolicy({"nothing": LayerBits(4, 8)})))
+
+
+def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith("hq_plugin.integrations.torchao")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    with pytest.raises(EngineError, match=r"hq-plugin\[torchao\]"):
+        importlib.import_module("hq_plugin.integrations.torchao")

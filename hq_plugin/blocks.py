@@ -1,0 +1,109 @@
+"""The blocks of a network: what each of them gives, the student is to match beside the network's output.
+
+A loss on the output alone tells the first layers little about what their rounding does. Matching the teacher
+block by block tells them (FitNets, arXiv:1412.6550; BRECQ, arXiv:2102.05426, finds blocks to be the right grain
+for low bits: layers inside one may err together). It costs no forward: both networks run anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin.data import Batch
+from hq_plugin.distillation import squared_error, tensors_of
+
+#: Modules that hold blocks and are none.
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def find_blocks(model: nn.Module, sites: Sequence[str]) -> list[str]:
+    """Returns the names of a model's blocks, in order.
+
+    Blocks are the repeated parts of a network: what is in a Sequential, a ModuleList or a ModuleDict, is no such
+    container itself, and holds sites. A stage that runs blocks of its own in a Sequential gives these; what it
+    holds in lists may run for some samples only, as the experts of a mixture. Sites of their own (the stem, the
+    head) are none; where there is nothing else, as in a plain Sequential of layers, the sites are the blocks.
+
+    Args:
+        model: The float model.
+        sites: Names of its quantizable layers.
+    """
+    holders = {".".join(name.split(".")[:depth]) for name in sites for depth in range(1, name.count(".") + 1)}
+
+    def inside(module: nn.Module, path: str, kinds: tuple[type[nn.Module], ...]) -> list[str]:
+        found = []
+        for name, child in module.named_children():
+            at = f"{path}.{name}" if path else name
+            if at not in holders:
+                continue
+            if isinstance(module, kinds) and not isinstance(child, _CONTAINERS):
+                found += inside(child, at, (nn.Sequential,)) or [at]
+            else:
+                found += inside(child, at, kinds)
+        return found
+
+    return inside(model, "", _CONTAINERS) or list(sites)
+
+
+class BlockOutputs:
+    """Collects what blocks give while a network and its teacher run.
+
+    Attributes:
+        names: The blocks.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._seen: dict[str, list[Tensor]] = {}
+        self._expected: dict[str, list[Tensor]] = {}
+
+    @contextmanager
+    def watching(self, network: nn.Module, teacher: nn.Module) -> Iterator[BlockOutputs]:
+        """Watches the blocks of both networks, which have them under the same names."""
+        hooks = []
+        for model, kept in ((network, self._seen), (teacher, self._expected)):
+            for name in self.names:
+                hooks.append(model.get_submodule(name).register_forward_hook(_keeper(kept, name)))
+        try:
+            yield self
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.forget()
+
+    def distance(self, batch: Batch) -> Tensor:
+        """Returns the relative squared error of the outputs since the last call, the mean over blocks.
+
+        Args:
+            batch: What both networks ran on: of padded sequences, the tokens that count are compared.
+        """
+        errors = []
+        for name in self.names:
+            seen, expected = self._of(self._seen, name, batch), self._of(self._expected, name, batch)
+            # Where a router sends other tokens, there is nothing to compare.
+            if [x.shape for x in seen] == [x.shape for x in expected]:
+                errors += [squared_error(s, t) for s, t in zip(seen, expected, strict=True)]
+        self.forget()
+        return torch.stack(errors).mean() if errors else torch.zeros(())
+
+    @staticmethod
+    def _of(kept: dict[str, list[Tensor]], name: str, batch: Batch) -> list[Tensor]:
+        return tensors_of(batch.without_padding(kept.get(name, [])))
+
+    def forget(self) -> None:
+        """Lets go of the outputs."""
+        self._seen.clear()
+        self._expected.clear()
+
+
+def _keeper(kept: dict[str, list[Tensor]], name: str) -> Any:
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        # What else a block returns (attention weights, caches, losses of routers) is not what the next one reads.
+        kept.setdefault(name, []).extend(tensors_of(output)[:1])
+
+    return keep

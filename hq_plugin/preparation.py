@@ -1,0 +1,72 @@
+"""What a session is made of before anything is trained: teacher, search space, calibration, checkpoint."""
+
+from __future__ import annotations
+
+import copy
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from hq_plugin import adapters
+from hq_plugin.budget import Budget
+from hq_plugin.checkpoint import Checkpoint
+from hq_plugin.config import Config
+from hq_plugin.data import Batch, Data
+from hq_plugin.sites import find_sites, hold_parameters, split_tables
+from hq_plugin.space import SearchSpace
+from hq_plugin.storage import fingerprint
+
+
+def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
+    """Returns the batches from which moments are taken, where the teacher is."""
+    device = device_of(teacher)
+    return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
+
+
+def open_checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Checkpoint | None:
+    """Opens the checkpoint that a configuration asks for."""
+    if config.checkpoint_dir is None:
+        return None
+    key = {
+        "float model": fingerprint(teacher.state_dict()),
+        "budget": None if budget is None else str(budget),
+        **decisive(config),
+    }
+    return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds)
+
+
+def decisive(config: Config) -> dict[str, Any]:
+    """Returns the options that a result depends on."""
+    free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
+    return {name: value for name, value in config.to_json().items() if name not in free}
+
+
+def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = False) -> nn.Module:
+    """Returns the frozen copy of a float model that everything is measured against.
+
+    Parameters that are matrices of products are layers of their own in it, large embeddings several.
+
+    Args:
+        model: The float model; it is not changed.
+        data: Gives inputs for one forward.
+        config: Options.
+        share: Whether parameters share their memory with those of `model`.
+    """
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
+    teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    return split_tables(hold_parameters(teacher, data.holdout[0].to(device_of(teacher)).run), config)
+
+
+def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
+    """Finds a model's sites with one held-out batch, and builds the search space of `config`."""
+    batch = data.holdout[0].to(device_of(model))
+    table = find_sites(model, batch.run, batch.size, exclude=config.exclude)
+    adapter = adapters.find(model)
+    return SearchSpace.build(table, config, [] if adapter is None else adapter.fused(model))
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Returns where a model is."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))

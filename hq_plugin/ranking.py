@@ -1,0 +1,90 @@
+"""Ranks policies by their distance on held-out data: over processes, past what a checkpoint knows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from hq_plugin.checkpoint import Checkpoint
+from hq_plugin.cost import CostTable
+from hq_plugin.distillation import Fidelity
+from hq_plugin.distribution import map_split
+from hq_plugin.interruption import interrupted
+from hq_plugin.policy import HybridPolicy
+from hq_plugin.result import Baseline
+from hq_plugin.scoring import Scorer
+from hq_plugin.search import Scored
+from hq_plugin.space import Genome
+
+
+def distances(
+    scorer: Scorer,
+    network: nn.Module,
+    policies: Sequence[HybridPolicy],
+    samples: int,
+    stage: str,
+    checkpoint: Checkpoint | None = None,
+) -> list[float]:
+    """Scores policies, split over processes where there are several; what a checkpoint knows is read.
+
+    Args:
+        scorer: Measures one policy.
+        network: The prepared network.
+        policies: What to score.
+        samples: Held-out samples for each.
+        stage: Under which scores are kept in the checkpoint.
+        checkpoint: Where scores are kept; None keeps none.
+    """
+    names = [json.dumps([stage, samples, policy.to_json()]) for policy in policies]
+    known = {name: None if checkpoint is None else checkpoint.score(name) for name in names}
+    new = [(name, policy) for name, policy in zip(names, policies, strict=True) if known[name] is None]
+
+    scored: dict[str, float] = {}
+
+    def distance(item: tuple[str, HybridPolicy]) -> float:
+        scored[item[0]] = scorer.score(network, item[1], samples=samples).distance
+        return scored[item[0]]
+
+    try:
+        found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+    except KeyboardInterrupt:
+        if checkpoint is not None:
+            checkpoint.add_scores(scored)
+        raise interrupted(stage, None if checkpoint is None else checkpoint.directory) from None
+    if checkpoint is not None:
+        checkpoint.add_scores(found)
+    return [found[name] if name in found else float(known[name] or 0.0) for name in names]
+
+
+def rerank(
+    scorer: Scorer,
+    network: nn.Module,
+    costs: CostTable,
+    leaders: Sequence[Scored],
+    seeds: Mapping[str, list[Genome]],
+) -> dict[str, Baseline]:
+    """Measures the leaders of a search and its baselines on all held-out data; keeps the best of each kind.
+
+    Args:
+        scorer: Measures one policy.
+        network: The prepared network.
+        costs: What policies cost.
+        leaders: The best policies of the search.
+        seeds: Baselines by name: `"uniform"`, `"dynamic_programming"`.
+    """
+    best: dict[str, Baseline] = {}
+    candidates = {**seeds, "searched": [scored.genome for scored in leaders]}
+    measured: dict[bytes, Fidelity] = {}
+    for name, genomes in candidates.items():
+        for genome in genomes:
+            key, policy = genome.tobytes(), costs.space.policy(genome)
+            if key not in measured:
+                measured[key] = scorer.score(network, policy)
+            fidelity = measured[key]
+            if name not in best or fidelity.distance < best[name].kl:
+                best[name] = Baseline(name, policy, costs.costs(genome), fidelity.distance, fidelity.accuracy)
+    # Where the search found a baseline again, the name says so.
+    order = ["searched", "dynamic_programming", "uniform"]
+    return {name: best[name] for name in order if name in best}
