@@ -40,6 +40,8 @@ allocation, with everything that it needed, and training; processor seconds and 
 rows. *Peak memory* is that of the process. *Ratio* is hq_plugin's distance over that of the best of all other
 methods at this budget: below 1 it is the closest.
 """
+#: Training steps of libraries that are trained by our loop (`tests/benchmarks/rivals/hand.py`).
+RIVAL_STEPS = 300
 COMMAND = "python -m tests.benchmarks"
 
 
@@ -50,7 +52,7 @@ def write(
     claimed: Path = rows.CLAIMS,
 ) -> None:
     """Writes the page and the plots beside it."""
-    found = rows.latest([*rows.read(matrix), *rows.read(rivals)])
+    found = rows.latest([*rows.read(matrix), *(adapted(row) for row in rows.read(rivals))])
     path.parent.mkdir(parents=True, exist_ok=True)
     text = [HEAD.format(command=COMMAND)]
     models = list(dict.fromkeys(row["model"] for row in found))
@@ -68,6 +70,25 @@ def write(
         text += _failures(mine)
     text += claims_page.lines(rows.latest(rows.read(claimed), claims_page.KEY))
     path.write_text("\n".join(text).rstrip() + "\n")
+
+
+def adapted(row: Row) -> Row:
+    """Returns a row of a library in an environment of its own with the fields of the matrix.
+
+    Those that train by our loop take `RIVAL_STEPS`; the others train as they like, or not at all, and name none.
+    """
+    more: Row = {}
+    if row.get("kl") is not None:
+        more["distance"] = row["kl"]
+    elif row.get("cosine") is not None:
+        more["distance"] = 1 - row["cosine"]
+    if row.get("seconds"):
+        more["total_seconds"] = sum(row["seconds"].values())
+        if "train" in row["seconds"]:
+            more["steps"] = RIVAL_STEPS
+    if row.get("peak_gb") is not None:
+        more["peak_memory"] = {"process": row["peak_gb"] * 1e9}
+    return {**more, **row}
 
 
 def _runs(found: Sequence[Row]) -> list[Row]:
