@@ -33,7 +33,7 @@ WARMUP, SNAPSHOTS = 0.05, 20
 CLIP = 1.0
 #: Devices on which torch's Adam is one kernel.
 _FUSED_ADAM = ("cpu", "cuda")
-#: Without a learning rate, each weight's peak is this share of its root mean square: what an update moves by is then
+#: Without a learning rate, each weight's peak is this share of its root mean square: an update then moves it by
 #: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
 #: weights are small, and a depthwise network, whose are large (docs/experiments.md).
 RELATIVE_RATE = 0.01

@@ -140,9 +140,13 @@ ALLOCATORS: dict[str, Allocator] = {
     "uniform": uniform,
     "random": random,
     "dynamic_programming": additive,
+    "dynamic_programming_blocks": additive,
     "hawq": hawq,
     "haq": haq_agent,
     "evopress": evolution,
 }
 #: Those whose policies are rounded and calibrated, and not trained.
 UNTRAINED = ("uniform_ptq",)
+#: Those whose training compares the outputs of blocks as well, as hq_plugin's does. The others distil end to end,
+#: as is usual.
+MATCHING_BLOCKS = ("dynamic_programming_blocks",)

@@ -1,8 +1,9 @@
 """Methods: an allocator and training for the same number of steps, or hq_plugin in one call.
 
-All share training loop, loss, quantizers, learning rates and recalibration of BatchNorm. Rivals train their policy
-from the float weights for `steps` steps (`Session.finetune(policy, start="float")`, on a session that is not
-meta-trained); hq_plugin spends the same number on meta-training and fine-tuning together.
+All share training loop, loss on the output, quantizers, learning rates and recalibration of BatchNorm; hq_plugin
+and `dynamic_programming_blocks` compare the outputs of blocks as well. Rivals train their policy from the float
+weights for `steps` steps (`Session.finetune(policy, start="float")`, on a session that is not meta-trained);
+hq_plugin spends the same number on meta-training and fine-tuning together.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 import hq_plugin
 from hq_plugin import Budget, HybridPolicy, Result
 from hq_plugin.memory import peak_memory
-from tests.benchmarks.matrix.allocators import ALLOCATORS, UNTRAINED, Allocation, Problem
+from tests.benchmarks.matrix.allocators import ALLOCATORS, MATCHING_BLOCKS, UNTRAINED, Allocation, Problem
 from tests.benchmarks.matrix.rows import Row
 from tests.benchmarks.matrix.tasks import Task
 
@@ -55,13 +56,15 @@ class Runner:
         self.steps = task.steps if steps is None else steps
         self.meta = round(task.meta * self.steps / task.steps) if task.steps else 0
         self._problem: Problem | None = None
-        self._trained: dict[tuple[HybridPolicy, int], tuple[Row, float]] = {}
+        self.block_loss: float | None = None
+        self._trained: dict[tuple[HybridPolicy, int, bool], tuple[Row, float]] = {}
 
     @property
     def problem(self) -> Problem:
         """The session that is not meta-trained."""
         if self._problem is None:
             self._problem = untrained(self.task, self.seed)
+            self.block_loss = self._problem.session.config.block_loss
         return self._problem
 
     def row(self, method: str, budget: str) -> Row:
@@ -112,14 +115,16 @@ class Runner:
         session = self.problem.session
         resources = session.costs.resources(Budget.parse(budget))
         found: Allocation = ALLOCATORS[method](self.problem, resources)
-        steps = 0 if method in UNTRAINED else self.steps
+        steps, blocks = 0 if method in UNTRAINED else self.steps, method in MATCHING_BLOCKS
+        key = found.policy, steps, blocks
         # One policy may be the choice for several budgets or methods: it is trained once.
-        if (found.policy, steps) not in self._trained:
+        if key not in self._trained:
             began = time.perf_counter()
+            session.config = replace(session.config, block_loss=self.block_loss if blocks else 0.0)
             packed = session.finetune(found.policy, start="float", steps=steps)
             took = time.perf_counter() - began
-            self._trained[found.policy, steps] = self._measured(packed), took
-        measured, took = self._trained[found.policy, steps]
+            self._trained[key] = self._measured(packed), took
+        measured, took = self._trained[key]
         stage = {"finetune" if steps else "calibration": took}
         return measured | _finish(found.scored, found.seconds | stage, steps, found.notes)
 

@@ -18,6 +18,7 @@ NAMES = {
     "uniform": "best uniform policy, QAT",
     "random": "random policy, QAT",
     "dynamic_programming": "dynamic programming on additive sensitivities, QAT",
+    "dynamic_programming_blocks": "the same policy, with the training of hq_plugin (outputs of blocks compared)",
     "hawq": "HAWQ-V2 traces, QAT",
     "haq": "HAQ (DDPG agent), QAT",
     "evopress": "EvoPress (level-switch evolution), QAT",
@@ -28,7 +29,8 @@ NAMES = {
 }
 #: hq_plugin as it is called by default, on which ratios are taken: of these, the one that a model has.
 MAIN = ("hq_dense", "hq_auto")
-OURS = (*MAIN, "hq_low_rank", "hq_table")
+#: Ours in whole or in part: nothing of it is a rival in the ratios.
+OURS = (*MAIN, "hq_low_rank", "hq_table", "dynamic_programming_blocks")
 HEAD = """# The matrix: hq_plugin against everything else, at equal bytes and equal training
 
 Written by `{command}` from the rows in matrix.jsonl (and, for libraries in environments of their own,
