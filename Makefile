@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 DATA ?= digits
 JOBS ?= 2
 
-.PHONY: demo test lint types docs docs-serve figures notebook package bench coverage-sweep clean
+.PHONY: demo test lint types docs docs-serve figures notebook package bench bench-fast bench-rivals coverage-sweep clean
 
 # pip resolves torch, torchvision and timm together: their builds must match.
 $(VENV)/.demo: pyproject.toml
@@ -52,10 +52,21 @@ notebook: $(VENV)/.dev
 package: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow tests/test_packaging.py
 
-# Accuracies and timings of docs/benchmarks; hours on 2 cores, and resumable.
+# hq_plugin against everything else, docs/benchmarks/matrix.md; days on 2 cores, and resumable.
 bench: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks
+	$(BIN)/python -m tests.benchmarks --claims search front tau
 	$(BIN)/python -m tests.benchmarks.spine
 	$(BIN)/python -m tests.benchmarks.overhead
+
+# One small network at one budget, every method: meant for 20 minutes on 2 free cores.
+bench-fast: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks --fast
+
+# ModelOpt, MCT, quanto, auto-round, torchao and HQQ, each in an environment made for it; hours, and resumable.
+bench-rivals: $(VENV)/.dev
+	$(BIN)/python -m tests.benchmarks.rivals
+	$(BIN)/python -m tests.benchmarks.rivals --page
 
 # Every architecture of timm and transformers once, in small; docs/benchmarks/coverage.md. Hours, and resumable.
 coverage-sweep: $(VENV)/.dev

@@ -59,7 +59,6 @@ DEFAULTS: dict[str, Any] = {
     "rounding": "nearest",
     "train_float": True,
     "block_loss": 0.3,
-    "learning_rate": 5e-4,
     "step_learning_rate": 2e-3,
     "batch_size": 64,
     "calibration_batches": 4,
@@ -112,8 +111,9 @@ class Config:
         meta_steps: Optimizer steps of meta-training; None takes the effort's.
         search_evaluations: Policies scored by the search; None takes the effort's.
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
-        learning_rate: Adam's peak rate for weights in meta-training and fine-tuning; None takes 5e-4, or
-            what the integration proposes for a model.
+        learning_rate: Adam's peak rate in meta-training and fine-tuning, the same for all weights. None takes
+            what the integration proposes, or else gives each weight 1 % of its root mean square, so that small
+            and large ones move by as many quantization steps.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes 2e-3, or
             what the integration proposes.
         rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each

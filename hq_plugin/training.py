@@ -33,6 +33,12 @@ WARMUP, SNAPSHOTS = 0.05, 20
 CLIP = 1.0
 #: Devices on which torch's Adam is one kernel.
 _FUSED_ADAM = ("cpu", "cuda")
+#: Without a learning rate, each weight's peak is this share of its root mean square: an update then moves it by
+#: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
+#: weights are small, and a depthwise network, whose are large (docs/experiments.md).
+RELATIVE_RATE = 0.01
+#: The peak of what generates weights; and bounds for vectors: biases may begin at 0, and scales lie about 1.
+GENERATOR_RATE, FLOAT_RATES = 5e-4, (1e-4, 1e-3)
 _STEP_PARAMETERS = (".log_step", ".zero", ".zero_point")
 _GENERATOR = "weight_fake_quant.block."
 
@@ -50,7 +56,7 @@ class Task:
         blocks: Names of blocks whose outputs are compared as well; none compares the network's alone.
         block_loss: Weight of what they differ by, beside `loss`.
         steps: Optimizer steps.
-        learning_rate: Peak rate of weights.
+        learning_rate: Peak rate of weights; None gives each its own (see `RELATIVE_RATE`).
         step_learning_rate: Peak rate of quantization steps and zero points.
         base_rate: Learning rate of the network's own weights, as a share of that of what generates them.
         final_rate: Learning rate at the end as a share of the peak.
@@ -70,7 +76,7 @@ class Task:
     data: Data
     loss: LossFunction
     steps: int
-    learning_rate: float
+    learning_rate: float | None
     step_learning_rate: float
     blocks: Sequence[str] = ()
     block_loss: float = 0.0
@@ -195,15 +201,23 @@ def _parameter_groups(task: Task) -> list[dict[str, Any]]:
     named = [(name, p) for name, p in task.network.named_parameters() if p.requires_grad]
     steps = [p for name, p in named if name.endswith(_STEP_PARAMETERS)]
     rest = [(name, p) for name, p in named if not name.endswith(_STEP_PARAMETERS)]
+    generators = [p for name, p in rest if _GENERATOR in name]
+    own = [p for name, p in rest if _GENERATOR not in name]
+    rate = task.learning_rate
     groups = [
-        {"params": [p for name, p in rest if _GENERATOR in name], "lr": task.learning_rate},
-        {
-            "params": [p for name, p in rest if _GENERATOR not in name],
-            "lr": task.learning_rate * task.base_rate,
-        },
+        {"params": generators, "lr": GENERATOR_RATE if rate is None else rate},
         {"params": steps, "lr": task.step_learning_rate},
     ]
+    if rate is None:
+        groups += [{"params": [p], "lr": _relative_rate(p) * task.base_rate} for p in own]
+    else:
+        groups.append({"params": own, "lr": rate * task.base_rate})
     return [group for group in groups if group["params"]]
+
+
+def _relative_rate(parameter: Tensor) -> float:
+    rate = RELATIVE_RATE * float(parameter.detach().float().square().mean().sqrt())
+    return rate if parameter.dim() > 1 else min(max(rate, FLOAT_RATES[0]), FLOAT_RATES[1])
 
 
 def _cosine(step: int, steps: int, final: float) -> float:
@@ -217,7 +231,8 @@ def _stop_at(
     task: Task, step: int, value: float, network: nn.Module, good: tuple[int, dict[str, Tensor]] | None
 ) -> None:
     """Goes back to the last good state after a loss that is not finite."""
-    advice = f"Lower learning_rate (now {task.learning_rate:g}) or look at the data."
+    now = f"{RELATIVE_RATE:.0%} of each weight" if task.learning_rate is None else f"{task.learning_rate:g}"
+    advice = f"Lower learning_rate (now {now}) or look at the data."
     if good is None:
         raise TrainingError(
             f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "

@@ -103,6 +103,20 @@ def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batch
     assert len(rates) == len(names)
 
 
+def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) -> None:
+    with torch.no_grad():
+        tiny.stem.weight.mul_(0.1 / tiny.stem.weight.square().mean().sqrt())
+        tiny.head.weight.mul_(0.5 / tiny.head.weight.square().mean().sqrt())
+        tiny.bn1.weight.fill_(1.0)
+        tiny.bn1.bias.zero_()
+    job = Task("test", tiny, tiny, None, None, 1, None, 5e-3, base_rate=0.5)  # type: ignore[arg-type]
+    names = {id(p): name for name, p in tiny.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
+    assert rates["stem.weight"] == pytest.approx(0.5 * 1e-3)
+    assert rates["head.weight"] == pytest.approx(0.5 * 5e-3)
+    assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
+
+
 class Noisy(nn.Module):
     """A network with everything that differs between training and evaluation."""
 

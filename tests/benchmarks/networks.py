@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,12 +50,23 @@ class Padded(nn.Module):
 
 def depthwise() -> nn.Module:
     """timm's mobilenetv3_small_050, its stem at stride 1, since the images are small."""
+    import timm  # here: a ResNet-20 needs torch alone
+
     network = timm.create_model("mobilenetv3_small_050", in_chans=1, num_classes=10)
     network.conv_stem.stride = (1, 1)
     return Padded(network)
 
 
-NETWORKS = {"resnet20": resnet20, "mobilenetv3": depthwise}
+def vit() -> nn.Module:
+    """A vision transformer of timm's parts: 4×4 patches, 4 blocks of width 64; 139,018 parameters."""
+    from timm.models.vision_transformer import VisionTransformer  # here: a ResNet-20 needs torch alone
+
+    return VisionTransformer(
+        img_size=28, patch_size=4, in_chans=1, num_classes=10, embed_dim=64, depth=4, num_heads=4, mlp_ratio=2
+    )
+
+
+NETWORKS = {"resnet20": resnet20, "mobilenetv3": depthwise, "vit": vit}
 
 
 def new(name: str) -> nn.Module:

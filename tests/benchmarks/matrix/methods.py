@@ -1,0 +1,158 @@
+"""Methods: an allocator and training for the same number of steps, or hq_plugin in one call.
+
+All share training loop, loss on the output, quantizers, learning rates and recalibration of BatchNorm; hq_plugin
+and `dynamic_programming_blocks` compare the outputs of blocks as well. Rivals train their policy from the float
+weights for `steps` steps (`Session.finetune(policy, start="float")`, on a session that is not meta-trained);
+hq_plugin spends the same number on meta-training and fine-tuning together.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+from torch import nn
+
+import hq_plugin
+from hq_plugin import Budget, HybridPolicy, Result
+from hq_plugin.memory import peak_memory
+from tests.benchmarks.matrix.allocators import ALLOCATORS, MATCHING_BLOCKS, UNTRAINED, Allocation, Problem
+from tests.benchmarks.matrix.rows import Row
+from tests.benchmarks.matrix.tasks import Task
+
+#: hq_plugin by the blocks of its MetaQuantNet; `auto` is dense for small layers and low-rank for large ones.
+BLOCKS = {"hq_dense": "dense", "hq_auto": "auto", "hq_low_rank": "low_rank", "hq_table": "table"}
+METHODS = (*ALLOCATORS, *BLOCKS)
+#: What a row says of the machine's load that its seconds were measured under.
+LOAD = Path("/proc/loadavg")
+
+
+def methods_of(task: Task) -> list[str]:
+    """Returns the methods that a task is measured with: of `hq_dense` and `hq_auto` its main one."""
+    return [name for name in METHODS if name not in ("hq_dense", "hq_auto") or name == task.main]
+
+
+def untrained(task: Task, seed: int) -> Problem:
+    """Returns the session from which rivals start: the float model rounded, and its additive sensitivities."""
+    config = replace(task.config, seed=seed)
+    return Problem(task, hq_plugin.meta_train(task.model, task.data, config=config, meta_steps=0, block="table"))
+
+
+class Runner:
+    """Runs methods on one task with one seed; what several methods need is made once, when the first needs it.
+
+    Args:
+        task: The task.
+        seed: The seed.
+        steps: Training steps in place of the task's.
+    """
+
+    def __init__(self, task: Task, seed: int, steps: int | None = None) -> None:
+        self.task, self.seed = task, seed
+        self.steps = task.steps if steps is None else steps
+        self.meta = round(task.meta * self.steps / task.steps) if task.steps else 0
+        self._problem: Problem | None = None
+        self.block_loss: float | None = None
+        self._trained: dict[tuple[HybridPolicy, int, bool], tuple[Row, float]] = {}
+
+    @property
+    def problem(self) -> Problem:
+        """The session that is not meta-trained."""
+        if self._problem is None:
+            self._problem = untrained(self.task, self.seed)
+            self.block_loss = self._problem.session.config.block_loss
+        return self._problem
+
+    def row(self, method: str, budget: str) -> Row:
+        """Measures a row; a failure is a row with its reason."""
+        head = {
+            "model": self.task.name,
+            "seed": self.seed,
+            "method": method,
+            "budget": budget,
+            "steps": self.steps,
+        }
+        began, worked = time.perf_counter(), time.process_time()
+        reset_peak_memory()
+        run: Callable[[str, str], Row] = self._one_call if method in BLOCKS else self._rival
+        try:
+            found = run(method, budget)
+        except Exception as error:  # whatever a method dies of is a finding
+            found = {"error": f"{type(error).__name__}: {error}"}
+        with suppress(OSError):
+            found["load"] = float(LOAD.read_text().split()[0])
+        took = {"wall_seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - worked}
+        return {**head, **found, **{name: round(value, 1) for name, value in took.items()}}
+
+    def _one_call(self, method: str, budget: str) -> Row:
+        task = self.task
+        packed = hq_plugin.quantize(
+            task.model,
+            budget,
+            task.data,
+            config=replace(task.config, seed=self.seed),
+            block=BLOCKS[method],
+            meta_steps=self.meta,
+            finetune_steps=self.steps - self.meta,
+            search_evaluations=task.evaluations,
+        )
+        result = cast(Result, packed.hq)
+        seconds = {name: took for name, took in result.seconds.items() if not name.startswith("search_")}
+        scored = len(result.history["search"]) + self._sensitivity_scores(result)
+        return self._measured(packed) | _finish(scored, seconds, self.steps, {"chosen": result.chosen})
+
+    @staticmethod
+    def _sensitivity_scores(result: Result) -> int:
+        if result.config["sensitivities"] != "measured":
+            return 1
+        return 1 + sum(len(s.weight_bits) + len(s.activation_bits) - 2 for s in result.sensitivities)
+
+    def _rival(self, method: str, budget: str) -> Row:
+        session = self.problem.session
+        resources = session.costs.resources(Budget.parse(budget))
+        found: Allocation = ALLOCATORS[method](self.problem, resources)
+        steps, blocks = 0 if method in UNTRAINED else self.steps, method in MATCHING_BLOCKS
+        key = found.policy, steps, blocks
+        # One policy may be the choice for several budgets or methods: it is trained once.
+        if key not in self._trained:
+            began = time.perf_counter()
+            session.config = replace(session.config, block_loss=self.block_loss if blocks else 0.0)
+            packed = session.finetune(found.policy, start="float", steps=steps)
+            took = time.perf_counter() - began
+            self._trained[key] = self._measured(packed), took
+        measured, took = self._trained[key]
+        stage = {"finetune" if steps else "calibration": took}
+        return measured | _finish(found.scored, found.seconds | stage, steps, found.notes)
+
+    def _measured(self, packed: nn.Module) -> Row:
+        """What a finished model is: how close, how large, and its policy."""
+        result = cast(Result, packed.hq)
+        return {
+            **self.task.measure(packed),
+            "effective_bits": result.effective_bits,
+            "bytes": result.size,
+            "bitops": result.bitops,
+            "held_out_distance": result.kl,
+            "policy": result.policy.to_json(),
+        }
+
+
+def _finish(scored: int, seconds: dict[str, float], trained: int, notes: dict[str, Any]) -> Row:
+    return {
+        "scored": scored,
+        "seconds": {name: round(took, 2) for name, took in seconds.items()},
+        "total_seconds": round(sum(seconds.values()), 1),
+        "trained_steps": trained,
+        "peak_memory": peak_memory(),
+        "notes": notes,
+    }
+
+
+def reset_peak_memory() -> None:
+    """Lets the system count the peak anew, where it can (Linux): rows share a process."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
