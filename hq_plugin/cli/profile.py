@@ -46,7 +46,7 @@ def profile(
     \b
     Examples:
       hq-plugin profile resnet18 --target onnxruntime --out laptop.json
-      hq-plugin quantize resnet18 8ms --pretrained --target onnxruntime --profile laptop.json --data photographs/ --out s
+      hq-plugin quantize resnet18 8ms --pretrained --profile laptop.json --target onnxruntime --data photos --out out
     """
     import hq_plugin
 
