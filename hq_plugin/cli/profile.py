@@ -46,7 +46,7 @@ def profile(
     \b
     Examples:
       hq-plugin profile resnet18 --target onnxruntime --out laptop.json
-      hq-plugin quantize resnet18 8ms --pretrained --profile laptop.json --target onnxruntime --data photos --out out
+      hq-plugin quantize resnet18 8ms --pretrained --profile laptop.json --target onnxruntime --data photos --out o
     """
     import hq_plugin
 
