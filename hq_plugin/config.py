@@ -80,6 +80,8 @@ class Config:
         activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
             budget limits BitOps.
+        embedding_bits: Widths among which embeddings may choose. None takes `weight_bits`, or what the integration
+            proposes: rows of rare tokens bear a width of 1.
         embedding_parts: Tables of equal size into which an embedding of 4096 rows or more is split, each with a
             width of its own, since vocabularies are sorted by frequency. Embeddings that are tied, or named by
             `exclude`, `pinned` or `groups`, stay whole. None means 1, or what the integration proposes.
@@ -153,6 +155,7 @@ class Config:
     target: Literal["storage", "torch", "onnxruntime"] = "storage"
     weight_bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     activation_bits: tuple[int, ...] | int | None = None
+    embedding_bits: tuple[int, ...] | int | None = None
     embedding_parts: int | None = None
     activation_scheme: Literal["static", "dynamic"] | None = None
     group_size: int | None = None
@@ -207,14 +210,9 @@ class Config:
         self._check_choice("finetune_from", ("generated", "float"))
         if not callable(self.loss):
             self._check_choice("loss", ("auto", "kl", "mse"))
-        widths = _widths("weight_bits", self.weight_bits, tuple(WEIGHT_BITS))
-        fast = tuple(bits for bits in widths if bits in TARGETS[self.target])
-        if not fast:
-            raise ConfigError(
-                f"weight_bits={self.weight_bits!r}: {self.target} runs none of them fast, but "
-                f'{", ".join(map(str, TARGETS[self.target]))}. Add one of these, or choose target="storage".'
-            )
-        object.__setattr__(self, "weight_bits", fast)
+        for name in ("weight_bits", "embedding_bits"):
+            if name == "weight_bits" or self.embedding_bits is not None:
+                object.__setattr__(self, name, self._fast_widths(name))
         if self.activation_bits is not None:
             widths = _widths("activation_bits", self.activation_bits, ACTIVATION_BITS)
             object.__setattr__(self, "activation_bits", widths)
@@ -249,6 +247,17 @@ class Config:
             raise ConfigError(f"self_written={self.self_written!r} must be a share, 0 to 1.")
         if not 0 <= self.crossover <= 1:
             raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
+
+    def _fast_widths(self, name: str) -> tuple[int, ...]:
+        """Returns the given widths of weights that the target runs fast."""
+        widths = _widths(name, getattr(self, name), tuple(WEIGHT_BITS))
+        fast = tuple(bits for bits in widths if bits in TARGETS[self.target])
+        if not fast:
+            raise ConfigError(
+                f"{name}={getattr(self, name)!r}: {self.target} runs none of them fast, but "
+                f'{", ".join(map(str, TARGETS[self.target]))}. Add one of these, or choose target="storage".'
+            )
+        return fast
 
     def _check_choice(self, name: str, choices: tuple[str, ...]) -> None:
         if getattr(self, name) not in choices:

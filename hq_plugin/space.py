@@ -79,6 +79,8 @@ class SearchSpace:
         pinned_used = set()
         for name, sites in table.groups.items():
             weights, activations = config.weight_bits, activation_bits
+            if isinstance(config.embedding_bits, tuple) and all(site.kind == "embedding" for site in sites):
+                weights = config.embedding_bits
             for pattern, width in (config.pinned or {}).items():
                 if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
                     pinned_used.add(pattern)

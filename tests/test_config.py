@@ -23,6 +23,8 @@ def test_options_replace() -> None:
         {"block": "deep"},
         {"weight_bits": ()},
         {"weight_bits": (0, 4)},
+        {"embedding_bits": (0, 4)},
+        {"embedding_bits": (3,), "target": "onnxruntime"},
         {"weight_bits": "34"},
         {"weight_bits": (2.5,)},
         {"activation_bits": (1,)},

@@ -98,3 +98,12 @@ def test_tied_sites_with_and_without_input() -> None:
     policy = space.policy(space.top)
     assert (policy["embed"], policy["head"]) == (LayerBits(8, 16), LayerBits(8, 8))
     assert np.array_equal(space.genome(policy), space.top)
+
+
+def test_embeddings_may_have_widths_of_their_own() -> None:
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 4))
+    table = find_sites(model, lambda m: m(torch.zeros(1, 3, dtype=torch.long)), 1)
+    space = SearchSpace.build(table, Config(weight_bits=(2, 4), embedding_bits=(1, 2)))
+    assert {group.name: group.weight_bits for group in space.groups} == {"0": (1, 2), "1": (2, 4)}
+    same = SearchSpace.build(table, Config(weight_bits=(2, 4)))
+    assert {group.weight_bits for group in same.groups} == {(2, 4)}

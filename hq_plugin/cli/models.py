@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -126,33 +125,32 @@ def _some(names: Sequence[str]) -> str:
     return f"{len(names)} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})" if names else "none"
 
 
+#: How files of torch.save begin, new and old: a zip archive, and a pickle.
+_PICKLES = (b"PK", b"\x80")
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads float weights: a .safetensors file, or what torch.save wrote; its pickle may hold tensors alone.
+    """Reads float weights from a .safetensors file.
 
     Raises:
-        ModelError: It is neither, or holds no tensors by name.
+        ModelError: It is none. What torch.save wrote is a pickle, of which nothing is read.
     """
-    import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        return load_file(path)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        with path.open("rb") as file:
+            pickled = file.read(2).startswith(_PICKLES)
+        if pickled:
+            raise ModelError(
+                f"{path} is a pickle, which can hold code; hq_plugin reads none. If you trust it, write it anew: "
+                'python -c "import torch, safetensors.torch as s; '
+                f"s.save_file(torch.load('{path}', weights_only=True), '{path.with_suffix('.safetensors')}')\""
+            ) from error
         told = str(error).partition("\n")[0] or "it is empty"
-        raise ModelError(
-            f"{path} cannot be read: {told}. Give a .safetensors file, or a state_dict of "
-            "tensors that torch.save wrote."
-        ) from error
-    if isinstance(content, dict):  # training scripts, timm's among them, put the weights beside other things
-        content = next(
-            (content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content
-        )
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ModelError(f"{path} holds no state_dict: tensors by name.")
-    return content
+        raise ModelError(f"{path} cannot be read: {told}. Give a .safetensors file.") from error
 
 
 def source_arguments(

@@ -45,7 +45,7 @@ Skeleton = Annotated[
 ]
 Checkpoint = Annotated[
     Path | None,
-    typer.Option(help="Float weights: a .safetensors file, or a state_dict that torch.save wrote (.pth)."),
+    typer.Option(help="Float weights, a .safetensors file."),
 ]
 ModelArgs = Annotated[
     list[str] | None, typer.Option("--model-arg", help="An argument for the model, num_classes=10; repeatable.")

@@ -110,6 +110,8 @@ class HuggingFaceAdapter:
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
             else:
+                if config.weight_bits == Config().weight_bits:  # who names widths gets no others
+                    proposed["embedding_bits"] = (1, *config.weight_bits)
                 proposed |= {
                     "embedding_parts": 16,
                     "rounding": "second_order",

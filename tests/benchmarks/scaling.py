@@ -137,12 +137,13 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# How the cost grows",
         "",
-        "Llamas of random weights, groups of 64, batches of 4 × 64 tokens, float32 on a CPU; each row is a process of",
-        "its own. Times are ratios to the float model's forward on the same tokens, medians of 5. Memory is the peak of",
-        "meta-training, search, fine-tuning and conversion above what the process held with the float model loaded.",
+        "Llamas of random weights, groups of 64, batches of 4 × 64 tokens, float32 on a CPU; each row is a process",
+        "of its own. Times are ratios to the float model's forward on the same tokens, medians of 5. Memory is the",
+        "peak of meta-training, search, fine-tuning and conversion above the process with the float model loaded.",
         "Reproduce: `python -m tests.benchmarks.scaling && python -m tests.benchmarks.scaling --page`.",
         "",
-        "| width × layers | widths | parameters | sites | step / forward | candidate / forward | preparation / forward | peak, bytes a parameter |",
+        "| width × layers | widths | parameters | sites | step / forward | candidate / forward "
+        "| preparation / forward | peak, bytes a parameter |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -161,7 +162,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Calculated, not run, from these constants: a forward takes two operations a parameter and token; "
         f"{TRAINING_STEPS} steps of {STEP_TOKENS:,} tokens and {CANDIDATES} candidates of {CANDIDATE_TOKENS:,} "
         f"(effort `balanced`, at a batch that fills {GPUS} GPUs), split over {GPUS} GPUs that reach "
-        f"{GPU_FLOPS:.0e} operations a second each. Training is data-parallel: every GPU holds all of it.",
+        f"{GPU_FLOPS:.0e} operations a second each. Preparation (moments, groups) is not in it. Training is data-parallel: every GPU holds all of it.",
         "",
         f"| model | memory of each GPU | fits in {GPU_BYTES / 1e9:.0f} GB | hours on {GPUS} GPUs |",
         "|---|---|---|---|",
@@ -171,7 +172,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         hours = forwards * 2 * parameters / (GPUS * GPU_FLOPS) / 3600
         memory = slope * parameters + base
         fits = "yes" if memory < GPU_BYTES else "no"
-        lines.append(f"| {name} | {memory / 1e9:.0f} GB | {fits} | {hours:.1f} |")
+        lines.append(f"| {name} | {memory / 1e9:.0f} GB | {fits} | {hours:.2f} |")
     return "\n".join(lines) + "\n"
 
 

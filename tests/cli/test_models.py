@@ -1,9 +1,12 @@
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from hq_plugin.cli.models import load_model, load_saved, load_trained_model, read_checkpoint
@@ -50,10 +53,10 @@ def test_random_weights_follow_from_the_seed() -> None:
 def test_a_timm_model_without_weights_is_noticed(tmp_path: Path) -> None:
     with pytest.warns(HQWarning, match=r"random weights.*--checkpoint"):
         source = load_trained_model("test_resnet", None, None, False, 0)
-    torch.save(source.model.state_dict(), tmp_path / "float.pth")
+    save_file(source.model.state_dict(), tmp_path / "float.safetensors")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_trained_model("test_resnet", None, tmp_path / "float.pth", False, 0)
+        load_trained_model("test_resnet", None, tmp_path / "float.safetensors", False, 0)
         load_trained_model(MODEL, None, None, False, 0)  # whoever wrote it knows
 
 
@@ -71,17 +74,20 @@ def test_a_checkpoint_of_another_model(checkpoint: Path) -> None:
 def test_a_checkpoint_of_other_shapes(trained: nn.Module, tmp_path: Path) -> None:
     weights = trained.state_dict()
     weights["head.bias"] = torch.zeros(3)
-    torch.save(weights, tmp_path / "float.pth")
+    save_file(weights, tmp_path / "float.safetensors")
     with pytest.raises(ModelError, match=r"does not fit .*size mismatch for head.bias"):
-        load_model(MODEL, checkpoint=tmp_path / "float.pth")
+        load_model(MODEL, checkpoint=tmp_path / "float.safetensors")
 
 
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
-def test_a_checkpoint_that_torch_saved(trained: nn.Module, tmp_path: Path, key: str | None) -> None:
-    weights = trained.state_dict()
-    torch.save(weights if key is None else {key: weights, "epoch": 3}, tmp_path / "float.pth")
-    loaded = load_model(MODEL, checkpoint=tmp_path / "float.pth").model.state_dict()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+def test_a_pickle_is_not_read_but_how_to_convert_it_is_said(trained: nn.Module, tmp_path: Path) -> None:
+    pickled = tmp_path / "float.pth"
+    torch.save(trained.state_dict(), pickled)
+    with pytest.raises(ModelError, match="is a pickle") as refused:
+        load_model(MODEL, checkpoint=pickled)
+    code = str(refused.value).split('python -c "')[1].removesuffix('"')
+    subprocess.run([sys.executable, "-c", code], check=True)
+    loaded = load_model(MODEL, checkpoint=pickled.with_suffix(".safetensors")).model.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in trained.state_dict().items())
 
 
 class _Runs:
@@ -97,7 +103,7 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: object) -> None:
     else:
         torch.save(content, path)
     for name in ("float.pth", "float.safetensors"):
-        with pytest.raises(ModelError, match=r"cannot be read|holds no state_dict"):
+        with pytest.raises(ModelError, match=r"cannot be read|is a pickle"):
             read_checkpoint(path.rename(tmp_path / name))
         (tmp_path / name).rename(path)
 
