@@ -162,7 +162,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "Calculated, not run, from these constants: a forward takes two operations a parameter and token; "
         f"{TRAINING_STEPS} steps of {STEP_TOKENS:,} tokens and {CANDIDATES} candidates of {CANDIDATE_TOKENS:,} "
         f"(effort `balanced`, at a batch that fills {GPUS} GPUs), split over {GPUS} GPUs that reach "
-        f"{GPU_FLOPS:.0e} operations a second each. Preparation (moments, groups) is not in it. Training is data-parallel: every GPU holds all of it.",
+        f"{GPU_FLOPS:.0e} operations a second each. Preparation (moments, groups) is not in it. "
+        "Training is data-parallel: every GPU holds all of it.",
         "",
         f"| model | memory of each GPU | fits in {GPU_BYTES / 1e9:.0f} GB | hours on {GPUS} GPUs |",
         "|---|---|---|---|",
