@@ -136,22 +136,21 @@ def spread(found: Sequence[Row], name: str, digits: int) -> str:
 
 
 def ratio(found: Sequence[Row]) -> tuple[float, str] | None:
-    """Returns our mean distance over that of the best other method of a budget, and who that is."""
+    """Returns our mean distance over that of the best other method of a budget, and who that is.
+
+    Each is compared on the seeds that both have, so that a lucky one is held against nobody.
+    """
     good = _runs(found)
-    seeds = {row["seed"] for row in good if row["method"] in MAIN}
-    means = {}
-    for method in dict.fromkeys(row["method"] for row in good):
-        # On the same seeds, so that a lucky one is not held against several; a library without seeds has one.
-        same = [row for row in good if row["method"] == method]
-        value = mean([row for row in same if row["seed"] in seeds] or same, "distance")
-        if value is not None:
-            means[method] = value
-    ours = next((means[name] for name in MAIN if name in means), None)
-    others = {name: value for name, value in means.items() if name not in OURS}
-    if ours is None or not others:
-        return None
-    best = min(others, key=lambda name: others[name])
-    return ours / max(others[best], 1e-12), best
+    ours = next((rows for name in MAIN if (rows := [row for row in good if row["method"] == name])), [])
+    ratios = {}
+    for method in dict.fromkeys(row["method"] for row in good if row["method"] not in OURS):
+        theirs = [row for row in good if row["method"] == method]
+        common = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
+        mine = mean([row for row in ours if row["seed"] in common], "distance")
+        other = mean([row for row in theirs if row["seed"] in common], "distance")
+        if mine is not None and other is not None:
+            ratios[method] = mine / max(other, 1e-12)
+    return max(((value, name) for name, value in ratios.items()), default=None)
 
 
 def _summary(found: Sequence[Row]) -> list[str]:
@@ -162,8 +161,9 @@ def _summary(found: Sequence[Row]) -> list[str]:
             here = [row for row in mine if _at(row, steps, budget)]
             compared = ratio(here)
             if compared:
-                seeds = len({row["seed"] for row in _runs(here) if row["method"] in MAIN})
                 value, best = compared
+                of = [{row["seed"] for row in _runs(here) if row["method"] in names} for names in (MAIN, (best,))]
+                seeds = len(of[0] & of[1])
                 named = NAMES.get(best, best)
                 text.append(f"| {model} | {steps} | {budget} | {named} | {value:.2f} | {seeds} |")
     return text
