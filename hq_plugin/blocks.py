@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.data import Batch
-from hq_plugin.distillation import squared_error, tensors_of
+from hq_plugin.distillation import tensors_of
 
 #: Modules that hold blocks and are none.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -61,15 +61,31 @@ class BlockOutputs:
         self.names = list(names)
         self._seen: dict[str, list[Tensor]] = {}
         self._expected: dict[str, list[Tensor]] = {}
+        self._variances: dict[str, Tensor] = {}
 
     @contextmanager
-    def watching(self, network: nn.Module, teacher: nn.Module) -> Iterator[BlockOutputs]:
-        """Watches the blocks of both networks, which have them under the same names."""
+    def watching(self, network: nn.Module, teacher: nn.Module, example: Batch) -> Iterator[BlockOutputs]:
+        """Watches the blocks of both networks, which have them under the same names.
+
+        Args:
+            network: The student.
+            teacher: The float model.
+            example: On it the variance of the teacher's outputs is measured, once: processes that see different
+                samples of a batch then divide by the same.
+        """
         hooks = []
         for model, kept in ((network, self._seen), (teacher, self._expected)):
             for name in self.names:
                 hooks.append(model.get_submodule(name).register_forward_hook(_keeper(kept, name)))
         try:
+            if self.names:
+                with torch.no_grad():
+                    example.run(teacher)
+                for name in self.names:
+                    if outputs := self._of(self._expected, name, example):
+                        flat = torch.cat([x.flatten().float() for x in outputs])
+                        self._variances[name] = flat.var(correction=0).clamp_min(1e-12)
+                self.forget()
             yield self
         finally:
             for hook in hooks:
@@ -86,8 +102,9 @@ class BlockOutputs:
         for name in self.names:
             seen, expected = self._of(self._seen, name, batch), self._of(self._expected, name, batch)
             # Where a router sends other tokens, there is nothing to compare.
-            if [x.shape for x in seen] == [x.shape for x in expected]:
-                errors += [squared_error(s, t) for s, t in zip(seen, expected, strict=True)]
+            if name in self._variances and [x.shape for x in seen] == [x.shape for x in expected]:
+                for student, teacher in zip(seen, expected, strict=True):
+                    errors.append((student.float() - teacher.float()).square().mean() / self._variances[name])
         self.forget()
         return torch.stack(errors).mean() if errors else torch.zeros(())
 

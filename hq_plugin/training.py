@@ -128,7 +128,7 @@ def train(task: Task) -> None:
     with (
         progress(task.show) as bars,
         nullcontext(Interruption()) if keep is None else deferred() as stop,
-        watched.watching(network, teacher) as blocks,
+        watched.watching(network, teacher, task.data.holdout[0].to(accelerator.device)) as blocks,
     ):
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)

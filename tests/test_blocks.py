@@ -53,7 +53,7 @@ def test_distance_is_the_mean_relative_error_over_blocks() -> None:
         student[1].bias.add_(0.5)
     batch = make_batch(torch.randn(16, 3), lambda x: ((x,), {}, None))
     outputs = BlockOutputs(["0", "1"])
-    with outputs.watching(student, teacher) as watched, torch.no_grad():
+    with outputs.watching(student, teacher, batch) as watched, torch.no_grad():
         expected = batch.run(teacher)
         batch.run(student)
         distance = watched.distance(batch)
@@ -79,7 +79,10 @@ def test_padding_does_not_count() -> None:
         return output
 
     student.encoder.layer[1].register_forward_hook(spoil)
-    with BlockOutputs(["encoder.layer.0", "encoder.layer.1"]).watching(student, bert) as watched, torch.no_grad():
+    with (
+        BlockOutputs(["encoder.layer.0", "encoder.layer.1"]).watching(student, bert, batch) as watched,
+        torch.no_grad(),
+    ):
         batch.run(bert)
         batch.run(student)
         assert float(watched.distance(batch)) == pytest.approx(0.0, abs=1e-9)
@@ -97,7 +100,7 @@ def test_training_brings_the_blocks_closer(trained: nn.Module, batches) -> None:
                 parameter.add_(0.2 * torch.randn_like(parameter))
         loss = loss_function("kl", torch.randn(2, 10))
         train(Task("test", student, trained, data, loss, 40, 3e-3, 3e-3, blocks=blocks, block_loss=weight))
-        with BlockOutputs(blocks).watching(student, trained) as watched, torch.no_grad():
+        with BlockOutputs(blocks).watching(student, trained, data.holdout[0]) as watched, torch.no_grad():
             data.holdout[0].run(trained)
             data.holdout[0].run(student)
             distances[weight] = float(watched.distance(data.holdout[0]))
