@@ -95,6 +95,7 @@ def finetune_network(
     """
     assert config.step_learning_rate is not None
     assert config.block_loss is not None
+    qat: dict[str, Any] = torch_ao.qat_layers(network)
     task = Task(
         name="fine-tuning",
         stage=stage,
@@ -102,6 +103,7 @@ def finetune_network(
         teacher=teacher,
         data=data,
         loss=loss,
+        widths={name: layer.weight_fake_quant.bits for name, layer in qat.items()},
         blocks=blocks,
         block_loss=config.block_loss,
         steps=config.steps.finetune,
