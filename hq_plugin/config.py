@@ -114,8 +114,8 @@ class Config:
         search_evaluations: Policies scored by the search; None takes the effort's.
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
         learning_rate: Adam's peak rate in meta-training and fine-tuning, the same for all weights. None takes
-            what the integration proposes, or else gives each weight 1 % of its root mean square, and less to wide
-            ones, so that small and large ones move by as many quantization steps.
+            what the integration proposes, or else gives each weight 1 % of its root mean square, and less at wide
+            policies, so that small and large ones move by as many quantization steps.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes 2e-3, or
             what the integration proposes.
         rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each

@@ -95,7 +95,6 @@ def finetune_network(
     """
     assert config.step_learning_rate is not None
     assert config.block_loss is not None
-    qat: dict[str, Any] = torch_ao.qat_layers(network)
     task = Task(
         name="fine-tuning",
         stage=stage,
@@ -103,7 +102,7 @@ def finetune_network(
         teacher=teacher,
         data=data,
         loss=loss,
-        widths={name: layer.weight_fake_quant.bits for name, layer in qat.items()},
+        width=_mean_width(network),
         blocks=blocks,
         block_loss=config.block_loss,
         steps=config.steps.finetune,
@@ -116,3 +115,12 @@ def finetune_network(
     with seeded(config.seed + 1), tracking(config):
         train(task)
     return task.history
+
+
+def _mean_width(network: nn.Module) -> float:
+    """Returns the mean width of a prepared network's weights in bits, without what their steps take."""
+    layers: list[Any] = list(torch_ao.qat_layers(network).values())
+    sizes = [layer._parameters["weight"].numel() for layer in layers]
+    return sum(n * layer.weight_fake_quant.bits for n, layer in zip(sizes, layers, strict=True)) / max(
+        sum(sizes), 1
+    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +37,8 @@ _FUSED_ADAM = ("cpu", "cuda")
 #: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
 #: weights are small, and a depthwise network, whose are large (docs/experiments.md).
 RELATIVE_RATE = 0.01
-#: Where widths are fixed, this rate is for the narrowest, and halves with every `HALVED_BY` bits above: the optimum
-#: at 4 effective bits was half of that at 2 to 2.5.
+#: Where widths are fixed, this rate is for a mean of 2 bits, and halves with every `HALVED_BY` bits above: the
+#: optimum at 4 bits was half of that at 2 to 2.5. (By the width of each layer was better at 4 bits, worse at 2.2.)
 NARROW, HALVED_BY = 2, 2
 #: The peak of what generates weights; and bounds for vectors: biases may begin at 0, and scales lie about 1.
 GENERATOR_RATE, FLOAT_RATES = 5e-4, (1e-4, 1e-3)
@@ -56,7 +56,7 @@ class Task:
         teacher: The float model, in eval mode.
         data: Batches.
         loss: Distance of the network's output to the teacher's.
-        widths: Width of each layer's weight by the layer's name, where they are fixed.
+        width: Mean width of the weights, where it is fixed.
         blocks: Names of blocks whose outputs are compared as well; none compares the network's alone.
         block_loss: Weight of what they differ by, beside `loss`.
         steps: Optimizer steps.
@@ -82,7 +82,7 @@ class Task:
     steps: int
     learning_rate: float | None
     step_learning_rate: float
-    widths: Mapping[str, int] = field(default_factory=dict)
+    width: float = 2.0
     blocks: Sequence[str] = ()
     block_loss: float = 0.0
     final_rate: float = 0.0
@@ -207,26 +207,24 @@ def _parameter_groups(task: Task) -> list[dict[str, Any]]:
     steps = [p for name, p in named if name.endswith(_STEP_PARAMETERS)]
     rest = [(name, p) for name, p in named if not name.endswith(_STEP_PARAMETERS)]
     generators = [p for name, p in rest if _GENERATOR in name]
-    own = [(name, p) for name, p in rest if _GENERATOR not in name]
+    own = [p for name, p in rest if _GENERATOR not in name]
     rate = task.learning_rate
     groups = [
         {"params": generators, "lr": GENERATOR_RATE if rate is None else rate},
         {"params": steps, "lr": task.step_learning_rate},
     ]
     if rate is None:
-        for name, p in own:
-            bits = task.widths.get(name.removesuffix(".weight"))
-            groups.append({"params": [p], "lr": _relative_rate(p, bits) * task.base_rate})
+        groups += [{"params": [p], "lr": _relative_rate(p, task.width) * task.base_rate} for p in own]
     else:
-        groups.append({"params": [p for _, p in own], "lr": rate * task.base_rate})
+        groups.append({"params": own, "lr": rate * task.base_rate})
     return [group for group in groups if group["params"]]
 
 
-def _relative_rate(parameter: Tensor, bits: int | None) -> float:
+def _relative_rate(parameter: Tensor, width: float) -> float:
     rate = RELATIVE_RATE * float(parameter.detach().float().square().mean().sqrt())
     if parameter.dim() < 2:
         return min(max(rate, FLOAT_RATES[0]), FLOAT_RATES[1])
-    return rate if bits is None else rate * 0.5 ** (max(bits - NARROW, 0) / HALVED_BY)
+    return rate * 0.5 ** (max(width - NARROW, 0) / HALVED_BY)
 
 
 def _cosine(step: int, steps: int, final: float) -> float:

@@ -114,10 +114,10 @@ def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) 
     rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
     assert rates["stem.weight"] == pytest.approx(0.5 * 1e-3)
     assert rates["head.weight"] == pytest.approx(0.5 * 5e-3)
-    job.widths = {"stem": 2, "head": 4}
-    narrow = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
-    assert narrow["stem.weight"] == rates["stem.weight"]
-    assert narrow["head.weight"] == pytest.approx(rates["head.weight"] / 2)
+    job.width = 4.0
+    wide = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
+    assert wide["head.weight"] == pytest.approx(rates["head.weight"] / 2)
+    assert wide["bn1.weight"] == rates["bn1.weight"]
     assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
 
 
