@@ -24,9 +24,9 @@ from tests.benchmarks.matrix.ddpg import Agent
 from tests.benchmarks.matrix.hawq import hawq_losses, hessian_traces, twice_differentiable
 from tests.benchmarks.matrix.measures import Classification
 from tests.benchmarks.matrix.methods import METHODS, Runner, methods_of, untrained
-from tests.benchmarks.matrix.photographs import Missing
 from tests.benchmarks.matrix.run import Plan
 from tests.benchmarks.matrix.tasks import Task, task
+from tests.benchmarks.packaged import Missing
 
 BUDGET = "4bit"
 

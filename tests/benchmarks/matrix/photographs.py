@@ -7,7 +7,6 @@ what they measure.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from tests.benchmarks.packaged import Missing, package_folder
 
 #: Package, folder in it, and its photographs; a pattern where all are.
 SOURCES = {
@@ -30,10 +31,6 @@ SIZE = 160
 TRAIN, TEST = 800, 240
 
 
-class Missing(Exception):
-    """What a task needs is not installed; the message says how to get it."""
-
-
 def paths() -> tuple[list[Path], list[Path]]:
     """Returns the photographs for training and for tests.
 
@@ -42,10 +39,7 @@ def paths() -> tuple[list[Path], list[Path]]:
     """
     found: dict[str, list[Path]] = {}
     for package, (folder, names) in SOURCES.items():
-        spec = importlib.util.find_spec(package)
-        if spec is None or not spec.submodule_search_locations:
-            raise Missing(f"photographs are missing: pip install --no-deps {INSTALL[package]}")
-        root = Path(spec.submodule_search_locations[0], folder)
+        root = package_folder(package, INSTALL[package]) / folder
         found[package] = [path for name in names for path in sorted(root.glob(name))]
     labelled = found["foolbox"]
     if len(labelled) < 2:

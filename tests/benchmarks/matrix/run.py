@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tests.benchmarks.matrix import rows
 from tests.benchmarks.matrix.methods import Runner, methods_of
-from tests.benchmarks.matrix.photographs import Missing
 from tests.benchmarks.matrix.rows import Row
 from tests.benchmarks.matrix.tasks import BUILDERS, Task, task
+from tests.benchmarks.packaged import Missing
 
 SEEDS = (0, 1, 2)
 #: Seeds of models whose rows take an hour.

