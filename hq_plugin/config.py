@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
@@ -229,24 +230,16 @@ class Config:
             self._check_number(name, least=1, optional=True)
         self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, (int, float)) or not 0 < value < float("inf")):
-                raise ConfigError(f"{name}={value!r} must be a positive number.")
-        if self.block_loss is not None and (
-            not isinstance(self.block_loss, (int, float)) or not 0 <= self.block_loss < float("inf")
-        ):
-            raise ConfigError(f"block_loss={self.block_loss!r} must be a number, 0 or more.")
+            self._check_real(name, "a positive number", lambda value: 0 < value < math.inf)
+        self._check_real("block_loss", "a number, 0 or more", lambda value: 0 <= value < math.inf)
+        self._check_real("checkpoint_seconds", "a number, 0 or more", lambda value: value >= 0)
+        self._check_real("self_written", "a share, 0 to 1", lambda value: 0 <= value <= 1)
+        self._check_real("crossover", "a probability, 0 to 1", lambda value: 0 <= value <= 1)
         for name in ("checkpoint_dir", "tracker_dir"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
         trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers)
         object.__setattr__(self, "trackers", trackers)
-        if not isinstance(self.checkpoint_seconds, (int, float)) or not self.checkpoint_seconds >= 0:
-            raise ConfigError(f"checkpoint_seconds={self.checkpoint_seconds!r} must be a number, 0 or more.")
-        if self.self_written is not None and not 0 <= self.self_written <= 1:
-            raise ConfigError(f"self_written={self.self_written!r} must be a share, 0 to 1.")
-        if not 0 <= self.crossover <= 1:
-            raise ConfigError(f"crossover={self.crossover!r} must be a probability, 0 to 1.")
 
     def _fast_widths(self, name: str) -> tuple[int, ...]:
         """Returns the given widths of weights that the target runs fast."""
@@ -271,6 +264,13 @@ class Config:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
+
+    def _check_real(self, name: str, wanted: str, holds: Callable[[float], bool]) -> None:
+        value = getattr(self, name)
+        if value is None and self.__dataclass_fields__[name].default is None:
+            return
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not holds(value):
+            raise ConfigError(f"{name}={value!r} must be {wanted}.")
 
     @property
     def steps(self) -> Steps:

@@ -54,6 +54,3 @@ def exchange(first: Path, second: Path) -> bool:
         return False
     here, flags = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
     return bool(rename(here, os.fsencode(first), here, os.fsencode(second), flags) == 0)
-
-
-__all__ = ["exchange", "locked"]

@@ -128,8 +128,8 @@ def train(task: Task) -> None:
                 schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
-    # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
     watched = BlockOutputs(task.blocks if task.block_loss else ())
+    # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
     with (
         progress(task.show) as bars,
         nullcontext(Interruption()) if keep is None else deferred() as stop,
