@@ -148,7 +148,7 @@ def toy_score(problem: Problem, seed: int = 0) -> Any:
 
 def test_agent_learns_an_additive_reward() -> None:
     """Once its noise has faded, the agent's actions are much better than random ones."""
-    agent = Agent(3, warmup=20, seed=0)
+    agent = Agent(3, layers=4, warmup=20, seed=0)
     states = [np.array([i / 4, i % 2, 1.0], dtype=np.float32) for i in range(4)]
     wanted, gains = np.array([0.0, 1.0, 0.0, 1.0]), []
     for _ in range(110):

@@ -1,8 +1,9 @@
 """A DDPG agent with one action in [0, 1], as HAQ has it (Lillicrap et al., arXiv:1509.02971).
 
-Hyper-parameters are those of HAQ's published code: two hidden layers of 300, Adam at 1e-4 (actor) and 1e-3
-(critic), batches of 64, targets moved by 1 %, truncated normal noise of 0.5 that decays by 1 % an episode after
-the warm-up, rewards less their moving average, no discount.
+Hyper-parameters are those of HAQ's published code (mit-han-lab/haq, `rl_quantize.py` and `lib/rl/ddpg.py`): two
+hidden layers of 300, Adam at 1e-4 (actor) and 1e-3 (critic), batches of 64 from the last 128 episodes, targets
+moved by 1 %, truncated normal noise of 0.5 that decays by 1 % an episode after the warm-up, rewards less a moving
+average of the batches' means, no discount.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 
 HIDDEN, BATCH, TARGET_RATE = 300, 64, 0.01
 ACTOR_RATE, CRITIC_RATE = 1e-4, 1e-3
-NOISE, NOISE_DECAY, BASELINE_DECAY = 0.5, 0.99, 0.95
-#: Transitions that are remembered.
-MEMORY = 20_000
+NOISE, NOISE_DECAY, BASELINE_RATE = 0.5, 0.99, 0.5
+#: Episodes that are remembered.
+MEMORY = 128
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,12 @@ class Agent:
 
     Args:
         features: Length of a state.
+        layers: Steps of an episode.
         warmup: Episodes of random actions, after which learning begins.
         seed: Of the weights and of what is random.
     """
 
-    def __init__(self, features: int, warmup: int, seed: int) -> None:
+    def __init__(self, features: int, layers: int, warmup: int, seed: int) -> None:
         self.rng = np.random.RandomState(seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -52,8 +54,9 @@ class Agent:
         self.target_actor, self.target_critic = copy.deepcopy(self.actor), copy.deepcopy(self.critic)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), ACTOR_RATE)
         self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), CRITIC_RATE)
-        self.memory: deque[Transition] = deque(maxlen=MEMORY)
-        self.warmup, self.episodes, self.baseline = warmup, 0, 0.0
+        self.memory: deque[Transition] = deque(maxlen=MEMORY * layers)
+        self.warmup, self.episodes = warmup, 0
+        self.baseline: float | None = None
 
     @torch.no_grad()
     def act(self, state: NDArray[np.float32]) -> float:
@@ -69,22 +72,22 @@ class Agent:
         return mean
 
     def learn(self, states: list[NDArray[np.float32]], actions: list[float], reward: float) -> None:
-        """Ends an episode: every step of it gets the reward, and as many batches are learned from."""
+        """Ends an episode: every step of it gets the reward, and after each a batch is learned from."""
         afters = [*states[1:], None]
+        self.episodes += 1
         for state, action, after in zip(states, actions, afters, strict=True):
             self.memory.append(Transition(state, action, reward, after))
-        first = self.episodes == 0
-        self.baseline = reward if first else BASELINE_DECAY * self.baseline + (1 - BASELINE_DECAY) * reward
-        self.episodes += 1
-        if self.episodes > self.warmup:
-            for _ in states:
+            if self.episodes > self.warmup:
                 self._update()
 
     def _update(self) -> None:
         chosen = [self.memory[i] for i in self.rng.randint(len(self.memory), size=BATCH)]
         state = torch.from_numpy(np.stack([t.state for t in chosen]))
         action = torch.tensor([[t.action] for t in chosen], dtype=torch.float32)
-        reward = torch.tensor([[t.reward - self.baseline] for t in chosen], dtype=torch.float32)
+        reward = torch.tensor([[t.reward] for t in chosen], dtype=torch.float32)
+        mean = reward.mean().item()
+        self.baseline = mean if self.baseline is None else self.baseline + BASELINE_RATE * (mean - self.baseline)
+        reward -= self.baseline
         goes_on = torch.tensor([[float(t.after is not None)] for t in chosen])
         after = torch.from_numpy(np.stack([t.state if t.after is None else t.after for t in chosen]))
         with torch.no_grad():

@@ -109,7 +109,7 @@ def learn(
     """
     began = time.perf_counter()
     features, order = layer_features(space), places(space)
-    agent = Agent(features.shape[1] + 1, min(WARMUP, max(1, int(WARMUP_SHARE * episodes))), seed)
+    agent = Agent(features.shape[1] + 1, len(order), min(WARMUP, max(1, int(WARMUP_SHARE * episodes))), seed)
     known: dict[bytes, float] = {}
     found = Learned(pulled_back(np.zeros_like(space.top), resources))
     for _ in range(episodes):
