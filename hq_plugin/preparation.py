@@ -64,7 +64,9 @@ def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:
     batch = data.holdout[0].to(device_of(model))
     table = find_sites(model, batch.run, batch.size, exclude=config.exclude)
     adapter = adapters.find(model)
-    return SearchSpace.build(table, config, [] if adapter is None else adapter.fused(model))
+    fused = [] if adapter is None else adapter.fused(model)
+    weights = {site.name: model.get_submodule(site.name)._parameters["weight"] for site in table}
+    return SearchSpace.build(table, config, fused, weights)  # type: ignore[arg-type]
 
 
 def device_of(model: nn.Module) -> torch.device:

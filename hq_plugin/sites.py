@@ -78,6 +78,12 @@ class Site:
         """Whether the layer has a floating-point input to quantize."""
         return self.called and self.kind not in ("embedding", "held")
 
+    def takes_groups(self, size: int) -> bool:
+        """Whether groups of so many inputs can have steps of their own: in linear layers, embeddings and held
+        parameters whose inputs the size divides.
+        """
+        return self.kind in ("linear", "embedding", "held") and self.weight_shape[-1] % size == 0
+
 
 @dataclass(frozen=True)
 class FloatLayer:

@@ -7,14 +7,16 @@ into its activation widths, both in ascending order. What a choice costs is `cos
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, PolicyError
+from hq_plugin.grouping import worthwhile_group_size
 from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, HybridPolicy, LayerBits
 from hq_plugin.sites import Site, SiteTable
 
@@ -37,13 +39,9 @@ class Group:
         return self.dynamic and site.kind == "linear" and site.quantizes_input
 
     def group_size(self, site: Site) -> int:
-        """Returns how many inputs of a site share a step: 0 where whole channels do.
-
-        Linear layers, embeddings and held parameters have groups, where the group size divides their inputs.
-        """
+        """Returns how many inputs of a site share a step: 0 where whole channels do."""
         size = self.wanted_group_size
-        fits = size and site.kind in ("linear", "embedding", "held") and site.weight_shape[-1] % size == 0
-        return size if fits else 0
+        return size if size and site.takes_groups(size) else 0
 
     def bits(self, site: Site, weight: int, activation: int) -> LayerBits:
         """Returns a site's widths for two indices. A site without a float input keeps it."""
@@ -60,13 +58,20 @@ class SearchSpace:
     groups: tuple[Group, ...]
 
     @classmethod
-    def build(cls, table: SiteTable, config: Config, fused: Sequence[Sequence[str]] = ()) -> SearchSpace:
+    def build(
+        cls,
+        table: SiteTable,
+        config: Config,
+        fused: Sequence[Sequence[str]] = (),
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> SearchSpace:
         """Builds the space that `config` describes.
 
         Args:
             table: The model's sites.
             config: Gives widths (activations of None are 8 bits), pinned sites and groups.
             fused: Names of sites that share their widths as well; those that are no sites are passed over.
+            weights: Float weights by name of the site, from which `group_size="auto"` chooses.
 
         Raises:
             ConfigError: A pattern matches no site, a site is in two groups, or a pinned width is not
@@ -78,17 +83,20 @@ class SearchSpace:
         groups = []
         pinned_used = set()
         for name, sites in table.groups.items():
-            weights, activations = config.weight_bits, activation_bits
+            widths, activations = config.weight_bits, activation_bits
             if isinstance(config.embedding_bits, tuple) and all(site.kind == "embedding" for site in sites):
-                weights = config.embedding_bits
+                widths = config.embedding_bits
             for pattern, width in (config.pinned or {}).items():
                 if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
                     pinned_used.add(pattern)
-                    weights, activations = _pin(pattern, width, activations)
+                    widths, activations = _pin(pattern, width, activations)
             if not any(site.quantizes_input for site in sites):
                 activations = (FLOAT_BITS,)
             dynamic = config.activation_scheme == "dynamic"
-            groups.append(Group(name, tuple(sites), weights, activations, config.group_size or 0, dynamic))
+            size = config.group_size or 0
+            if isinstance(size, str):
+                size = worthwhile_group_size(sites, weights or {})
+            groups.append(Group(name, tuple(sites), widths, activations, size, dynamic))
         for pattern in set(config.pinned or {}) - pinned_used:
             raise ConfigError(f"pinned pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
         return cls(table, tuple(groups))

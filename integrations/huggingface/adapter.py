@@ -113,6 +113,8 @@ class HuggingFaceAdapter:
             else:
                 if config.weight_bits == Config().weight_bits:  # who names widths gets no others
                     proposed["embedding_bits"] = (1, *config.weight_bits)
+                if config.target == "storage":  # the others' fastest kernels have one step a channel
+                    proposed["group_size"] = "auto"
                 proposed |= {
                     "embedding_parts": 16,
                     "rounding": "second_order",

@@ -61,11 +61,15 @@ def test_round_trip_and_the_same_bytes_again(kind: str, tmp_path: Path) -> None:
 def test_an_encoder_with_a_large_vocabulary(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = BertModel(BertConfig(**{**BERT, "vocab_size": 5000})).eval()
+    uneven = "encoder.layer.0.output.dense"
+    with torch.no_grad():
+        model.get_submodule(uneven).weight[:, 3] *= 30  # type: ignore[operator]
     packed = hq.quantize(model, "4.6bit", TEXTS, config=SMOKE, processor=tokenizer())
     tables = {name: bits for name, bits in packed.hq.policy.items() if "word_embeddings" in name}
     assert set(tables) == {f"embeddings.word_embeddings.parts.{n}" for n in range(16)}
     inputs_ = {bits.dynamic for name, bits in packed.hq.policy.items() if "embeddings" not in name}
     assert inputs_ == {True}
+    assert [name for name, bits in packed.hq.policy.items() if bits.group_size] == [uneven]
     assert packed.get_input_embeddings().weight.shape == (5000, 64)
     packed.save_pretrained(tmp_path / "packed")
     assert "a step for each token" in (tmp_path / "packed" / "README.md").read_text()
