@@ -73,6 +73,7 @@ def write_directory(
         for name in (TENSOR_FILE, JSON_FILE):
             with open(staging / name, "rb") as file:
                 os.fsync(file.fileno())
+            (staging / name).chmod(0o644)  # safetensors 0.8 lets only the owner read
         staging.chmod(0o755)
         with locked(target.parent):
             _check_target(target, kind, overwrite)  # again: another process may have been faster

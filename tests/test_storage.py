@@ -245,6 +245,12 @@ def test_the_checksum_of_json() -> None:
     assert sealed({**content, "b": [1, 2.5, 0]})["checksum"] != whole["checksum"]
 
 
+def test_everybody_may_read_what_is_saved(tmp_path: Path) -> None:
+    save(tmp_path / "saved", 1)
+    assert {oct(path.stat().st_mode & 0o777) for path in (tmp_path / "saved").iterdir()} == {"0o644"}
+    assert (tmp_path / "saved").stat().st_mode & 0o777 == 0o755
+
+
 def test_bytes_are_written_whole(tmp_path: Path) -> None:
     write_bytes(tmp_path / "file", b"old")
     assert oct((tmp_path / "file").stat().st_mode & 0o777) == "0o644"
