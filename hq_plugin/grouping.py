@@ -2,7 +2,8 @@
 
 A step for a whole channel must span the largest of its weights. Where a few inputs have much larger weights than
 the others, as in the second layer of many transformers' feed-forward blocks, all others pay for them, and groups of
-inputs with steps of their own are worth a bit and more; elsewhere they gain nothing.
+inputs with steps of their own are worth half a bit and more. Elsewhere they gain little at 4 bits and lose at 2
+(docs/experiments.md).
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ def worthwhile_group_size(sites: Sequence[Site], weights: Mapping[str, Tensor]) 
     and zero points take, in bits a weight: a bit more or less divides or multiplies the error by 4.
 
     Args:
-        sites: Linear layers, embeddings or held parameters; others have whole channels.
+        sites: Linear layers or held parameters; others have whole channels. (A row of an embedding is one token's,
+            and many get one or two bits.)
         weights: Float weight of each site, by name.
 
     Returns:
         Inputs of a group, or 0 for whole channels.
     """
+    if any(site.kind == "embedding" for site in sites):
+        return 0
     sizes = [size for size in SIZES if all(site.takes_groups(size) for site in sites)]
     if not sizes:
         return 0
