@@ -91,9 +91,10 @@ class Config:
             and is much closer where tokens differ, as in transformers. Convolutions stay static. None means
             `"static"`, or what the integration proposes.
         group_size: Inputs of a channel of linear layers and embeddings that share one step and one zero
-            point (32, 64, 128); 0 gives each channel one step and no zero point; `"auto"` looks at the weights,
-            and gives groups to the layers where they are worth their bits. None means 0, or what the integration
-            proposes for a model (64 for language models, `"auto"` for other models of text).
+            point (32, 64, 128); 0 gives each channel one step and no zero point. Of several, such as
+            `(0, 64, 128)`, each layer takes at each width the one with the smallest error for its bits. None means
+            0, or what the integration proposes for a model (64 for language models, a choice for other models of
+            text).
         zero_points: Zero points of groups: `"fractional"`, or `"whole"`, as ONNX Runtime's fast kernels want
             them. None means fractional, but whole for `target="onnxruntime"`.
         pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
@@ -160,7 +161,7 @@ class Config:
     embedding_bits: tuple[int, ...] | int | None = None
     embedding_parts: int | None = None
     activation_scheme: Literal["static", "dynamic"] | None = None
-    group_size: int | Literal["auto"] | None = None
+    group_size: int | tuple[int, ...] | None = None
     zero_points: Literal["fractional", "whole"] | None = None
     pinned: Mapping[str, int | tuple[int, int]] | None = None
     groups: tuple[tuple[str, ...], ...] = ()
@@ -229,8 +230,13 @@ class Config:
             self._check_number(name, least=1)
         for name in ("holdout", "batch_size", "sequence_length", "calibration_batches", "embedding_parts"):
             self._check_number(name, least=1, optional=True)
-        if self.group_size != "auto":
-            self._check_number("group_size", least=0, optional=True, other=' or "auto"')
+        if isinstance(self.group_size, (list, tuple)):
+            sizes = tuple(self.group_size)
+            if not sizes or not all(type(size) is int and size >= 0 for size in sizes):
+                raise ConfigError(f"group_size={self.group_size!r} must be whole numbers of at least 0.")
+            object.__setattr__(self, "group_size", sizes)
+        else:
+            self._check_number("group_size", least=0, optional=True)
         for name in ("learning_rate", "step_learning_rate"):
             self._check_real(name, "a positive number", lambda value: 0 < value < math.inf)
         self._check_real("block_loss", "a number, 0 or more", lambda value: 0 <= value < math.inf)
@@ -260,12 +266,12 @@ class Config:
                 f"{name}={getattr(self, name)!r} is not possible. Choose one of {', '.join(choices)}."
             )
 
-    def _check_number(self, name: str, least: int, optional: bool = False, other: str = "") -> None:
+    def _check_number(self, name: str, least: int, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
             return
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}{other}.")
+            raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
 
     def _check_real(self, name: str, wanted: str, holds: Callable[[float], bool]) -> None:
         value = getattr(self, name)

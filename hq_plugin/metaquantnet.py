@@ -9,7 +9,8 @@ quantization function (`quantization.py`) then quantizes it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -48,37 +49,56 @@ class WeightBlock(nn.Module):
     Args:
         weight: The float weight, `[channels, ...]`; steps start where its squared error is least.
         widths: The widths that can be asked for.
-        group_size: Inputs that share a step and a zero point; 0 for one step a channel.
+        group_sizes: Inputs that share a step and a zero point, for each width or one for all; 0 for one step a
+            channel and no zero point.
         importance: `[inputs]`, the weight of each input's squared error (its second moment, say).
         whole: Whether zero points are whole numbers.
 
     Attributes:
-        log_step: `[widths, rows]`, learned; steps are learned as logarithms so that they stay
-            positive and one learning rate fits layers of any scale.
-        zero: `[widths, rows]`, learned, in units of the step; None for whole channels.
+        log_step: The rows of every width after one another, learned; steps are learned as logarithms so that they
+            stay positive and one learning rate fits layers of any scale.
+        zero: The same for the widths that have groups, learned, in units of the step; None if none has.
     """
 
     def __init__(
         self,
         weight: Tensor,
         widths: tuple[int, ...],
-        group_size: int = 0,
+        group_sizes: int | Sequence[int] = 0,
         importance: Tensor | None = None,
         whole: bool = False,
     ) -> None:
         super().__init__()
-        self.widths, self.group_size, self.whole = widths, group_size, whole
-        rows = weight_rows(weight, group_size)
-        if importance is not None:
-            importance = weight_rows(importance.expand(weight.shape[0], -1), group_size)
-        self.zero: nn.Parameter | None = None
-        if group_size:
-            found = [optimal_weight_qparams(rows, bits, importance, whole) for bits in widths]
-            self.log_step = nn.Parameter(torch.stack([step for step, _ in found]).log())
-            self.zero = nn.Parameter(torch.stack([zero for _, zero in found]))
-        else:
-            steps = torch.stack([optimal_weight_step(rows, bits, importance) for bits in widths])
-            self.log_step = nn.Parameter(steps.log())
+        sizes = (group_sizes,) * len(widths) if isinstance(group_sizes, int) else tuple(group_sizes)
+        self.widths, self.whole = widths, whole
+        self._layout(sizes, weight.shape)
+        steps, zeros = [], []
+        for bits, size in zip(widths, sizes, strict=True):
+            rows, weights = weight_rows(weight, size), importance
+            if weights is not None:
+                weights = weight_rows(weights.expand(weight.shape[0], -1), size)
+            if size:
+                step, zero = optimal_weight_qparams(rows, bits, weights, whole)
+                zeros.append(zero)
+            else:
+                step = optimal_weight_step(rows, bits, weights)
+            steps.append(step)
+        self.log_step = nn.Parameter(torch.cat(steps).log())
+        self.zero: nn.Parameter | None = nn.Parameter(torch.cat(zeros)) if zeros else None
+
+    def _layout(self, group_sizes: tuple[int, ...], shape: Sequence[int]) -> None:
+        """Lays out where the rows of each width begin, in `log_step` and in `zero`."""
+        self.group_sizes = group_sizes
+        self._steps, self._zeros, step, zero = [], [], 0, 0
+        for size in group_sizes:
+            rows = math.prod(shape) // size if size else shape[0]
+            self._steps.append(slice(step, step + rows))
+            self._zeros.append(slice(zero, zero + rows) if size else None)
+            step, zero = step + rows, zero + (rows if size else 0)
+
+    def group_size(self, bits: int) -> int:
+        """Returns how many inputs share a step and a zero point at a width; 0 for whole channels."""
+        return self.group_sizes[self.index(bits)]
 
     def index(self, bits: int) -> int:
         """Returns the row of a width; raises PolicyError for one that the block was not built for."""
@@ -88,11 +108,12 @@ class WeightBlock(nn.Module):
 
     def step(self, bits: int) -> Tensor:
         """Returns the step of every row, float32 `[rows]`, in the precision that is stored."""
-        return stored_step(self.log_step[self.index(bits)].exp())
+        return stored_step(self.log_step[self._steps[self.index(bits)]].exp())
 
     def zero_point(self, bits: int) -> Tensor | None:
         """Returns the zero point of every row, in the precision that is stored, or None for whole channels."""
-        return None if self.zero is None else stored_zero(self.zero[self.index(bits)], bits, self.whole)
+        rows = self._zeros[self.index(bits)]
+        return None if self.zero is None or rows is None else stored_zero(self.zero[rows], bits, self.whole)
 
     def weight(self, weight: Tensor, bits: int, channels: Tensor | None = None) -> Tensor:
         """Returns the float weight that is to be quantized to `bits`, in the shape of `weight`.
@@ -116,7 +137,7 @@ class WeightBlock(nn.Module):
         return generated
 
     def _generate(self, weight: Tensor, bits: int) -> Tensor:
-        rows = weight_rows(self.weight(weight, bits).float(), self.group_size)
+        rows = weight_rows(self.weight(weight, bits).float(), self.group_size(bits))
         quantized = fake_quantize_weight(rows, self.step(bits), bits, self.zero_point(bits))
         return quantized.view_as(weight).to(weight.dtype)
 
@@ -135,24 +156,26 @@ class WeightBlock(nn.Module):
         step = self.step(bits).view(count, -1)[channels].flatten()
         zero = None if zero is None else zero.view(count, -1)[channels].flatten()
         wanted = self.weight(weight, bits, channels)
-        rows = weight_rows(wanted.float(), self.group_size)
+        rows = weight_rows(wanted.float(), self.group_size(bits))
         return fake_quantize_weight(rows, step, bits, zero).view_as(wanted).to(weight.dtype)
 
     @torch.no_grad()
     def fixed(self, bits: int) -> WeightBlock:
         """Returns a table of one width with the steps and zero points that this block has for it."""
-        row = self.index(bits)
+        steps, zeros = self._steps[self.index(bits)], self._zeros[self.index(bits)]
         table = WeightBlock.__new__(WeightBlock)
         nn.Module.__init__(table)
-        table.widths, table.group_size, table.whole = (bits,), self.group_size, self.whole
-        table.log_step = nn.Parameter(self.log_step[row : row + 1].clone())
-        table.zero = None if self.zero is None else nn.Parameter(self.zero[row : row + 1].clone())
+        table.widths, table.whole, table.group_sizes = (bits,), self.whole, (self.group_size(bits),)
+        table.log_step = nn.Parameter(self.log_step[steps].clone())
+        table._steps = [slice(0, len(table.log_step))]
+        table.zero = None if self.zero is None or zeros is None else nn.Parameter(self.zero[zeros].clone())
+        table._zeros = [None if table.zero is None else slice(0, len(table.zero))]
         return table
 
     @torch.no_grad()
     def integers(self, weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns what `forward` stands for: int8 integers in the shape of `weight`, steps, zero points."""
-        rows = weight_rows(self.weight(weight, bits).float(), self.group_size)
+        rows = weight_rows(self.weight(weight, bits).float(), self.group_size(bits))
         step, zero = self.step(bits), self.zero_point(bits)
         return quantize_weight(rows, step, bits, zero).view(weight.shape), step, zero
 
@@ -173,13 +196,13 @@ class _NetworkBlock(WeightBlock):
         self,
         weight: Tensor,
         widths: tuple[int, ...],
-        group_size: int = 0,
+        group_sizes: int | Sequence[int] = 0,
         importance: Tensor | None = None,
         whole: bool = False,
         *,
         hidden: int,
     ) -> None:
-        super().__init__(weight, widths, group_size, importance, whole)
+        super().__init__(weight, widths, group_sizes, importance, whole)
         self.inner = nn.Linear(len(widths), hidden)
         self.register_buffer("scale", weight.detach().float().std(correction=0).clamp_min(1e-8))
         self.scale: Tensor
@@ -205,13 +228,13 @@ class DenseBlock(_NetworkBlock):
         self,
         weight: Tensor,
         widths: tuple[int, ...],
-        group_size: int = 0,
+        group_sizes: int | Sequence[int] = 0,
         importance: Tensor | None = None,
         whole: bool = False,
         *,
         hidden: int,
     ) -> None:
-        super().__init__(weight, widths, group_size, importance, whole, hidden=hidden)
+        super().__init__(weight, widths, group_sizes, importance, whole, hidden=hidden)
         self.outer = nn.Linear(hidden, weight.numel(), bias=False)
         nn.init.zeros_(self.outer.weight)
 
@@ -228,14 +251,14 @@ class LowRankBlock(_NetworkBlock):
         self,
         weight: Tensor,
         widths: tuple[int, ...],
-        group_size: int = 0,
+        group_sizes: int | Sequence[int] = 0,
         importance: Tensor | None = None,
         whole: bool = False,
         *,
         hidden: int,
         rank: int,
     ) -> None:
-        super().__init__(weight, widths, group_size, importance, whole, hidden=hidden)
+        super().__init__(weight, widths, group_sizes, importance, whole, hidden=hidden)
         channels, fan_in = weight.shape[0], weight[0].numel()
         rank = min(rank, channels, fan_in)
         self.gain = nn.Linear(hidden, channels, bias=False)
@@ -260,18 +283,18 @@ def build_block(
     weight: Tensor,
     widths: tuple[int, ...],
     config: Config,
-    group_size: int = 0,
+    group_sizes: int | Sequence[int] = 0,
     importance: Tensor | None = None,
 ) -> WeightBlock:
     """Builds a block of a kind for one weight."""
     weight, whole = weight.detach(), config.whole_zero_points
     block: WeightBlock
     if kind == "dense":
-        block = DenseBlock(weight, widths, group_size, importance, whole, hidden=config.hidden)
+        block = DenseBlock(weight, widths, group_sizes, importance, whole, hidden=config.hidden)
     elif kind == "low_rank":
-        block = LowRankBlock(weight, widths, group_size, importance, whole, hidden=config.hidden, rank=config.rank)
+        block = LowRankBlock(weight, widths, group_sizes, importance, whole, hidden=config.hidden, rank=config.rank)
     else:
-        block = WeightBlock(weight, widths, group_size, importance, whole)
+        block = WeightBlock(weight, widths, group_sizes, importance, whole)
     return block.to(weight.device)
 
 
@@ -346,7 +369,7 @@ class MetaQuantNet(nn.Module):
                         weights[site.name],
                         group.weight_bits,
                         config,
-                        group.group_size(site),
+                        [group.group_size(site, width) for width in range(len(group.weight_bits))],
                         importance.get(site.name),
                     )
                     self.blocks[_key(site.name)] = block

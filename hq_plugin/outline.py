@@ -63,7 +63,7 @@ def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]
                 "name": group.name,
                 "weight_bits": group.weight_bits,
                 "activation_bits": group.activation_bits,
-                "group_size": group.wanted_group_size,
+                "group_sizes": group.group_sizes,
                 "dynamic": group.dynamic,
             }
             for group in space.groups
@@ -98,7 +98,7 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
                 tuple(members[group["name"]]),
                 tuple(group["weight_bits"]),
                 tuple(group["activation_bits"]),
-                int(group["group_size"]),
+                tuple(int(size) for size in group["group_sizes"]),
                 bool(group.get("dynamic", False)),
             )
             for group in content["groups"]

@@ -163,9 +163,10 @@ def start_from_good_integers(network: nn.Module, batches: Iterable[Batch]) -> No
         quantizer = layer.weight_fake_quant
         weight, block, bits = layer._parameters["weight"], quantizer.block, quantizer.bits
         step, zero = block.step(bits), block.zero_point(bits)
-        integers = second_order_integers(weight, step, zero, bits, block.group_size, product)
-        rows = weight_rows(weight, block.group_size)
-        moved = inside(rows.float(), weight_rows(integers, block.group_size), step, zero, bits)
+        size = block.group_size(bits)
+        integers = second_order_integers(weight, step, zero, bits, size, product)
+        rows = weight_rows(weight, size)
+        moved = inside(rows.float(), weight_rows(integers, size), step, zero, bits)
         weight.copy_(moved.view_as(weight))
 
 

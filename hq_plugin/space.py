@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, PolicyError
-from hq_plugin.grouping import worthwhile_group_size
+from hq_plugin.grouping import worthwhile_group_sizes
 from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, HybridPolicy, LayerBits
 from hq_plugin.sites import Site, SiteTable
 
@@ -25,29 +25,39 @@ Genome = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Group:
-    """Sites that share their widths, and the widths among which they choose, ascending."""
+    """Sites that share their widths, and the widths among which they choose, ascending.
+
+    Attributes:
+        name: The group's name.
+        sites: Its sites.
+        weight_bits: Widths of weights.
+        activation_bits: Widths of inputs.
+        group_sizes: For each width of weights, how many inputs share a step where the site allows it; 0 for whole
+            channels. None at all is 0 for every width.
+        dynamic: Whether steps of inputs are computed when a layer runs.
+    """
 
     name: str
     sites: tuple[Site, ...]
     weight_bits: tuple[int, ...]
     activation_bits: tuple[int, ...]
-    wanted_group_size: int = 0
+    group_sizes: tuple[int, ...] = ()
     dynamic: bool = False
 
     def is_dynamic(self, site: Site) -> bool:
         """Whether steps of a site's input, where it is quantized, are computed for each row: in linear layers."""
         return self.dynamic and site.kind == "linear" and site.quantizes_input
 
-    def group_size(self, site: Site) -> int:
-        """Returns how many inputs of a site share a step: 0 where whole channels do."""
-        size = self.wanted_group_size
+    def group_size(self, site: Site, weight: int) -> int:
+        """Returns how many inputs of a site share a step, for an index of a width: 0 where whole channels do."""
+        size = self.group_sizes[weight] if self.group_sizes else 0
         return size if size and site.takes_groups(size) else 0
 
     def bits(self, site: Site, weight: int, activation: int) -> LayerBits:
         """Returns a site's widths for two indices. A site without a float input keeps it."""
         activation_bits = self.activation_bits[activation] if site.quantizes_input else FLOAT_BITS
         dynamic = self.is_dynamic(site) and activation_bits != FLOAT_BITS
-        return LayerBits(self.weight_bits[weight], activation_bits, self.group_size(site), dynamic)
+        return LayerBits(self.weight_bits[weight], activation_bits, self.group_size(site, weight), dynamic)
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ class SearchSpace:
             table: The model's sites.
             config: Gives widths (activations of None are 8 bits), pinned sites and groups.
             fused: Names of sites that share their widths as well; those that are no sites are passed over.
-            weights: Float weights by name of the site, from which `group_size="auto"` chooses.
+            weights: Float weights by name of the site, from which a choice of group sizes is made.
 
         Raises:
             ConfigError: A pattern matches no site, a site is in two groups, or a pinned width is not
@@ -93,10 +103,12 @@ class SearchSpace:
             if not any(site.quantizes_input for site in sites):
                 activations = (FLOAT_BITS,)
             dynamic = config.activation_scheme == "dynamic"
-            size = config.group_size or 0
-            if isinstance(size, str):
-                size = worthwhile_group_size(sites, weights or {})
-            groups.append(Group(name, tuple(sites), widths, activations, size, dynamic))
+            sizes = config.group_size or 0
+            if isinstance(sizes, int):
+                sizes = (sizes,) * len(widths)
+            else:
+                sizes = worthwhile_group_sizes(sites, weights or {}, widths, sizes)
+            groups.append(Group(name, tuple(sites), widths, activations, sizes, dynamic))
         for pattern in set(config.pinned or {}) - pinned_used:
             raise ConfigError(f"pinned pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
         return cls(table, tuple(groups))
@@ -143,11 +155,6 @@ class SearchSpace:
             weights = {policy[site.name].weight for site in group.sites}
             activations = {policy[s.name].activation for s in group.sites if s.quantizes_input}
             for site in group.sites:
-                if policy[site.name].group_size != group.group_size(site):
-                    raise PolicyError(
-                        f"The policy gives {site.name!r} a group size of {policy[site.name].group_size}; this "
-                        f"search space has {group.group_size(site)}."
-                    )
                 dynamic = group.is_dynamic(site) and policy[site.name].activation != FLOAT_BITS
                 if policy[site.name].dynamic != dynamic:
                     raise PolicyError(
@@ -168,6 +175,13 @@ class SearchSpace:
                         f"has {possible}. Meta-train with {kind}_bits that include it."
                     )
                 genome[row, column] = possible.index(width)
+            for site in group.sites:
+                size = group.group_size(site, int(genome[row, 0]))
+                if policy[site.name].group_size != size:
+                    raise PolicyError(
+                        f"The policy gives {site.name!r} a group size of {policy[site.name].group_size}; this "
+                        f"search space has {size} at {policy[site.name].weight} bits."
+                    )
         return genome
 
     def nearest_uniform(self, weight_bits: int, activation_bits: int) -> Genome:

@@ -169,7 +169,7 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
     @property
     def group_size(self) -> int:
         """Inputs that share a step and a zero point; 0 for whole channels."""
-        return self._group_size if self.block is None else self.block.group_size
+        return self._group_size if self.block is None else self.block.group_size(self.bits)
 
     def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
         """Returns the step of every row and its zero point, rounded to a whole number."""

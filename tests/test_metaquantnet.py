@@ -59,7 +59,7 @@ def test_the_paper_s_block_has_its_last_bias_in_the_layer() -> None:
     block = build_block("dense", torch.randn(6, 4), WIDTHS, Config(hidden=5))
     shapes = {name: tuple(p.shape) for name, p in block.named_parameters()}
     assert shapes == {
-        "log_step": (4, 6),
+        "log_step": (4 * 6,),
         "inner.weight": (5, 4),
         "inner.bias": (5,),
         "outer.weight": (24, 5),
@@ -101,7 +101,7 @@ def test_a_large_weight_that_is_generated_again_has_the_same_gradients(
 ) -> None:
     torch.manual_seed(0)
     weight = nn.Parameter(torch.randn(8, 64))
-    block = build_block(kind, weight, (2, 4), Config(hidden=4), group_size=32)
+    block = build_block(kind, weight, (2, 4), Config(hidden=4), group_sizes=(0, 32))
     nn.init.normal_(block.log_step, -2, 0.1)
     found = []
     for least in (1, 1 << 30):

@@ -114,7 +114,7 @@ class HuggingFaceAdapter:
                 if config.weight_bits == Config().weight_bits:  # who names widths gets no others
                     proposed["embedding_bits"] = (1, *config.weight_bits)
                 if config.target == "storage":  # the others' fastest kernels have one step a channel
-                    proposed["group_size"] = "auto"
+                    proposed["group_size"] = (0, 32, 64, 128)
                 proposed |= {
                     "embedding_parts": 16,
                     "rounding": "second_order",
