@@ -114,10 +114,9 @@ def main() -> None:
     config = Config(
         effort=options.effort,
         seed=options.seed,
-        group_size=GROUP,
         exclude=("model.embed_tokens", "lm_head"),
         processor=tokenizer,
-        **given,
+        **{"group_size": GROUP, **given},
     )
 
     def report(method: str, budget: str, packed: nn.Module, seconds: float) -> None:
