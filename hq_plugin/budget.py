@@ -66,6 +66,9 @@ class Budget:
         Several limits may be joined by `+` or a comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
         of 1000, KiB, MiB and GiB of 1024. Case and spaces do not matter.
 
+        Args:
+            budget: The text; a `Budget` is returned as it is.
+
         Raises:
             BudgetError: The text has none of these forms, or a limit is not positive.
         """

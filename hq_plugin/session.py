@@ -204,6 +204,9 @@ class Session:
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
+        Args:
+            budget: As for `hq_plugin.quantize`.
+
         Raises:
             BudgetError: The budget cannot be read or met.
         """
@@ -250,6 +253,12 @@ class Session:
         Both keep the budget. Of several uniform policies, none of which exceeds another in both widths,
         the one with the widest weights is returned.
 
+        Args:
+            budget: As for `hq_plugin.quantize`.
+
+        Returns:
+            Policies by `"uniform"` and `"dynamic_programming"`; no uniform one where none fits.
+
         Raises:
             BudgetError: The budget cannot be read or met.
         """
@@ -278,7 +287,14 @@ class Session:
             return additive_sensitivities(self.space, score, self.config.progress, weights)
 
     def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
-        """Searches several budgets on the one MetaQuantNet, and returns what was found for each."""
+        """Searches several budgets on the one MetaQuantNet, and returns what was found for each.
+
+        Args:
+            budgets: Each as for `hq_plugin.quantize`.
+
+        Raises:
+            BudgetError: A budget cannot be read or met.
+        """
         return [self.search(budget) for budget in budgets]
 
     def quantize(self, budget: str | Budget, *, eval_fn: EvalFunction | None = None) -> nn.Module:
@@ -290,6 +306,9 @@ class Session:
 
         Returns:
             The packed model, with `.hq` (a `Result`).
+
+        Raises:
+            BudgetError: The budget cannot be read or met.
         """
         budget = Budget.parse(budget)
         with tracking(self.config):
@@ -410,6 +429,13 @@ class Session:
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
+
+        Args:
+            directory: A new directory, or an empty one.
+            overwrite: Whether a session that was saved there before may be replaced.
+
+        Returns:
+            The directory.
 
         Raises:
             ArtifactPathError: The directory holds something else, or cannot be written.

@@ -144,6 +144,9 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     They come from its `pretrained_cfg`; the input channels and, where the model knows it, the image size
     are those with which it was really built.
 
+    Args:
+        model: A timm model, float or quantized.
+
     Raises:
         ModelError: The model is not timm's.
     """
@@ -159,12 +162,26 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def transform(model: nn.Module, *, training: bool = False) -> Any:
-    """Returns the image transform (PIL image to tensor) with which the model was trained or evaluated."""
+    """Returns the image transform (PIL image to tensor) with which the model was trained or evaluated.
+
+    Args:
+        model: A timm model, float or quantized.
+        training: Whether to return the one of training, with its augmentation.
+
+    Raises:
+        ModelError: The model is not timm's.
+    """
     return timm.data.create_transform(**data_config(model), is_training=training)
 
 
 def load(directory: str | Path) -> nn.Module:
     """Loads a saved timm model from its name alone; importing timm is all that it needs.
+
+    Args:
+        directory: What `hq_plugin.save` wrote.
+
+    Returns:
+        The packed model, in eval mode.
 
     Raises:
         ArtifactError: The directory holds no saved timm model, or a damaged one.
