@@ -126,10 +126,10 @@ def format_bytes(count: float) -> str:
     return f"{format_count(count)}B"
 
 
-def format_count(count: float) -> str:
+def format_count(count: float, digits: int = 3) -> str:
     """Writes a count with an SI prefix: `1.23 M`."""
     for prefix in ("", "k", "M", "G"):
         if abs(count) < 999.5:
-            return f"{count:.3g} {prefix}" if prefix or count % 1 else f"{count:.0f} "
+            return f"{count:.{digits}g} {prefix}" if prefix or count % 1 else f"{count:.0f} "
         count /= 1000
     return f"{count:.4g} T"

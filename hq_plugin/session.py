@@ -58,10 +58,9 @@ EvalFunction = Callable[[nn.Module], float]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
-QUICK = 4
-#: Training samples on which BatchNorm statistics are re-estimated before fine-tuning, which keeps them.
-RECALIBRATION = 512
+#: BatchNorm statistics are re-estimated on this many times the samples of a candidate before fine-tuning, which
+#: keeps them.
+RECALIBRATION_FACTOR = 16
 #: Activation widths of the search where a budget limits BitOps and the user named none.
 BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -186,7 +185,7 @@ class Session:
                 self.data,
                 self.loss,
                 self.config.steps.holdout,
-                self.config.recalibration,
+                self.config.steps.recalibration,
                 self.config.seed,
             )
         return self._scorer
@@ -224,6 +223,7 @@ class Session:
         self.scored += found.evaluations
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
+        seconds = time.perf_counter() - began
         return Found(
             policy=ranked[chosen].policy,
             chosen=chosen,
@@ -232,9 +232,10 @@ class Session:
             baselines=ranked,
             history=scored_history(self.costs, found.evaluations),
             seconds={
-                "search": time.perf_counter() - began,
+                "search": seconds,
                 "search_scoring": found.scoring_seconds,
                 "search_overhead": found.seconds - found.scoring_seconds,
+                "search_reranking": seconds - found.seconds,
             },
             memory={"search": peak_memory()},
             front=predicted_front(self.costs, self.sensitivities, resources[0].cost),
@@ -278,13 +279,14 @@ class Session:
             moments: Moments of the sites, from which the weights' part is estimated; none measures it.
         """
         weights = fisher_losses(self.network, self.space, moments) if moments else None
-        samples = self.scorer.samples // QUICK
+        samples = self.scorer.quick
 
         def score(policies: Sequence[HybridPolicy]) -> list[float]:
             return distances(self.scorer, self.network, policies, samples, "sensitivities", self.checkpoint)
 
         with evaluating(self.network):
-            return additive_sensitivities(self.space, score, self.config.progress, weights)
+            narrowest = self.config.effort == "smoke"
+            return additive_sensitivities(self.space, score, self.config.progress, weights, narrowest=narrowest)
 
     def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
         """Searches several budgets on the one MetaQuantNet, and returns what was found for each.
@@ -424,7 +426,7 @@ class Session:
             network = generated_network(self.network, policy)
         if config.rounding == "second_order":
             start_from_good_integers(network, calibration_batches(self.teacher, self.data, config))
-        self.scorer.recalibrate(network, RECALIBRATION)
+        self.scorer.recalibrate(network, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:

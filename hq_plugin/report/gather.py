@@ -33,7 +33,8 @@ STAGES = {
     "meta_training": "meta-training",
     "search": "search",
     "search_scoring": "search: scoring policies",
-    "search_overhead": "search: everything else",
+    "search_overhead": "search: choosing what to score",
+    "search_reranking": "search: the best on more data",
     "finetune": "fine-tuning",
     "convert": "conversion",
 }
