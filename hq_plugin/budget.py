@@ -19,6 +19,17 @@ _JOULES = {"nj": 1e-3, "uj": 1.0, "mj": 1e3}
 _FORMS = '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps", "8ms", "50uJ"'
 
 
+#: What people call each limit.
+LIMITS = {
+    "weight_bits": "effective bits",
+    "size": "size",
+    "size_fraction": "size",
+    "bitops": "BitOps",
+    "energy_uj": "energy",
+    "latency_ms": "latency",
+}
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits that a policy must keep, all at once. Every field is optional, one is needed.
