@@ -36,6 +36,18 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[st
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_its_header_makes_larger_than_the_budget_is_noticed(tmp_path: Path) -> None:
+    options = ["--data", DATA, "--effort", "smoke", "-o", "meta_steps=0", "-o", "finetune_steps=0"]
+    result = call("quantize", MODEL, "3bit", *options, "--out", tmp_path / "tight", "--json")
+    size = json.loads(result.stdout)["costs"]["size"]
+    assert "warning" not in result.stderr, "there was no budget of bytes"
+    result = call("quantize", MODEL, f"{size + 8}B", *options, "--out", tmp_path / "small")
+    assert result.exit_code == 0, result.output
+    written = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert f"saved to {tmp_path / 'small'}: {written:,} bytes" in result.stdout
+    assert ("give " in result.stderr) == (size + 8 - (written - size) >= 1000)
+
+
 def test_any_field_of_the_configuration_is_an_option(tmp_path: Path) -> None:
     options = ["-o", 'pinned={"stem": [8, 8]}', "-o", "meta_steps=0", "-o", "finetune_steps=0", "--effort", "smoke"]
     result = call("quantize", MODEL, "4bit", "--data", DATA, "--out", tmp_path / "small", *options, "--json")
