@@ -41,12 +41,15 @@ def profile(
 ) -> None:
     """Measure the layers' times on this machine, for budgets in ms.
 
-    Each layer is timed at each width, once; the file is for --profile of hq-plugin quantize.
+    Each layer is timed at each width, once; the file is for --profile of hq-plugin quantize, with the same
+    --target, and of hq-plugin explore. A model of module:function needs --data; weights may be random.
 
     \b
     Examples:
       hq-plugin profile resnet18 --target onnxruntime --out laptop.json
-      hq-plugin quantize resnet18 8ms --pretrained --profile laptop.json --target onnxruntime --data photos --out o
+      hq-plugin profile my_project:model --data my_project:batches --batch 8 --out laptop.json
+      hq-plugin quantize resnet18 8ms --pretrained --data photographs/ --out small \\
+        --target onnxruntime --profile laptop.json
     """
     import hq_plugin
 

@@ -98,7 +98,7 @@ def quantize(
         options |= {} if source.processor is None else {"processor": source.processor}
         packed = _quantize(source.model, budget, load_data(data, source), session, policy, options)
         save_model(packed, source.processor, out, overwrite)
-        _warn_if_larger(out, packed.hq)
+        warn_if_larger(out, packed.hq)
         if as_json:
             say_json({**packed.hq.to_json(), "history": None})
         else:
@@ -110,7 +110,7 @@ def _file_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
-def _warn_if_larger(directory: Path, result: Any) -> None:
+def warn_if_larger(directory: Path, result: Any) -> None:
     """Warns where a budget of bytes is kept, which counts tensors, and the file with its header is larger."""
     if "size" not in result.used:
         return

@@ -7,6 +7,7 @@ arguments that timm forgets are found again is in `architecture.py`.
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
         ModelError: timm has no such model, or not with these arguments.
     """
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
+        close = timm.list_models(f"*{name}*")[:5] or get_close_matches(name, timm.list_models(), 5)
+        close = ", ".join(close) or "see timm.list_models()"
         raise ModelError(f"timm {timm.__version__} has no model {name!r}. Close to it: {close}.")
     try:
         model = timm.create_model(name, **arguments)
