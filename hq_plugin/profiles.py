@@ -107,7 +107,7 @@ class Profile:
         except KeyError:
             raise ConfigError(
                 f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "
-                "widths: hq-plugin profile."
+                "widths: hq-plugin profile, with the same target, weight_bits and activation_bits."
             ) from None
 
     def save(self, path: str | Path) -> Path:

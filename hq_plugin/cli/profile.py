@@ -31,7 +31,9 @@ def profile(
     out: Annotated[Path, typer.Option(help="The file, JSON.")],
     data: Data = None,
     model_arg: ModelArgs = None,
-    target: Annotated[Target, typer.Option(help="What to measure.")] = Target.torch,
+    target: Annotated[
+        Target, typer.Option(help="What to measure, as for hq-plugin quantize; storage: every width, in PyTorch.")
+    ] = Target.storage,
     batch: Annotated[int, typer.Option(help="Samples of a forward.", min=1)] = 1,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
