@@ -19,6 +19,17 @@ _JOULES = {"nj": 1e-3, "uj": 1.0, "mj": 1e3}
 _FORMS = '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps", "8ms", "50uJ"'
 
 
+#: What people call each limit.
+LIMITS = {
+    "weight_bits": "effective bits",
+    "size": "size",
+    "size_fraction": "size",
+    "bitops": "BitOps",
+    "energy_uj": "energy",
+    "latency_ms": "latency",
+}
+
+
 @dataclass(frozen=True)
 class Budget:
     """Limits that a policy must keep, all at once. Every field is optional, one is needed.
@@ -65,6 +76,9 @@ class Budget:
 
         Several limits may be joined by `+` or a comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
         of 1000, KiB, MiB and GiB of 1024. Case and spaces do not matter.
+
+        Args:
+            budget: The text; a `Budget` is returned as it is.
 
         Raises:
             BudgetError: The text has none of these forms, or a limit is not positive.
@@ -123,10 +137,10 @@ def format_bytes(count: float) -> str:
     return f"{format_count(count)}B"
 
 
-def format_count(count: float) -> str:
+def format_count(count: float, digits: int = 3) -> str:
     """Writes a count with an SI prefix: `1.23 M`."""
     for prefix in ("", "k", "M", "G"):
         if abs(count) < 999.5:
-            return f"{count:.3g} {prefix}" if prefix or count % 1 else f"{count:.0f} "
+            return f"{count:.{digits}g} {prefix}" if prefix or count % 1 else f"{count:.0f} "
         count /= 1000
     return f"{count:.4g} T"

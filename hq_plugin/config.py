@@ -28,16 +28,20 @@ class Steps:
         evaluations: Policies that the search scores.
         finetune: Optimizer steps of fine-tuning.
         holdout: Most samples on which candidates are scored; leaders are re-ranked on four times as many.
+        recalibration: Training samples on which BatchNorm statistics are re-estimated for a candidate.
+        batch: Samples a batch where `data` is a Dataset.
     """
 
     meta: int
     evaluations: int
     finetune: int
     holdout: int
+    recalibration: int = 32
+    batch: int = 64
 
 
 EFFORTS: dict[str, Steps] = {
-    "smoke": Steps(meta=6, evaluations=12, finetune=4, holdout=64),
+    "smoke": Steps(meta=6, evaluations=12, finetune=4, holdout=16, recalibration=8, batch=8),
     "fast": Steps(meta=100, evaluations=150, finetune=400, holdout=256),
     "balanced": Steps(meta=500, evaluations=400, finetune=2000, holdout=512),
     "best": Steps(meta=2000, evaluations=1200, finetune=8000, holdout=1024),
@@ -61,7 +65,6 @@ DEFAULTS: dict[str, Any] = {
     "train_float": True,
     "block_loss": 0.3,
     "step_learning_rate": 2e-3,
-    "batch_size": 64,
     "calibration_batches": 4,
     "self_written": 0.0,
 }
@@ -72,8 +75,8 @@ class Config:
     """Options of `hq_plugin.quantize` and `hq_plugin.meta_train`. Any field may be given as a keyword.
 
     Attributes:
-        effort: `"smoke"` (a handful of steps, for tests), `"fast"`, `"balanced"` or `"best"`; sets the
-            step counts below that are None.
+        effort: `"smoke"` (a handful of steps and samples, sensitivities of the narrowest width alone: to see
+            that it runs), `"fast"`, `"balanced"` or `"best"`; sets the step counts below that are None.
         seed: Seeds sampling of policies, data order, the search and the MetaQuantNet's initialisation.
         target: What the model is for: `"storage"`, `"torch"` or `"onnxruntime"`; of `weight_bits` only the
             widths remain that it runs fast, and zero points become what its kernels take.
@@ -131,9 +134,10 @@ class Config:
         population: Policies that survive a generation of the search.
         crossover: Probability that an offspring is recombined with a second parent.
         batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own. None
-            takes 64, or what the integration proposes.
+            takes 64 (8 for `effort="smoke"`), or what the integration proposes.
         holdout: Most samples kept out of training to score policies; None takes the effort's.
-        recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate.
+        recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate, and 16
+            times as many before fine-tuning; None takes the effort's.
         calibration_batches: Batches from which activation ranges and moments are taken; None takes 4, or what
             the integration proposes.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
@@ -185,7 +189,7 @@ class Config:
     crossover: float = 0.6
     batch_size: int | None = None
     holdout: int | None = None
-    recalibration: int = 32
+    recalibration: int | None = None
     calibration_batches: int | None = None
     sequence_length: int | None = None
     self_written: float | None = None
@@ -226,9 +230,16 @@ class Config:
             object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
             self._check_number(name, least=0, optional=True)
-        for name in ("hidden", "rank", "population", "recalibration"):
+        for name in ("hidden", "rank", "population"):
             self._check_number(name, least=1)
-        for name in ("holdout", "batch_size", "sequence_length", "calibration_batches", "embedding_parts"):
+        for name in (
+            "holdout",
+            "recalibration",
+            "batch_size",
+            "sequence_length",
+            "calibration_batches",
+            "embedding_parts",
+        ):
             self._check_number(name, least=1, optional=True)
         if isinstance(self.group_size, (list, tuple)):
             sizes = tuple(self.group_size)
@@ -289,6 +300,7 @@ class Config:
             "evaluations": self.search_evaluations,
             "finetune": self.finetune_steps,
             "holdout": self.holdout,
+            "recalibration": self.recalibration,
         }
         return replace(preset, **{name: value for name, value in given.items() if value is not None})
 
@@ -303,7 +315,7 @@ class Config:
         Args:
             proposed: Values that an integration proposes for a model; they come before the general ones.
         """
-        values = {**DEFAULTS, **(proposed or {})}
+        values = {**DEFAULTS, "batch_size": EFFORTS[self.effort].batch, **(proposed or {})}
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def with_options(self, options: Mapping[str, Any]) -> Config:

@@ -70,6 +70,9 @@ class HybridPolicy(Mapping[str, LayerBits]):
     """An immutable hybrid quantization vector: site name to `LayerBits`, in the model's order.
 
     Section 3.1 of arXiv:2004.11506 calls this the hybrid quantization vector.
+
+    Args:
+        bits: Site name to widths.
     """
 
     def __init__(self, bits: Mapping[str, LayerBits]) -> None:
@@ -99,7 +102,10 @@ class HybridPolicy(Mapping[str, LayerBits]):
 
     @classmethod
     def from_json(cls, text: str | Mapping[str, Any]) -> HybridPolicy:
-        """Reads a policy from a JSON string or its decoded form.
+        """Reads a policy from JSON.
+
+        Args:
+            text: A JSON string, or what it decodes to.
 
         Raises:
             PolicyError: The JSON is not an object of `[weight bits, activation bits(, group size(, dynamic))]`.

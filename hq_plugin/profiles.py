@@ -107,11 +107,18 @@ class Profile:
         except KeyError:
             raise ConfigError(
                 f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "
-                "widths: hq-plugin profile."
+                "widths: hq-plugin profile, with the same target, weight_bits and activation_bits."
             ) from None
 
     def save(self, path: str | Path) -> Path:
-        """Writes the profile as JSON; the file appears whole or not at all."""
+        """Writes the profile as JSON; the file appears whole or not at all.
+
+        Args:
+            path: The file; an old one is replaced.
+
+        Returns:
+            The file.
+        """
         target = Path(path).expanduser()
         target.parent.mkdir(parents=True, exist_ok=True)
         content = sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
@@ -121,6 +128,9 @@ class Profile:
     @classmethod
     def load(cls, path: str | Path) -> Profile:
         """Reads what `save` wrote.
+
+        Args:
+            path: The file.
 
         Raises:
             ArtifactError: The file is missing, damaged, or of a newer version.

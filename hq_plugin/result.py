@@ -63,6 +63,17 @@ class LayerReport:
 
     Where its input is quantized, it is `(integer - activation_zero_point) * activation_step`, the integers being
     0 to `2 ** activation_bits - 1`.
+
+    Attributes:
+        name: Its name in the model.
+        kind: `"linear"`, `"conv1d"`, `"conv2d"`, `"embedding"`, or `"held"` for a parameter of a module.
+        shape: Of the weight.
+        weight_bits: Bits of each weight.
+        activation_bits: Bits of each element of the input; 16 is float.
+        size: Bytes of the packed weight, steps and zero points counted.
+        bitops: Multiply-accumulates × weight bits × activation bits of one sample.
+        activation_step: Step of the input; None where it is float, or has a step for each row.
+        activation_zero_point: Zero point of the input, or None.
     """
 
     name: str

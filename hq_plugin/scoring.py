@@ -27,6 +27,9 @@ from hq_plugin.recalibration import Recalibration
 from hq_plugin.seeding import seeded
 from hq_plugin.sites import foldable
 
+#: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
+QUICK = 4
+
 
 class Scorer:
     """Measures how close a network is to its teacher on the same held-out samples for every policy.
@@ -35,7 +38,7 @@ class Scorer:
         teacher: The float model, in eval mode.
         data: Training data (for BatchNorm) and held-out data.
         loss: The distance.
-        samples: Held-out samples that score a candidate of the search.
+        samples: Held-out samples that score a candidate of the search; `quick`, a part of them, a sensitivity.
         recalibration: Samples on which BatchNorm statistics are re-estimated for each policy.
         seed: Of what is random in reading the data.
     """
@@ -45,8 +48,8 @@ class Scorer:
     ) -> None:
         self.teacher, self.loss = teacher, loss
         self.device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+        self.samples, self.quick = samples, max(samples // QUICK, 1)
         self.batches = [batch.to(self.device) for batch in data.holdout]
-        self.samples = samples
         self.recalibration = recalibration
         # Outputs of the float model for the samples of a candidate; the others' are too many to keep.
         self._targets: dict[int, Any] = {}

@@ -68,7 +68,12 @@ class SearchResult:
 
 
 def additive_sensitivities(
-    space: SearchSpace, score: Score, show: bool | None = None, weights: NDArray[np.float64] | None = None
+    space: SearchSpace,
+    score: Score,
+    show: bool | None = None,
+    weights: NDArray[np.float64] | None = None,
+    *,
+    narrowest: bool = False,
 ) -> Table:
     """Measures what each width of each group costs alone, with every other at its widest.
 
@@ -77,6 +82,8 @@ def additive_sensitivities(
         score: Scores policies; lower is better.
         show: Whether to show a progress bar.
         weights: `[groups, weight widths]`, what weight widths cost where that is known; None measures it.
+        narrowest: Whether only the narrowest width is measured, and each further bit is taken to quarter the rise,
+            as it quarters the square of a rounding error. That is rough, and costs little.
 
     Returns:
         `[groups, weight widths, activation widths]`: the rise of the score over that of the widest
@@ -98,9 +105,10 @@ def additive_sensitivities(
             "(does its own output hold NaN?) and the loss function."
         )
     with progress(show) as bars:
-        bar = bars.task("sensitivities", total=int(top[:, list(columns)].sum()))
+        measured = np.minimum(top, 1) if narrowest else top
+        bar = bars.task("sensitivities", total=int(measured[:, list(columns)].sum()))
         for row in range(shape[0]):
-            places = [(column, index) for column in columns for index in range(int(top[row, column]))]
+            places = [(column, index) for column in columns for index in range(int(measured[row, column]))]
             policies = []
             for column, index in places:
                 genome = top.copy()
@@ -110,9 +118,18 @@ def additive_sensitivities(
                 rise[column][row, index] = min(value - base, 1e6)
             for column in columns:
                 rise[column][row, top[row, column]] = 0.0
+                if narrowest:
+                    bits = (space.groups[row].weight_bits, space.groups[row].activation_bits)[column]
+                    rise[column][row, : len(bits)] = rise[column][row, 0] * _quartered(bits)
             bar.advance(len(places))
     table: Table = rise[0][:, :, None] + rise[1][:, None, :]
     return table
+
+
+def _quartered(widths: Sequence[int]) -> NDArray[np.float64]:
+    """Returns the rise at each of some widths as a share of that at the first; none at the last."""
+    left = 0.25 ** (np.array(widths, dtype=np.float64) - widths[0])
+    return (left - left[-1]) / (1 - left[-1]) if len(widths) > 1 else np.zeros(1)
 
 
 def genetic_search(

@@ -58,10 +58,9 @@ EvalFunction = Callable[[nn.Module], float]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
-QUICK = 4
-#: Training samples on which BatchNorm statistics are re-estimated before fine-tuning, which keeps them.
-RECALIBRATION = 512
+#: BatchNorm statistics are re-estimated on this many times the samples of a candidate before fine-tuning, which
+#: keeps them.
+RECALIBRATION_FACTOR = 16
 #: Activation widths of the search where a budget limits BitOps and the user named none.
 BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -186,7 +185,7 @@ class Session:
                 self.data,
                 self.loss,
                 self.config.steps.holdout,
-                self.config.recalibration,
+                self.config.steps.recalibration,
                 self.config.seed,
             )
         return self._scorer
@@ -203,6 +202,9 @@ class Session:
     @_stage
     def search(self, budget: str | Budget) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
+
+        Args:
+            budget: As for `hq_plugin.quantize`.
 
         Raises:
             BudgetError: The budget cannot be read or met.
@@ -221,6 +223,7 @@ class Session:
         self.scored += found.evaluations
         chosen = min(ranked, key=lambda name: ranked[name].kl)
         genome = self.space.genome(ranked[chosen].policy)
+        seconds = time.perf_counter() - began
         return Found(
             policy=ranked[chosen].policy,
             chosen=chosen,
@@ -229,9 +232,10 @@ class Session:
             baselines=ranked,
             history=scored_history(self.costs, found.evaluations),
             seconds={
-                "search": time.perf_counter() - began,
+                "search": seconds,
                 "search_scoring": found.scoring_seconds,
                 "search_overhead": found.seconds - found.scoring_seconds,
+                "search_reranking": seconds - found.seconds,
             },
             memory={"search": peak_memory()},
             front=predicted_front(self.costs, self.sensitivities, resources[0].cost),
@@ -249,6 +253,12 @@ class Session:
 
         Both keep the budget. Of several uniform policies, none of which exceeds another in both widths,
         the one with the widest weights is returned.
+
+        Args:
+            budget: As for `hq_plugin.quantize`.
+
+        Returns:
+            Policies by `"uniform"` and `"dynamic_programming"`; no uniform one where none fits.
 
         Raises:
             BudgetError: The budget cannot be read or met.
@@ -269,16 +279,24 @@ class Session:
             moments: Moments of the sites, from which the weights' part is estimated; none measures it.
         """
         weights = fisher_losses(self.network, self.space, moments) if moments else None
-        samples = self.scorer.samples // QUICK
+        samples = self.scorer.quick
 
         def score(policies: Sequence[HybridPolicy]) -> list[float]:
             return distances(self.scorer, self.network, policies, samples, "sensitivities", self.checkpoint)
 
         with evaluating(self.network):
-            return additive_sensitivities(self.space, score, self.config.progress, weights)
+            narrowest = self.config.effort == "smoke"
+            return additive_sensitivities(self.space, score, self.config.progress, weights, narrowest=narrowest)
 
     def pareto(self, budgets: Iterable[str | Budget]) -> list[Found]:
-        """Searches several budgets on the one MetaQuantNet, and returns what was found for each."""
+        """Searches several budgets on the one MetaQuantNet, and returns what was found for each.
+
+        Args:
+            budgets: Each as for `hq_plugin.quantize`.
+
+        Raises:
+            BudgetError: A budget cannot be read or met.
+        """
         return [self.search(budget) for budget in budgets]
 
     def quantize(self, budget: str | Budget, *, eval_fn: EvalFunction | None = None) -> nn.Module:
@@ -290,6 +308,9 @@ class Session:
 
         Returns:
             The packed model, with `.hq` (a `Result`).
+
+        Raises:
+            BudgetError: The budget cannot be read or met.
         """
         budget = Budget.parse(budget)
         with tracking(self.config):
@@ -405,11 +426,18 @@ class Session:
             network = generated_network(self.network, policy)
         if config.rounding == "second_order":
             start_from_good_integers(network, calibration_batches(self.teacher, self.data, config))
-        self.scorer.recalibrate(network, RECALIBRATION)
+        self.scorer.recalibrate(network, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.
+
+        Args:
+            directory: A new directory, or an empty one.
+            overwrite: Whether a session that was saved there before may be replaced.
+
+        Returns:
+            The directory.
 
         Raises:
             ArtifactPathError: The directory holds something else, or cannot be written.

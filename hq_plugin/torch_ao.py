@@ -458,7 +458,11 @@ def cached_weights(prepared: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def calibrate(prepared: nn.Module) -> Iterator[None]:
-    """Inside, a prepared model runs in float and observes its activations; then all steps are set."""
+    """Inside, a prepared model runs in float and observes its activations; then all steps are set.
+
+    Args:
+        prepared: What `prepare` returned: run it on a few batches inside.
+    """
     quantizers = [m for m in prepared.modules() if isinstance(m, HybridActivationFakeQuantize)]
     for quantizer in quantizers:
         quantizer.observing = bool(quantizer.steps.widths)
@@ -612,6 +616,9 @@ def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:
     For `prepare_qat_fx(model, get_qconfig_mapping(policy), example_inputs)`. Steps start on the first
     batch, so run one forward before you make the optimizer; `hq_plugin.torch_ao.convert` packs the
     result. In graph mode torch.ao may quantize a layer's input at its producer's width.
+
+    Args:
+        policy: Widths of the layers; others stay float.
 
     Raises:
         PolicyError: The policy has dynamic activations.

@@ -112,3 +112,16 @@ def test_sensitivities_by_hand() -> None:
     )
     assert table.shape == (4, 2, 2)
     np.testing.assert_allclose(table[0], [[10 / 2 - 10 / 8 + 1, 10 / 2 - 10 / 8], [1, 0]])
+
+
+def test_of_the_narrowest_width_alone_others_follow() -> None:
+    space, _ = build(weight_bits=(2, 3, 4, 8), activation_bits=(4, 8))
+    seen: list[HybridPolicy] = []
+
+    def score(policy: HybridPolicy) -> float:
+        seen.append(policy)
+        return sum(16 * 0.25**b.weight + 0.25 * (b.activation == 4) for b in policy.values())
+
+    table = additive_sensitivities(space, each(score), narrowest=True)
+    assert len(seen) == 1 + 4 * 2, "the widest policy, and the narrowest weight and activation of each site"
+    np.testing.assert_allclose(table, additive_sensitivities(space, each(score)), atol=1e-12)

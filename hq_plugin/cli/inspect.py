@@ -48,7 +48,9 @@ def inspect(
             info = read_info(directory)
     if as_json:
         sites = [{**asdict(site), "bits": str(site.bits)} for site in info.sites]
-        say_json({"sites": sites, "architecture": info.architecture, "file_bytes": info.file_bytes})
+        result = None if info.result is None else {**info.result.to_json(), "history": None}
+        architecture = info.architecture
+        say_json({"sites": sites, "architecture": architecture, "file_bytes": info.file_bytes, "result": result})
         return
     rows = [
         (site.name, site.type_name, "×".join(map(str, site.shape)), str(site.bits), format_bytes(site.size))

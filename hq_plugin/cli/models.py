@@ -192,13 +192,19 @@ def load_saved(directory: Path, skeleton: str | None = None, arguments: Sequence
 
     Raises:
         ArtifactError: The directory holds neither.
-        ConfigError: The float model cannot be found.
+        ConfigError: The float model cannot be found, or is needed and was not given.
     """
     import hq_plugin
+    from hq_plugin.artifact import read_info
 
     if is_pretrained(directory):
         library = integration("huggingface.folder", f"{directory} holds a Hugging Face model")
         return Source(*library.read_folder(directory))
+    if skeleton is None and read_info(directory).architecture is None:
+        raise ConfigError(
+            f"{directory} does not say how to build its model. Give the float one as it was quantized: "
+            "--model module:function."
+        )
     return Source(hq_plugin.load(directory, None if skeleton is None else load_model(skeleton, arguments).model))
 
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from hq_plugin.budget import format_count
+from hq_plugin.budget import LIMITS, format_count
 
 
 def say(text: object) -> None:
@@ -45,8 +45,8 @@ def print_result(result: Any) -> None:
     rows = [
         (
             name + (" (chosen)" if name == result.chosen else ""),
-            f"{baseline.kl:.4f}",
-            "" if baseline.accuracy is None else f"{baseline.accuracy:.4f}",
+            _number(baseline.kl),
+            _share(baseline.accuracy),
             f"{baseline.costs.weight_bits:.3f}",
             f"{baseline.costs.size:,}",
             format_count(baseline.costs.bitops),
@@ -56,15 +56,25 @@ def print_result(result: Any) -> None:
     rows.append(
         (
             "fine-tuned",
-            f"{result.kl:.4f}",
-            "" if result.accuracy is None else f"{result.accuracy:.4f}",
+            _number(result.kl),
+            _share(result.accuracy),
             f"{result.effective_bits:.3f}",
             f"{result.size:,}",
             format_count(result.bitops),
         )
     )
-    accuracy = "" if result.float_accuracy is None else f"{result.float_accuracy:.4f}"
-    rows.append(("float", "0", accuracy, "32", f"{result.float_size:,}", ""))
-    print_table(("held-out data", "distance", "accuracy", "effective bits", "bytes", "BitOps"), rows)
-    used = ", ".join(f"{share:.1%} of {name}" for name, share in result.used.items())
+    rows.append(("float", "0", _share(result.float_accuracy), "32", f"{result.float_size:,}", ""))
+    header = ("held-out data", "distance", "accuracy", "effective bits", "bytes", "BitOps")
+    # Without labels nobody has an accuracy.
+    shown = [n for n in range(len(header)) if any(row[n] for row in rows)]
+    print_table(tuple(header[n] for n in shown), [tuple(row[n] for n in shown) for row in rows])
+    used = ", ".join(f"{share:.1%} of {LIMITS.get(name, name)}" for name, share in result.used.items())
     say(f"budget {result.budget}: used {used}" if used else f"no budget: {result.budget}")
+
+
+def _number(value: float) -> str:
+    return f"{value:#.3g}" if value else "0"
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"

@@ -31,7 +31,9 @@ def profile(
     out: Annotated[Path, typer.Option(help="The file, JSON.")],
     data: Data = None,
     model_arg: ModelArgs = None,
-    target: Annotated[Target, typer.Option(help="What to measure.")] = Target.torch,
+    target: Annotated[
+        Target, typer.Option(help="What to measure, as for hq-plugin quantize; storage: every width, in PyTorch.")
+    ] = Target.storage,
     batch: Annotated[int, typer.Option(help="Samples of a forward.", min=1)] = 1,
     weight_bits: WeightBits = None,
     activation_bits: ActivationBits = None,
@@ -41,12 +43,15 @@ def profile(
 ) -> None:
     """Measure the layers' times on this machine, for budgets in ms.
 
-    Each layer is timed at each width, once; the file is for --profile of hq-plugin quantize.
+    Each layer is timed at each width, once; the file is for --profile of hq-plugin quantize, with the same
+    --target, and of hq-plugin explore. A model of module:function needs --data; weights may be random.
 
     \b
     Examples:
       hq-plugin profile resnet18 --target onnxruntime --out laptop.json
-      hq-plugin quantize resnet18 8ms --pretrained --profile laptop.json --target onnxruntime --data photos --out o
+      hq-plugin profile my_project:model --data my_project:batches --batch 8 --out laptop.json
+      hq-plugin quantize resnet18 8ms --pretrained --data photographs/ --out small \\
+        --target onnxruntime --profile laptop.json
     """
     import hq_plugin
 

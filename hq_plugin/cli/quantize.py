@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -29,7 +30,7 @@ from hq_plugin.cli.options import (
     WeightBits,
 )
 from hq_plugin.cli.output import print_result, say, say_json
-from hq_plugin.errors import BudgetError
+from hq_plugin.errors import BudgetError, HQWarning
 
 if TYPE_CHECKING:
     from hq_plugin import HybridPolicy
@@ -97,11 +98,31 @@ def quantize(
         options |= {} if source.processor is None else {"processor": source.processor}
         packed = _quantize(source.model, budget, load_data(data, source), session, policy, options)
         save_model(packed, source.processor, out, overwrite)
+        warn_if_larger(out, packed.hq)
         if as_json:
             say_json({**packed.hq.to_json(), "history": None})
         else:
             print_result(packed.hq)
-            say(f"saved to {out}")
+            say(f"saved to {out}: {_file_bytes(out):,} bytes of tensors with their header")
+
+
+def _file_bytes(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+
+
+def warn_if_larger(directory: Path, result: Any) -> None:
+    """Warns where a budget of bytes is kept, which counts tensors, and the file with its header is larger."""
+    if "size" not in result.used:
+        return
+    written, limit = _file_bytes(directory), result.size / result.used["size"]
+    room = int(limit - (written - result.size)) // 1000
+    if written > limit and room > 0:
+        warnings.warn(
+            f"The budget counts tensors. Their file has {written:,} bytes, with its header {written - limit:,.0f} "
+            f"more than the budget: for a file that keeps it, give {room}KB.",
+            HQWarning,
+            stacklevel=2,
+        )
 
 
 def _quantize(

@@ -1,5 +1,5 @@
 // Draws the front: lines and points in one SVG, a logarithmic axis of distances over a linear one of cost.
-import { count, number, tick } from "./format.js";
+import { count, number, ticks } from "./format.js";
 
 const WIDTH = 480, HEIGHT = 300, LEFT = 52, RIGHT = 14, TOP = 16, BOTTOM = 42;
 const SVG = "http://www.w3.org/2000/svg";
@@ -71,10 +71,11 @@ export class Front {
       return TOP + ((top - log) / (top - bottom)) * (HEIGHT - TOP - BOTTOM);
     };
     const parts = [];
-    for (const value of powers(bottom, top)) {
+    const heights = powers(bottom, top), texts = ticks(heights);
+    heights.forEach((value, n) => {
       parts.push(element("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y(value), y2: y(value) }));
-      parts.push(element("text", { class: "tick y", x: LEFT - 6, y: y(value) + 4 }, tick(value)));
-    }
+      parts.push(element("text", { class: "tick y", x: LEFT - 6, y: y(value) + 4 }, texts[n]));
+    });
     const ground = HEIGHT - BOTTOM;
     for (const value of roundValues(this.low, this.high)) {
       parts.push(element("line", { class: "grid", x1: x(value), x2: x(value), y1: ground, y2: ground + 4 }));

@@ -269,7 +269,11 @@ def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    """Returns the packed layers of a model by name."""
+    """Returns the packed layers of a model by name.
+
+    Args:
+        model: What `quantize` or `load` returned; any other model has none.
+    """
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedModule)}
 
 

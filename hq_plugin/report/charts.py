@@ -107,7 +107,7 @@ def search_chart(document: Document) -> str:
     if len(points) < 2:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    plot = Plot("Search: scores in their order", xs, ys, "policies scored", document.distance_name)
+    plot = Plot("Search: scores in their order", xs, ys, "policies scored", document.distance_name, counts=True)
     for x, y in points[:_POPULATION]:
         plot.mark(x, y, "dot", "scored")
     best: list[tuple[float, float]] = []
@@ -128,7 +128,7 @@ def training_chart(document: Document, stage: str, title: str) -> str:
         mean = math.log(loss) if n == 0 else mean + weight * (math.log(loss) - mean)
         smooth.append((step, math.exp(mean)))
     every = -(-len(points) // _POINTS)
-    plot = Plot(title, [x for x, _ in points], [y for _, y in points], "steps", document.distance_name)
+    plot = Plot(title, [x for x, _ in points], [y for _, y in points], "steps", "loss", counts=True)
     plot.line(points[::every], "raw")
     plot.line(smooth[::every], "smooth")
     return plot.svg()

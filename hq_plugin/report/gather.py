@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from hq_plugin.budget import LIMITS
 from hq_plugin.policy import FLOAT_BITS
 from hq_plugin.quantization import activation_range
 from hq_plugin.report.document import (
@@ -33,7 +34,8 @@ STAGES = {
     "meta_training": "meta-training",
     "search": "search",
     "search_scoring": "search: scoring policies",
-    "search_overhead": "search: everything else",
+    "search_overhead": "search: choosing what to score",
+    "search_reranking": "search: the best on more data",
     "finetune": "fine-tuning",
     "convert": "conversion",
 }
@@ -74,21 +76,13 @@ def gather(result: Result) -> Document:
 
 
 def _limits(result: Result) -> list[Limit]:
-    labels = {
-        "weight_bits": "effective bits",
-        "size": "size",
-        "size_fraction": "size",
-        "bitops": "BitOps",
-        "energy_uj": "energy",
-        "latency_ms": "latency",
-    }
     limits = []
     for name, share in result.used.items():
         spent = getattr(result.costs, "size" if name == "size_fraction" else name, None)
         if spent is None:
             continue
         # Shares count everything that the limit does, so that they give the limit back.
-        limits.append(Limit(name, labels.get(name, name), spent / max(share, 1e-12), float(spent), share))
+        limits.append(Limit(name, LIMITS.get(name, name), spent / max(share, 1e-12), float(spent), share))
     return limits
 
 

@@ -59,10 +59,24 @@ def stages(layers: Sequence[Layer]) -> list[tuple[str, list[Layer]]]:
         count = -(-len(run) // _STAGE)
         cuts = [round(len(run) * n / count) for n in range(count + 1)]
         for piece, (start, stop) in enumerate(itertools.pairwise(cuts)):
-            name = keys[run[start]] or f"{run[start] + 1} to {run[stop - 1] + 1}"
-            again = f" ({piece + 1})" if piece and keys[run[start]] else ""
-            pieces.append((name + again, [layers[n] for n in run[start:stop]]))
+            key = keys[run[start]]
+            if not key:
+                label = f"{run[start] + 1} to {run[stop - 1] + 1}"
+            elif count == 1:
+                label = key
+            else:
+                label = _piece(key, parts[run[start]], parts[run[stop - 1]], piece)
+            pieces.append((label, [layers[n] for n in run[start:stop]]))
     return pieces
+
+
+def _piece(key: str, first: list[str], last: list[str], piece: int) -> str:
+    """Names a piece of a run by what follows the shared beginning in its first and its last name."""
+    depth = key.count(".") + 1
+    begin, end = first[depth : depth + 1], last[depth : depth + 1]
+    if not begin or not end or begin == end:
+        return f"{key} ({piece + 1})"
+    return f"{key}.{begin[0]} to {end[0]}"
 
 
 def layers_table(document: Document) -> str:

@@ -12,6 +12,9 @@ from hq_plugin.report.text import escape
 WIDTH, HEIGHT = 400, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 12, 42
 
+#: Least range of a logarithmic axis, in decades.
+_NARROWEST = 0.15
+
 #: Marks by name, drawn around the origin.
 SYMBOLS = {
     "dot": '<circle r="2.4"/>',
@@ -39,6 +42,8 @@ class Scale:
         known = [math.log10(value) if log else value for value in values]
         low, high = min(known, default=0.0), max(known, default=1.0)
         spread = (high - low) * margin or (0.15 if log else abs(high) * 0.05 or 0.5)
+        if log:  # differences of a few per cent are not blown up
+            spread = max(spread, (_NARROWEST - (high - low)) / 2)
         self.log, self.start, self.end = log, start, end
         self.low, self.high = low - spread, high + spread
 
@@ -79,6 +84,7 @@ class Plot:
         x_label: Name of the horizontal axis.
         y_label: Name of the vertical axis.
         log_y: Whether the vertical axis is logarithmic.
+        counts: Whether the horizontal axis counts something: then its ticks are whole numbers.
     """
 
     def __init__(
@@ -90,22 +96,25 @@ class Plot:
         y_label: str,
         *,
         log_y: bool = True,
+        counts: bool = False,
     ) -> None:
-        self.title = title
+        self.title, self.counts = title, counts
         self.x = Scale(x, _LEFT, WIDTH - _RIGHT)
         self.y = Scale(y, HEIGHT - _BOTTOM, _TOP, log=log_y)
         self._parts: list[str] = [self._axes(x_label, y_label)]
 
     def _axes(self, x_label: str, y_label: str) -> str:
         bottom, parts = HEIGHT - _BOTTOM, []
-        for value in self.y.ticks():
+        heights = self.y.ticks()
+        for value, text in zip(heights, ticks(heights), strict=True):
             at = self.y(value)
             parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-            parts.append(f'<text class="tick y" x="{_LEFT - 6}" y="{at + 3.5:.1f}">{tick(value)}</text>')
-        for value in self.x.ticks():
+            parts.append(f'<text class="tick y" x="{_LEFT - 6}" y="{at + 3.5:.1f}">{text}</text>')
+        places = [value for value in self.x.ticks() if not self.counts or value == round(value)]
+        for value, text in zip(places, ticks(places), strict=True):
             at = self.x(value)
             parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
-            parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 16}">{tick(value)}</text>')
+            parts.append(f'<text class="tick" x="{at:.1f}" y="{bottom + 16}">{text}</text>')
         parts.append(f'<line class="axis" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{bottom}" y2="{bottom}"/>')
         middle = (_LEFT + WIDTH - _RIGHT) / 2
         parts.append(f'<text class="label" x="{middle:g}" y="{HEIGHT - 6}">{escape(x_label)}</text>')
@@ -146,15 +155,24 @@ class Plot:
         )
 
 
-def tick(value: float) -> str:
-    """Writes a value on an axis."""
+def ticks(values: Sequence[float]) -> list[str]:
+    """Writes the values along an axis: all in one manner, with as many digits as tell them apart."""
+    powers = any(0 < abs(value) < 0.001 for value in values)
+    for digits in range(4, 12):
+        texts = [_tick(value, digits, powers) for value in values]
+        if len(set(texts)) == len(set(values)):
+            break
+    return texts
+
+
+def _tick(value: float, digits: int, powers: bool) -> str:
     if value == 0:
         return "0"
     if abs(value) >= 1000:
-        return format_count(value).replace(" ", "")
-    if abs(value) < 0.001:
+        return format_count(value, digits).replace(" ", "")
+    if powers and abs(value) < 1:
         exponent = math.floor(math.log10(abs(value)) + 1e-9)
-        factor = value / 10.0**exponent
+        factor = f"{value / 10.0**exponent:.{digits}g}"
         power = f"10{str(exponent).translate(str.maketrans('-0123456789', '⁻⁰¹²³⁴⁵⁶⁷⁸⁹'))}"
-        return power if abs(factor - 1) < 1e-6 else f"{factor:g}·{power}"
-    return f"{value:.4g}"
+        return power if factor == "1" else f"{factor}·{power}"
+    return f"{value:.{digits}g}"

@@ -7,6 +7,7 @@ arguments that timm forgets are found again is in `architecture.py`.
 from __future__ import annotations
 
 import json
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,8 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
         ModelError: timm has no such model, or not with these arguments.
     """
     if not timm.is_model(name):
-        close = ", ".join(timm.list_models(f"*{name}*")[:5]) or "see timm.list_models()"
+        close = timm.list_models(f"*{name}*")[:5] or get_close_matches(name, timm.list_models(), 5)
+        close = ", ".join(close) or "see timm.list_models()"
         raise ModelError(f"timm {timm.__version__} has no model {name!r}. Close to it: {close}.")
     try:
         model = timm.create_model(name, **arguments)
@@ -144,6 +146,9 @@ def data_config(model: nn.Module) -> dict[str, Any]:
     They come from its `pretrained_cfg`; the input channels and, where the model knows it, the image size
     are those with which it was really built.
 
+    Args:
+        model: A timm model, float or quantized.
+
     Raises:
         ModelError: The model is not timm's.
     """
@@ -159,12 +164,26 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 
 def transform(model: nn.Module, *, training: bool = False) -> Any:
-    """Returns the image transform (PIL image to tensor) with which the model was trained or evaluated."""
+    """Returns the image transform (PIL image to tensor) with which the model was trained or evaluated.
+
+    Args:
+        model: A timm model, float or quantized.
+        training: Whether to return the one of training, with its augmentation.
+
+    Raises:
+        ModelError: The model is not timm's.
+    """
     return timm.data.create_transform(**data_config(model), is_training=training)
 
 
 def load(directory: str | Path) -> nn.Module:
     """Loads a saved timm model from its name alone; importing timm is all that it needs.
+
+    Args:
+        directory: What `hq_plugin.save` wrote.
+
+    Returns:
+        The packed model, in eval mode.
 
     Raises:
         ArtifactError: The directory holds no saved timm model, or a damaged one.

@@ -22,6 +22,7 @@ def not_a_model() -> int:
     ("reference", "arguments", "says"),
     [
         ("no_such_net", (), "no model"),
+        ("mobilnetv2_100", (), "Close to it: mobilenetv2_100"),
         ("nowhere:f", (), "module:function"),
         ("tests.conftest:SITES", (), "not a function"),
         ("tests.cli.test_models:not_a_model", (), "not a torch.nn.Module"),

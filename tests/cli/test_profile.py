@@ -24,3 +24,10 @@ def test_lines_for_people(tmp_path: Path) -> None:
     assert result.stdout.count("8,8: ") == 4
     assert "(int8)" in result.stdout or "(dequantized)" in result.stdout
     assert str(tmp_path / "p.json") in result.stdout
+
+
+def test_without_options_it_has_the_widths_that_quantize_and_meta_train_choose_from(tmp_path: Path) -> None:
+    result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json")
+    assert result.exit_code == 0, result.output
+    (layer, *_) = hq.Profile.load(tmp_path / "p.json").layers.values()
+    assert layer.keys() == {f"{bits},8" for bits in hq.Config().weight_bits}

@@ -1,9 +1,14 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import hq_plugin as hq
+from hq_plugin.artifact import read_info
+from hq_plugin.cli.quantize import warn_if_larger
 from tests.cli.conftest import DATA, MODEL, call
 from tests.conftest import SITES, TinyNet
 
@@ -34,6 +39,27 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path: Path, arguments: tuple[st
     assert result.stderr.startswith("error: ")
     assert len(result.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_the_size_of_the_file_is_said(tmp_path: Path) -> None:
+    options = ["--data", DATA, "--effort", "smoke", "-o", "meta_steps=0", "-o", "finetune_steps=0"]
+    result = call("quantize", MODEL, "3bit", *options, "--out", tmp_path / "small")
+    written = (tmp_path / "small" / "model.safetensors").stat().st_size
+    assert f"saved to {tmp_path / 'small'}: {written:,} bytes" in result.stdout
+
+
+def test_a_file_that_its_header_makes_larger_than_the_budget_is_noticed(
+    saved: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    save_file({"weight": torch.zeros(51_000, dtype=torch.uint8)}, tmp_path / "model.safetensors")
+    found = read_info(saved).result
+    assert found is not None
+    found = replace(found, costs=replace(found.costs, size=51_000))
+    for used in ({"size_fraction": 1.0}, {"size": 51 / 52}):
+        warn_if_larger(tmp_path, replace(found, used=used))
+    assert not recwarn.list, "nobody named bytes, or the file keeps the budget"
+    with pytest.warns(hq.HQWarning, match="give 50KB"):
+        warn_if_larger(tmp_path, replace(found, used={"size": 51_000 / 51_010}))
 
 
 def test_any_field_of_the_configuration_is_an_option(tmp_path: Path) -> None:

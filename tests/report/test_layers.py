@@ -25,6 +25,10 @@ def test_stages_are_runs_of_one_block_that_a_phone_can_show(many: Many) -> None:
     assert [layer for _, run in found for layer in run] == list(document.layers)
     assert max(len(run) for _, run in found) <= 22
     assert len(found) <= 400 / 3
+    assert len({label for label, _ in found}) == len(found)
+    label, run = found[1]
+    begin, end = (run[at].name.split(".")[2] for at in (0, -1))
+    assert label == f"model.layers.{begin} to {end}"
 
 
 def test_tables_say_the_same(result: hq.Result) -> None:
