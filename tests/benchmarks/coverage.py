@@ -3,9 +3,10 @@
 python -m tests.benchmarks.coverage [-j 2] [--only timm/] [--again] [--no-onnx]
 
 Resumable: a case that has a row in docs/benchmarks/coverage.jsonl is not run again (`--again` runs those that
-failed). Every case is a process of its own with a time limit, forked from one that has imported everything. The export
-takes most of the time, so it comes in a second pass, after all cases were quantized. The table is
-docs/benchmarks/coverage.md. Weights are random and the data noise: what is counted is whether it works, not how well.
+failed). Every case is a process of its own with a time limit, forked from one that has imported everything. The
+export takes most of the time, so it comes in a second pass, after all cases were quantized. The table is
+docs/benchmarks/coverage.md. Weights are random and the data noise: what is counted is whether it works, not how
+well.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def _death(code: int) -> str:
 
 
 def spread(names: list[str]) -> list[str]:
-    """Returns the cases in an order in which every kind advances alike, so that half a sweep says something of each."""
+    """Returns the cases in an order in which every kind advances alike, so that half a sweep tells of each."""
     kinds = [name.split("/")[0] for name in names]
     place = [kinds[:i].count(kind) / kinds.count(kind) for i, kind in enumerate(kinds)]
     return [names[i] for i in sorted(range(len(names)), key=place.__getitem__)]
@@ -305,9 +306,7 @@ def main() -> None:
     from tests.benchmarks import architectures
 
     names, known, lock = architectures.cases(), rows(), Lock()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["tests.benchmarks.warm"]
-    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.benchmarks.warm"])
 
     def wanted(name: str, onnx: bool) -> bool:
         row = known.get(name)

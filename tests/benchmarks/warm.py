@@ -1,4 +1,4 @@
-"""Imports and runs once what every case of `coverage.py` needs; the server that forks the cases preloads this module.
+"""Imports and runs once what every case of `coverage.py` needs; the server that forks the cases preloads it.
 
 Most of the time of a tiny model would go into imports otherwise: many modules are imported at their first use.
 """
