@@ -50,10 +50,10 @@ SMALL: tuple[tuple[str, int], ...] = (
     (r"(qk_rope_head_dim|qk_nope_head_dim)", 16),
     (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts)", 4),
     (r"(num_experts_per_tok|num_experts_per_token|moe_k|moe_topk|top_k_experts|moe_top_k)", 2),
-    (r"(n_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace)", 1),
+    (r"(n_group|num_expert_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace)", 1),
     (r"(image_size|img_size|crop_size)", 64),
     (r"(num_mel_bins|feature_size)", 32),
-    (r"(mamba_n_heads|mamba_num_heads|linear_num_value_heads|linear_num_key_heads)", 4),
+    (r"(mamba_n_heads|mamba_num_heads|linear_num_heads|linear_num_value_heads|linear_num_key_heads)", 4),
     (r"(mamba_d_head|mamba_head_dim|linear_key_head_dim|linear_value_head_dim)", 32),
     (r"(mamba_n_groups|n_groups)", 1),
 )
@@ -80,10 +80,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "patcher_config.num_hidden_layers": 1,
         "patcher_config.vocab_size": 260,
         "vocab_size": 260,
+        "use_cache": False,
     },
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
-    "cvt": {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 1, 1]},
+    "cvt": {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 2, 3]},
     "deepseek_v2": {
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -399,7 +400,11 @@ def _attempts(model: Any, kind: str) -> Iterator[Callable[[int], dict[str, Tenso
         bins = [m for m in dict.fromkeys([*mels, 80, 128]) if isinstance(m, int)]
         main = model.main_input_name
         for extra in ({}, decoder):
-            yield lambda seed, extra=extra: {main: torch.randn(SAMPLES, 4000, generator=random(seed)), **extra}
+            for shape in ((4000,), (1, 4000)):
+                yield lambda seed, extra=extra, shape=shape: {
+                    main: torch.randn(SAMPLES, *shape, generator=random(seed)),
+                    **extra,
+                }
             for count in bins:
                 for shape in ((count, 128), (128, count), (count, 3000), (1024, count)):
                     yield lambda seed, extra=extra, shape=shape: {

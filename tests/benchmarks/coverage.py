@@ -296,7 +296,7 @@ def main() -> None:
     """Runs what has no row yet, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-j", "--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="cases whose name starts so")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name starts so")
     parser.add_argument("--again", action="store_true", help="run those again that did not work")
     parser.add_argument("--no-onnx", action="store_true", help="leave the export for a later call")
     parser.add_argument("--onnx", action="store_true", help="with --again: also those that were not exported")
@@ -327,7 +327,7 @@ def main() -> None:
     passes = () if arguments.table else (False,) if arguments.no_onnx else (False, True)
     for onnx in passes:
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            mine = [name for name in spread(names) if name.startswith(arguments.only) and wanted(name, onnx)]
+            mine = [name for name in spread(names) if name.startswith(tuple(arguments.only)) and wanted(name, onnx)]
             list(pool.map(work, mine, [onnx] * len(mine)))
     TABLE.write_text(table(rows(), names))
 
