@@ -85,6 +85,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     "cvt": {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 2, 3]},
+    "dbrx": {"attn_config.rope_theta": 10000.0},
     "deepseek_v2": {
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -95,7 +96,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "head_dim": 16,
     },
-    "donut-swin": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [3, 6, 12, 24], "image_size": [64, 64]},
+    "donut-swin": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [3, 6, 12, 24], "image_size": [224, 224]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640, "image_size": 64},
     "esm": {
         "vocab_size": 33,
@@ -292,6 +294,9 @@ def _shrunken(values: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]
             continue
         if name in variant:
             result[name] = value if variant[name] is None or value is None else variant[name]
+        elif isinstance(value, dict) and layers and value and all(str(key).isdecimal() for key in value):
+            by_layer = {int(key): of for key, of in value.items()}
+            result[name] = {i: by_layer[layer] for i, layer in enumerate(sorted(layers)) if layer in by_layer}
         elif isinstance(value, dict):
             result[name] = _shrunken(value, variant)
         elif name == "pad_token_id":
