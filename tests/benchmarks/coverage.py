@@ -216,7 +216,10 @@ def run(case: str, limit: float, known: str | None, onnx: bool = True) -> Row:
     process.join()
     if late or process.exitcode:
         why = f"after {limit:.0f} s" if late else f"died: {_death(process.exitcode or 0)}"
-        row |= {"onnx": False, "onnx_reason": f"{row.get('onnx')}: {why}"} if row.get("ok") else {"reason": why}
+        if not row.get("ok"):
+            row["reason"] = why
+        elif onnx:
+            row |= {"onnx": False, "onnx_reason": f"{row.get('onnx')}: {why}"}
     row.setdefault("ok", False)
     return row
 
@@ -254,15 +257,16 @@ def table(found: dict[str, Row], names: list[str]) -> str:
         "Reproduce: `make coverage-sweep` (hours on 2 cores; resumable).",
         f"Python {platform.python_version()}, torch {torch.__version__}, CPU.",
         "",
-        "| kind | types | built small | work | of those built | ONNX | quantized |",
+        "| kind | types swept | built small | work | of those built | ONNX, of those tried | quantized |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind in kinds:
         mine = [found[name] for name in names if name.startswith(f"{kind}/") and name in found]
-        total = sum(name.startswith(f"{kind}/") for name in names)
+        total = f"{len(mine)} of {sum(name.startswith(f'{kind}/') for name in names)}"
         built = [row for row in mine if "parameters" in row]
         works = [row for row in built if row["ok"]]
-        onnx = sum(row.get("onnx") is True for row in works)
+        tried = sum("onnx" in row for row in works)
+        onnx = f"{sum(row.get('onnx') is True for row in works)} of {tried}"
         share = sum(row["quantized"] for row in works) / max(sum(row["matrices"] for row in works), 1)
         text.append(
             f"| {kind} | {total} | {len(built)} | {len(works)} | {len(works) / max(len(built), 1):.1%} | {onnx} | "
@@ -271,14 +275,13 @@ def table(found: dict[str, Row], names: list[str]) -> str:
     text += ["", "## What does not work", "", "| case | model | stage | reason |", "|---|---|---|---|"]
     for name in names:
         row = found.get(name)
-        if row is None or not row["ok"]:
-            row = row or {"stage": "not run yet"}
+        if row is not None and not row["ok"]:
             reason = str(row.get("reason", "")).replace("|", "\\|")
             text.append(f"| {name} | {row.get('name', '')} | {row['stage']} | {reason} |")
     text += ["", "## What is not exported", "", "| case | model | reason |", "|---|---|---|"]
     for name in names:
         row = found.get(name, {})
-        if row.get("ok") and row.get("onnx") is not True:
+        if row.get("ok") and row.get("onnx") is False:
             text.append(
                 f"| {name} | {row['name']} | {str(row.get('onnx_reason', '')).replace('|', chr(92) + '|')} |"
             )
@@ -289,6 +292,9 @@ def table(found: dict[str, Row], names: list[str]) -> str:
         if row.get("ok") and row["quantized"] < 0.97 * row["matrices"]:
             layers = "; ".join(row["left_float"]).replace("|", "\\|")
             text.append(f"| {name} | {row['quantized'] / row['matrices']:.1%} | {layers} |")
+    missing = [name for name in names if name not in found]
+    if missing:
+        text += ["", "## Not swept yet", "", ", ".join(missing)]
     return "\n".join([*text, ""])
 
 
