@@ -57,8 +57,8 @@ def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = Fa
     """
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
     teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
-    teacher = plain_weights(teacher, config)
-    return split_tables(hold_parameters(teacher, data.holdout[0].to(device_of(teacher)).run), config)
+    run = data.holdout[0].to(device_of(teacher)).run
+    return split_tables(hold_parameters(plain_weights(teacher, run, config), run), config)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

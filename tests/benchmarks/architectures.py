@@ -69,6 +69,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"hidden_sizes": None, "embedding_size": None},
     {"hidden_size": None, "num_attention_heads": None},
     {"per_layer_config": {}},
+    {"num_kv_shared_layers": 0},
 )
 #: Sizes that belong together in ways that no name tells, by type.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "cohere_compass_text": {"rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
     "cvt": {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 2, 3]},
-    "dbrx": {"attn_config.rope_theta": 10000.0},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -396,7 +397,10 @@ def _attempts(model: Any, kind: str) -> Iterator[Callable[[int], dict[str, Tenso
         }
     else:
         decoder = {"decoder_input_ids": ids(0, 6)}
-        mels = [getattr(model.config, n, None) for n in ("num_mel_bins", "feature_size", "input_channels")]
+        mels = [
+            getattr(model.config, n, None)
+            for n in ("num_mel_bins", "feature_size", "input_channels", "feature_projection_input_dim")
+        ]
         mels += [
             getattr(getattr(model.config, part, None), n, None)
             for part in ("encoder_config", "audio_config", "audio_encoder_config", "speech_encoder_config")
