@@ -397,10 +397,8 @@ def _attempts(model: Any, kind: str) -> Iterator[Callable[[int], dict[str, Tenso
         }
     else:
         decoder = {"decoder_input_ids": ids(0, 6)}
-        mels = [
-            getattr(model.config, n, None)
-            for n in ("num_mel_bins", "feature_size", "input_channels", "feature_projection_input_dim")
-        ]
+        own = ("num_mel_bins", "feature_size", "input_channels", "feature_projection_input_dim")
+        mels = [getattr(model.config, n, None) for n in own]
         mels += [
             getattr(getattr(model.config, part, None), n, None)
             for part in ("encoder_config", "audio_config", "audio_encoder_config", "speech_encoder_config")
