@@ -8,7 +8,7 @@ give the loss of a rounded weight to second order, without running the network f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -111,6 +111,13 @@ class _Sums:
         inputs = self.inputs / (positions if self.site.kind == "embedding" else self.count)
         return SiteMoments(inputs, self.outputs / self.count, self.site.kind)
 
+    @property
+    def fits(self) -> bool:
+        """Whether what was seen has the weight's sizes: a subclass may multiply by parts of its weight."""
+        seen = [self.outputs, self.inputs]
+        wanted = self.site.weight_shape if self.site.kind == "linear" else self.site.weight_shape[::-1]
+        return all(not isinstance(v, Tensor) or len(v) == n for v, n in zip(seen, wanted, strict=True))
+
 
 def collect_moments(
     teacher: nn.Module, sites: Iterable[Site], batches: Iterable[Batch], seed: int
@@ -129,7 +136,7 @@ def collect_moments(
     Raises:
         ConfigError: The model's output holds no class scores.
     """
-    sites = list(sites)
+    sites, batches = list(sites), list(batches)
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
     read = {site.name: _read_weight(teacher, site) for site in sites if site.kind == "held" or not site.called}
     if not sums and not read:
@@ -171,10 +178,11 @@ def collect_moments(
             weight.grad = None
     found: dict[str, Moments] = {name: WeightMoments(total / positions) for name, total in squares.items()}
     for name, sum_ in sums.items():
-        moments = sum_.moments(positions)
+        moments = sum_.moments(positions) if sum_.fits else None
         if moments is not None:
             found[name] = moments
-    return found
+    others = [replace(sum_.site, called=False) for sum_ in sums.values() if not sum_.fits]
+    return found | (collect_moments(teacher, others, batches, seed) if others else {})
 
 
 def _read_weight(teacher: nn.Module, site: Site) -> Tensor:

@@ -14,7 +14,7 @@ from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Batch, Data
-from hq_plugin.sites import find_sites, hold_parameters, split_tables
+from hq_plugin.sites import find_sites, hold_parameters, plain_weights, split_tables
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import fingerprint
 
@@ -46,7 +46,8 @@ def decisive(config: Config) -> dict[str, Any]:
 def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = False) -> nn.Module:
     """Returns the frozen copy of a float model that everything is measured against.
 
-    Parameters that are matrices of products are layers of their own in it, large embeddings several.
+    Parameters that are matrices of products are layers of their own in it, large embeddings several; weights
+    that are computed from other parameters are parameters.
 
     Args:
         model: The float model; it is not changed.
@@ -56,7 +57,8 @@ def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = Fa
     """
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
     teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
-    return split_tables(hold_parameters(teacher, data.holdout[0].to(device_of(teacher)).run), config)
+    run = data.holdout[0].to(device_of(teacher)).run
+    return split_tables(hold_parameters(plain_weights(teacher, run, config), run), config)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, ModelError
 from hq_plugin.nn.held import HeldWeight, held_name, with_held_weights
+from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.split import PARTS, with_split_tables
 from hq_plugin.probe import probe
 
@@ -245,6 +246,27 @@ def hold_parameters(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Mod
         return model
     reads = probe(model, {}, watched, run).reads
     return with_held_weights(model, [held_name(places[key][0]) for key in watched if key in reads])
+
+
+def plain_weights(model: nn.Module, run: Callable[[nn.Module], Any], config: Config) -> nn.Module:
+    """Returns a copy of a model whose layers with a computed weight (weight norm) have its value as a parameter.
+
+    Only those that run, which will be sites: whoever loads the model knows them by that. Without any such layer, or
+    where `config` leaves them float, the model itself is returned.
+
+    Args:
+        model: A model in eval mode; it is not changed.
+        run: Runs the model once on one batch.
+        config: Says which layers stay as they are.
+    """
+    found = {
+        name: (kind, module)
+        for name, module in model.named_modules()
+        if parametrized_weight(module)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.exclude)
+        and (kind := next((kind for kind, base in KINDS.items() if isinstance(module, base)), None))
+    }
+    return with_plain_weights(model, probe(model, found, {}, run).calls) if found else model
 
 
 def split_tables(model: nn.Module, config: Config) -> nn.Module:

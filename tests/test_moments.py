@@ -150,3 +150,30 @@ def test_a_model_may_change_what_a_layer_returned_in_place() -> None:
     moments = collect_moments(model, find_sites(model, batch.run, 4), [batch], seed=0)
     assert set(moments) == {"embed", "hidden", "head"}
     assert all(bool((seen.outputs > 0).all()) for seen in moments.values())  # type: ignore[union-attr]
+
+
+class Grouped(nn.Linear):
+    """Multiplies each group of inputs by the rows of that group."""
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., groups, inputs] to [..., groups, rows of a group]
+        groups = self.weight.view(x.shape[-2], -1, x.shape[-1])
+        return torch.einsum("...gi,goi->...go", x, groups)
+
+
+def test_a_layer_that_multiplies_by_parts_of_its_weight_has_the_moments_of_its_gradient() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.grouped, self.head = Grouped(8, 24, bias=False), nn.Linear(24, 6)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.head(self.grouped(x.view(-1, 4, 8)).flatten(1))}
+
+    torch.manual_seed(0)
+    model = Model().eval().requires_grad_(False)
+    batches = [Batch((torch.randn(32, 32),), {}, None, 32) for _ in range(4)]
+    moments = collect_moments(model, find_sites(model, batches[0].run, 32), iter(batches), seed=0)
+    assert moments["grouped"].gradient.shape == (24, 8)  # type: ignore[union-attr]
+    assert float(moments["grouped"].gradient.min()) > 0  # type: ignore[union-attr]
+    assert moments["head"].inputs.shape == (24,)
+    assert not any(parameter.requires_grad for parameter in model.parameters())

@@ -17,6 +17,7 @@ from hq_plugin.nn.packed import (
     packed_type,
     share_packed_weight,
 )
+from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.split import SplitEmbedding, with_split_tables
 
 __all__ = [
@@ -34,8 +35,10 @@ __all__ = [
     "is_plain",
     "packed_modules",
     "packed_type",
+    "parametrized_weight",
     "share_packed_weight",
     "with_held_weights",
     "with_layers_of",
+    "with_plain_weights",
     "with_split_tables",
 ]

@@ -7,11 +7,12 @@ from collections.abc import Iterable
 from torch import nn
 
 from hq_plugin.nn.held import with_held_weights
+from hq_plugin.nn.plain import with_plain_weights
 from hq_plugin.nn.split import with_split_tables
 
 
 def with_layers_of(model: nn.Module, layers: Iterable[str], *, inplace: bool = False) -> nn.Module:
-    """Returns a copy of a model whose parameters and tables are the layers of these names.
+    """Returns a copy of a model whose parameters, tables and computed weights are the layers of these names.
 
     Args:
         model: A model; without anything to change it is returned itself.
@@ -19,8 +20,10 @@ def with_layers_of(model: nn.Module, layers: Iterable[str], *, inplace: bool = F
         inplace: Whether to change `model` itself.
     """
     layers = list(layers)
-    held = with_held_weights(model, layers, inplace=inplace)
-    return with_split_tables(held, layers, inplace=inplace or held is not model)
+    made = model
+    for form in (with_plain_weights, with_held_weights, with_split_tables):
+        made = form(made, layers, inplace=inplace or made is not model)
+    return made
 
 
 __all__ = ["with_layers_of"]

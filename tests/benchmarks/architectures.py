@@ -33,24 +33,27 @@ LARGEST = 40_000_000
 
 #: What a number of a configuration becomes, by its name: the first pattern that matches the whole name.
 SMALL: tuple[tuple[str, int], ...] = (
-    (r"(vocab_size|.*_vocab_size|vocab_size_.*|num_codevectors.*)", 128),
+    (r"(vocab_size|.*_vocab_size|vocab_size_.*|num_codevectors.*|num_hash_buckets)", 128),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length|seq_len.*)", 128),
     (r"(max_source_positions|max_target_positions)", 64),
     (r"(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|num_(en|de)coder_layers|depth)", 2),
     (r"(num_attention_heads|n_heads?|(en|de)coder_attention_heads|num_heads|num_query_heads|n_q_heads)", 4),
     (r"(num_key_value_heads|num_kv_heads|n_kv_heads|num_global_key_value_heads)", 2),
     (r"(head_dim|.*_head_dim|d_kv|v_head_dim|attention_head_dim|kv_channels|head_size)", 16),
-    (r"(hidden_size|d_model|n_embd|n_embed|dim|embed_dim|hidden_dim|word_embed_proj_dim|embedding_size)", 64),
+    (
+        r"(hidden_size|d_model|n_embd|n_embed|dim|embed_dim|hidden_dim|word_embed_proj_dim|embedding_size|pooler_hidden_size)",
+        64,
+    ),
     (r"((moe_|shared_|shared_expert_|expert_)?(intermediate|ffn_hidden|ffn|feed_?forward)_(size|dim))", 128),
-    (r"(d_ff|(en|de)coder_ffn_dim|ffn_dim|n_inner|d_inner|mlp_dim|dim_ff|d_expert|hidden_size_mlp)", 128),
+    (r"(d_?ff|(en|de)coder_ffn_dim|ffn_dim|n_inner|d_inner|mlp_dim|dim_ff|d_expert|hidden_size_mlp)", 128),
     (r"(kv_lora_rank|q_lora_rank|.*_lora_rank|.*_rank|.*_low_rank_dim)", 32),
     (r"(qk_rope_head_dim|qk_nope_head_dim)", 16),
     (r"(num_local_experts|num_experts|n_routed_experts|moe_num_experts|num_routed_experts)", 4),
     (r"(num_experts_per_tok|num_experts_per_token|moe_k|moe_topk|top_k_experts|moe_top_k)", 2),
-    (r"(n_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace)", 1),
+    (r"(n_group|num_expert_group|topk_group|n_shared_experts|num_shared_experts|first_k_dense_replace)", 1),
     (r"(image_size|img_size|crop_size)", 64),
     (r"(num_mel_bins|feature_size)", 32),
-    (r"(mamba_n_heads|mamba_num_heads|linear_num_value_heads|linear_num_key_heads)", 4),
+    (r"(mamba_n_heads|mamba_num_heads|linear_num_heads|linear_num_value_heads|linear_num_key_heads)", 4),
     (r"(mamba_d_head|mamba_head_dim|linear_key_head_dim|linear_value_head_dim)", 32),
     (r"(mamba_n_groups|n_groups)", 1),
 )
@@ -66,6 +69,7 @@ VARIANTS: tuple[dict[str, Any], ...] = (
     {"hidden_sizes": None, "embedding_size": None},
     {"hidden_size": None, "num_attention_heads": None},
     {"per_layer_config": {}},
+    {"num_kv_shared_layers": 0},
 )
 #: Sizes that belong together in ways that no name tells, by type.
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -77,9 +81,12 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "patcher_config.num_hidden_layers": 1,
         "patcher_config.vocab_size": 260,
         "vocab_size": 260,
+        "use_cache": False,
     },
     "codegen": {"rotary_dim": 8},
-    "cvt": {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 1, 1]},
+    "cohere_compass_text": {"rope_parameters.full_attention": {"rope_type": "default", "rope_theta": 10000.0}},
+    "cvt": {"embed_dim": [32, 96, 192], "num_heads": [1, 3, 6], "depth": [1, 2, 3]},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.clip_qkv": 8.0},
     "deepseek_v2": {
         "num_experts_per_tok": 2,
         "n_group": 1,
@@ -90,7 +97,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "v_head_dim": 16,
         "head_dim": 16,
     },
-    "donut-swin": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [3, 6, 12, 24], "image_size": [64, 64]},
+    "donut-swin": {"embed_dim": 24, "depths": [1, 1, 1, 1], "num_heads": [3, 6, 12, 24], "image_size": [224, 224]},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "efficientnet": {"width_coefficient": 0.5, "depth_coefficient": 0.3, "hidden_dim": 640, "image_size": 64},
     "esm": {
         "vocab_size": 33,
@@ -147,6 +155,16 @@ SPECIAL: dict[str, dict[str, Any]] = {
 }
 _LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _LAYER_KINDS = ("layer_types", "layers_block_type", "block_types")
+#: Versions, and names of stages that follow from the number of layers.
+_NAMES = (
+    "transformers_version",
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "stage_names",
+    "out_features",
+    "out_indices",
+)
 _TOKENS = re.compile(r".*_token_id|.*_token_index|.*token_id.*")
 
 
@@ -176,13 +194,14 @@ def smallest(module: str) -> str:
 def timm_model(name: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
     """Returns a model in eval mode, and what makes inputs for it from a seed."""
     torch.manual_seed(0)
-    model = _timm_built(name)
+    model, built_for = _timm_built(name)
     channels, *native = data_config(model)["input_size"]
-    sizes = (
-        [native]
-        if model.default_cfg.get("fixed_input_size")
-        else [[s, s] for s in SIZES if s < native[0]] + [native]
-    )
+    if built_for:
+        sizes = [[built_for, built_for]]
+    elif model.default_cfg.get("fixed_input_size"):
+        sizes = [native]
+    else:
+        sizes = [[s, s] for s in SIZES if s < native[0]] + [native]
     for size in sizes:
         x = torch.randn(SAMPLES, channels, *size)
         try:
@@ -198,8 +217,8 @@ def timm_model(name: str) -> tuple[nn.Module, Callable[[int], Tensor]]:
     return model, inputs
 
 
-def _timm_built(name: str) -> Any:
-    """Builds a model for images that are as small as it can be built for."""
+def _timm_built(name: str) -> tuple[Any, int | None]:
+    """Builds a model for images that are as small as it can be built for, and says the edge; None: for any."""
     with torch.device("meta"):
         fixed = timm.create_model(name).default_cfg.get("fixed_input_size")
     for size in (64, 96, 112, 128) if fixed else ():
@@ -207,10 +226,10 @@ def _timm_built(name: str) -> Any:
             model = timm.create_model(name, img_size=size).eval()
             with torch.no_grad():
                 model(torch.randn(1, 3, size, size))
-            return model
+            return model, size
         except Exception:  # a size that its windows do not divide, or a model that takes no size
             continue
-    return timm.create_model(name).eval()
+    return timm.create_model(name).eval(), None
 
 
 def transformers_model(kind: str, name: str) -> tuple[Any, Callable[[int], dict[str, Tensor]]]:
@@ -272,10 +291,13 @@ def _shrunken(values: dict[str, Any], variant: dict[str, Any]) -> dict[str, Any]
     layers = [kinds.index(kind) for kind in dict.fromkeys(map(str, kinds))] if kinds and _strings(kinds) else []
     layers += [i for i in range(len(kinds or [])) if i not in layers][: max(0, 2 - len(layers))]
     for name, value in values.items():
-        if name in ("transformers_version", "architectures", "dtype", "torch_dtype"):
+        if name in _NAMES:
             continue
         if name in variant:
             result[name] = value if variant[name] is None or value is None else variant[name]
+        elif isinstance(value, dict) and layers and value and all(str(key).isdecimal() for key in value):
+            by_layer = {int(key): of for key, of in value.items()}
+            result[name] = {i: by_layer[layer] for i, layer in enumerate(sorted(layers)) if layer in by_layer}
         elif isinstance(value, dict):
             result[name] = _shrunken(value, variant)
         elif name == "pad_token_id":
@@ -375,7 +397,8 @@ def _attempts(model: Any, kind: str) -> Iterator[Callable[[int], dict[str, Tenso
         }
     else:
         decoder = {"decoder_input_ids": ids(0, 6)}
-        mels = [getattr(model.config, n, None) for n in ("num_mel_bins", "feature_size", "input_channels")]
+        own = ("num_mel_bins", "feature_size", "input_channels", "feature_projection_input_dim")
+        mels = [getattr(model.config, n, None) for n in own]
         mels += [
             getattr(getattr(model.config, part, None), n, None)
             for part in ("encoder_config", "audio_config", "audio_encoder_config", "speech_encoder_config")
@@ -384,7 +407,11 @@ def _attempts(model: Any, kind: str) -> Iterator[Callable[[int], dict[str, Tenso
         bins = [m for m in dict.fromkeys([*mels, 80, 128]) if isinstance(m, int)]
         main = model.main_input_name
         for extra in ({}, decoder):
-            yield lambda seed, extra=extra: {main: torch.randn(SAMPLES, 4000, generator=random(seed)), **extra}
+            for shape in ((4000,), (1, 4000)):
+                yield lambda seed, extra=extra, shape=shape: {
+                    main: torch.randn(SAMPLES, *shape, generator=random(seed)),
+                    **extra,
+                }
             for count in bins:
                 for shape in ((count, 128), (128, count), (count, 3000), (1024, count)):
                     yield lambda seed, extra=extra, shape=shape: {

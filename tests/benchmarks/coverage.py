@@ -1,10 +1,12 @@
 """Every architecture once: quantize to 3 bits, meet the budget, run, save, load, export.
 
-python -m tests.benchmarks.coverage [-j 2] [--only timm/] [--again]
+python -m tests.benchmarks.coverage [-j 2] [--only timm/] [--again] [--no-onnx]
 
 Resumable: a case that has a row in docs/benchmarks/coverage.jsonl is not run again (`--again` runs those that
-failed). Every case is a process of its own with a time limit; the table is docs/benchmarks/coverage.md. Weights are
-random and the data noise: what is counted is whether it works, not how well.
+failed). Every case is a process of its own with a time limit, forked from one that has imported everything. The
+export takes most of the time, so it comes in a second pass, after all cases were quantized. The table is
+docs/benchmarks/coverage.md. Weights are random and the data noise: what is counted is whether it works, not how
+well.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ NOISE = 1e-4
 Row = dict[str, Any]
 
 
-def sweep_one(case: str, told: Connection, known: str | None) -> None:
-    """Runs one case in its own process; every stage that is reached is told at once."""
+def sweep_one(case: str, told: Connection, known: str | None, onnx: bool) -> None:
+    """Runs one case in its own process, with the export if `onnx`; every stage that is reached is told at once."""
     import torch
     import transformers
 
@@ -118,6 +120,8 @@ def sweep_one(case: str, told: Connection, known: str | None) -> None:
             if not all(torch.equal(_output(again, data[0]), expected) for again in loaded):
                 raise AssertionError("the outputs of the loaded model differ")
             tell(stage="done", ok=True)
+            if not onnx:
+                return
             tell(onnx="export")
             # In float32, where the default also rounds what enters products with float inputs.
             options: dict[str, Any] = {"accuracy_level": 1} | ({"cache": False} if kind == "causal" else {})
@@ -193,11 +197,11 @@ def rows() -> dict[str, Row]:
     return {row["case"]: row for row in found}
 
 
-def run(case: str, limit: float, known: str | None) -> Row:
+def run(case: str, limit: float, known: str | None, onnx: bool = True) -> Row:
     """Runs a case in a process, and ends it after `limit` seconds; the last thing it told is its row."""
     context = multiprocessing.get_context("forkserver")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=sweep_one, args=(case, sender, known))
+    process = context.Process(target=sweep_one, args=(case, sender, known, onnx))
     process.start()
     sender.close()
     row: Row = {"case": case, "stage": "start"}
@@ -212,13 +216,23 @@ def run(case: str, limit: float, known: str | None) -> Row:
     process.join()
     if late or process.exitcode:
         why = f"after {limit:.0f} s" if late else f"died: {_death(process.exitcode or 0)}"
-        row |= {"onnx": False, "onnx_reason": f"{row.get('onnx')}: {why}"} if row.get("ok") else {"reason": why}
+        if not row.get("ok"):
+            row["reason"] = why
+        elif onnx:
+            row |= {"onnx": False, "onnx_reason": f"{row.get('onnx')}: {why}"}
     row.setdefault("ok", False)
     return row
 
 
 def _death(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+def spread(names: list[str]) -> list[str]:
+    """Returns the cases in an order in which every kind advances alike, so that half a sweep tells of each."""
+    kinds = [name.split("/")[0] for name in names]
+    place = [kinds[:i].count(kind) / kinds.count(kind) for i, kind in enumerate(kinds)]
+    return [names[i] for i in sorted(range(len(names)), key=place.__getitem__)]
 
 
 def table(found: dict[str, Row], names: list[str]) -> str:
@@ -243,15 +257,16 @@ def table(found: dict[str, Row], names: list[str]) -> str:
         "Reproduce: `make coverage-sweep` (hours on 2 cores; resumable).",
         f"Python {platform.python_version()}, torch {torch.__version__}, CPU.",
         "",
-        "| kind | types | built small | work | of those built | ONNX | quantized |",
+        "| kind | types swept | built small | work | of those built | ONNX, of those tried | quantized |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind in kinds:
         mine = [found[name] for name in names if name.startswith(f"{kind}/") and name in found]
-        total = sum(name.startswith(f"{kind}/") for name in names)
+        total = f"{len(mine)} of {sum(name.startswith(f'{kind}/') for name in names)}"
         built = [row for row in mine if "parameters" in row]
         works = [row for row in built if row["ok"]]
-        onnx = sum(row.get("onnx") is True for row in works)
+        tried = sum("onnx" in row for row in works)
+        onnx = f"{sum(row.get('onnx') is True for row in works)} of {tried}"
         share = sum(row["quantized"] for row in works) / max(sum(row["matrices"] for row in works), 1)
         text.append(
             f"| {kind} | {total} | {len(built)} | {len(works)} | {len(works) / max(len(built), 1):.1%} | {onnx} | "
@@ -260,14 +275,13 @@ def table(found: dict[str, Row], names: list[str]) -> str:
     text += ["", "## What does not work", "", "| case | model | stage | reason |", "|---|---|---|---|"]
     for name in names:
         row = found.get(name)
-        if row is None or not row["ok"]:
-            row = row or {"stage": "not run yet"}
+        if row is not None and not row["ok"]:
             reason = str(row.get("reason", "")).replace("|", "\\|")
             text.append(f"| {name} | {row.get('name', '')} | {row['stage']} | {reason} |")
     text += ["", "## What is not exported", "", "| case | model | reason |", "|---|---|---|"]
     for name in names:
         row = found.get(name, {})
-        if row.get("ok") and row.get("onnx") is not True:
+        if row.get("ok") and row.get("onnx") is False:
             text.append(
                 f"| {name} | {row['name']} | {str(row.get('onnx_reason', '')).replace('|', chr(92) + '|')} |"
             )
@@ -278,6 +292,9 @@ def table(found: dict[str, Row], names: list[str]) -> str:
         if row.get("ok") and row["quantized"] < 0.97 * row["matrices"]:
             layers = "; ".join(row["left_float"]).replace("|", "\\|")
             text.append(f"| {name} | {row['quantized'] / row['matrices']:.1%} | {layers} |")
+    missing = [name for name in names if name not in found]
+    if missing:
+        text += ["", "## Not swept yet", "", ", ".join(missing)]
     return "\n".join([*text, ""])
 
 
@@ -285,37 +302,39 @@ def main() -> None:
     """Runs what has no row yet, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-j", "--jobs", type=int, default=1)
-    parser.add_argument("--only", default="", help="cases whose name starts so")
+    parser.add_argument("--only", nargs="+", default=[""], help="cases whose name starts so")
     parser.add_argument("--again", action="store_true", help="run those again that did not work")
+    parser.add_argument("--no-onnx", action="store_true", help="leave the export for a later call")
     parser.add_argument("--onnx", action="store_true", help="with --again: also those that were not exported")
-    parser.add_argument("--limit", type=float, default=2400.0, help="seconds for a case")
+    parser.add_argument("--limit", type=float, default=900.0, help="seconds for a case")
     parser.add_argument("--table", action="store_true", help="only write the table")
     arguments = parser.parse_args()
     from tests.benchmarks import architectures
 
     names, known, lock = architectures.cases(), rows(), Lock()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["hq_plugin", "tests.benchmarks.architectures", "onnx", "onnxruntime"]
-    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.benchmarks.warm"])
 
-    def wanted(name: str) -> bool:
-        if not name.startswith(arguments.only) or name not in known:
-            return name.startswith(arguments.only)
-        row = known[name]
-        return arguments.again and (not row["ok"] or (arguments.onnx and row.get("onnx") is not True))
+    def wanted(name: str, onnx: bool) -> bool:
+        row = known.get(name)
+        if row is None or not row["ok"]:
+            return not onnx and (row is None or arguments.again)
+        return onnx and ("onnx" not in row or (arguments.again and arguments.onnx and row["onnx"] is not True))
 
-    def work(name: str) -> None:
-        row = run(name, arguments.limit, known.get(name, {}).get("name"))
+    def work(name: str, onnx: bool) -> None:
+        row = run(name, arguments.limit, known.get(name, {}).get("name"), onnx)
         with lock:
             ROWS.parent.mkdir(parents=True, exist_ok=True)
             with open(ROWS, "a") as log:
                 log.write(json.dumps(row) + "\n")
+            known[name] = row
             state = "works" if row["ok"] else f"{row['stage']}: {row.get('reason')}"
             print(f"{name}: {state}; onnx {row.get('onnx')} {row.get('onnx_reason', '')}", flush=True)
 
-    if not arguments.table:
+    passes = () if arguments.table else (False,) if arguments.no_onnx else (False, True)
+    for onnx in passes:
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(work, [name for name in names if wanted(name)]))
+            mine = [name for name in spread(names) if name.startswith(tuple(arguments.only)) and wanted(name, onnx)]
+            list(pool.map(work, mine, [onnx] * len(mine)))
     TABLE.write_text(table(rows(), names))
 
 
