@@ -441,6 +441,8 @@ def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:
         layer: Any = prepared.get_submodule(name)
         layer.weight_fake_quant.bits = bits.weight
         layer.activation_fake_quant.bits = bits.activation
+        if bits.activation != FLOAT_BITS:  # a policy of float inputs does not say of which kind they would be
+            layer.activation_fake_quant.is_dynamic = bits.dynamic
 
 
 @contextmanager

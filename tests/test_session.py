@@ -12,6 +12,7 @@ from torch import nn
 
 import hq_plugin as hq
 from hq_plugin import ArtifactError, Budget, HybridPolicy, LayerBits, ModelError, PolicyError, Result
+from hq_plugin.nn import packed_modules
 from hq_plugin.session import Session
 from hq_plugin.storage import JSON_FILE, TENSOR_FILE
 
@@ -158,3 +159,14 @@ def test_damaged_sessions(session: Session, trained: nn.Module, batches, tmp_pat
     (target / TENSOR_FILE).write_bytes(b"")
     with pytest.raises(ArtifactError, match="damaged"):
         hq.load_session(target, trained, batches)
+
+
+def test_dynamic_inputs_that_may_stay_float() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    config = hq.Config(effort="smoke", activation_scheme="dynamic", activation_bits=(8, 16), progress=False)
+    session = hq.meta_train(network, [torch.randn(16, 16) for _ in range(8)], config=config)
+    for index, dynamic in ((0, True), (1, False)):
+        policy = session.space.policy(session.space.top * [1, index])
+        packed = session.finetune(policy, steps=1)
+        assert {layer.bits.dynamic for layer in packed_modules(packed).values()} == {dynamic}
