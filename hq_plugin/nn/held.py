@@ -61,7 +61,7 @@ def with_held_weights(model: nn.Module, layers: Iterable[str], *, inplace: bool 
     """
     modules = dict(model.named_modules())
     wanted = []
-    for layer in layers:
+    for layer in dict.fromkeys(layers):
         path, _, name = layer.rpartition(".")
         owner = path.removesuffix(HOLDER).removesuffix(".")
         if layer in modules or path.rpartition(".")[2] != HOLDER or owner not in modules:

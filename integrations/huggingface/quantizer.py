@@ -236,6 +236,18 @@ class HqQuantizer(HfQuantizer):
         exact = (*_SHARED, "activation_step", "activation_zero_point")
         return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Leaves out transformers' renamings where the file has the model's own names.
+
+        So it is saved where transformers joins or splits weights (`saving.py`), and a renaming may fit an own name.
+        """
+        from transformers.core_model_loading import WeightConverter
+
+        if any(isinstance(entry, WeightConverter) for entry in weight_conversions):
+            return self.get_weight_conversions()
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        return updated
+
     def get_weight_conversions(self) -> list[Any]:
         """Returns the renaming from the names of a file to those of the layers."""
         from hq_plugin.integrations.huggingface.names import StoredNames

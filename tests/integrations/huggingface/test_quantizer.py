@@ -25,6 +25,7 @@ import hq_plugin as hq
 from hq_plugin import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import HqConfig, inputs
 from hq_plugin.nn import packed_modules
+from tests.benchmarks import architectures
 from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer
 
 IDS = torch.arange(12).view(1, 12)
@@ -341,3 +342,19 @@ def test_only_quantized_checkpoints_load_with_the_config(tmp_path: Path) -> None
     llama().save_pretrained(tmp_path / "float")
     with pytest.raises((ArtifactError, ValueError), match="quantize"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=HqConfig())
+
+
+@pytest.mark.filterwarnings("ignore:No data")
+@pytest.mark.parametrize("kind", ["laguna", "llama4_text"])
+def test_models_whose_tensors_transformers_renames(kind: str, tmp_path: Path) -> None:
+    """Laguna's own names look like old ones; Llama 4's parameters are found under two names."""
+    model, batch = architectures.transformers_model("causal", kind)
+    packed = hq.quantize(model, "4.6bit", [batch(0), batch(1)], config=SMOKE)
+    assert any("experts" in name for name in packed.hq.policy)
+    packed.save_pretrained(tmp_path / "packed")
+    loaded = type(packed).from_pretrained(tmp_path / "packed")
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch(0)).logits, packed(**batch(0)).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    saved = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("packed", "again")]
+    assert saved[0] == saved[1]
