@@ -156,7 +156,7 @@ def train(task: Task) -> None:
                     # The mean over processes, so that all of them see the same and stop together.
                     value += float(accelerator.reduce(loss.detach(), "mean")) / accumulated
                     if math.isfinite(value):
-                        accelerator.backward(loss)  # which divides by `accumulated`
+                        _backward(accelerator, loss)  # which divides by `accumulated`
             if not math.isfinite(value):
                 _stop_at(task, step, value, network, good)
                 break
@@ -182,6 +182,19 @@ def train(task: Task) -> None:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
     # References in circles would keep the moments, twice the weights, until Python finds them.
     optimizer.state.clear()
+
+
+def _backward(accelerator: Accelerator, loss: Tensor) -> None:
+    try:
+        accelerator.backward(loss)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise TrainingError(
+            "The model keeps what it computed from a parameter from one forward to the next, as long as it is in "
+            "eval mode (timm's LeViT does so with its attention biases), and cannot train that parameter. Pass "
+            "train_float=False: only what is quantized then trains."
+        ) from error
 
 
 def _state(network: nn.Module) -> dict[str, Tensor]:

@@ -207,3 +207,26 @@ def test_accumulated_batches_are_passed_over_when_going_on(tmp_path: Path, monke
 def _stop(now: bool) -> None:
     if now:
         raise ZeroDivisionError
+
+
+class Keeps(nn.Module):
+    """Keeps what it computed from a parameter from one forward to the next, as LeViT does in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bias, self.kept = nn.Linear(4, 3), nn.Parameter(torch.zeros(3)), {}  # type: ignore[var-annotated]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        computed = self.bias.sin()
+        return self.linear(x) + (self.kept.setdefault("bias", computed) if torch.is_grad_enabled() else computed)
+
+
+def test_a_graph_that_is_kept_between_forwards_says_what_to_do() -> None:
+    data = [torch.randn(8, 4) for _ in range(6)]
+    job = task(Keeps().eval(), data, steps=3, loss=loss_function("mse", torch.randn(2, 3)))
+    with pytest.raises(TrainingError, match="train_float=False"):
+        train(job)
+    job = task(Keeps().eval(), data, steps=3, loss=loss_function("mse", torch.randn(2, 3)))
+    job.network.get_parameter("bias").requires_grad_(False)  # what train_float=False does
+    train(job)
+    assert len(job.history) == 3
