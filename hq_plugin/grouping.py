@@ -16,8 +16,7 @@ from hq_plugin.quantization import (
     STEP_BYTES,
     ZERO_BYTES,
     fake_quantize_weight,
-    optimal_weight_qparams,
-    optimal_weight_step,
+    optimal_group_qparams,
     weight_rows,
 )
 from hq_plugin.sites import Site
@@ -65,13 +64,9 @@ def worthwhile_group_sizes(
 @torch.no_grad()
 def _cost(weight: Tensor, size: int, bits: int) -> float:
     channels = weight.reshape(-1, weight.shape[-1])
-    rows = weight_rows(channels[:: max(1, channels.numel() // _SAMPLE)].float(), size)
-    zero: Tensor | None = None
-    if size:
-        step, zero = optimal_weight_qparams(rows, bits)
-        overhead = 8 * (STEP_BYTES + ZERO_BYTES) / size
-    else:
-        step = optimal_weight_step(rows, bits)
-        overhead = 8 * STEP_BYTES / weight.shape[-1]
+    channels = channels[:: max(1, channels.numel() // _SAMPLE)].float()
+    step, zero = optimal_group_qparams(channels, bits, size)
+    overhead = 8 * (STEP_BYTES + ZERO_BYTES) / size if size else 8 * STEP_BYTES / weight.shape[-1]
+    rows = weight_rows(channels, size)
     error = (fake_quantize_weight(rows, step, bits, zero) - rows).square().mean()
     return float(error) * weight.numel() * 4**overhead

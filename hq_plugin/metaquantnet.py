@@ -24,8 +24,7 @@ from hq_plugin.quantization import (
     activation_range,
     fake_quantize_activation,
     fake_quantize_weight,
-    optimal_weight_qparams,
-    optimal_weight_step,
+    optimal_group_qparams,
     quantize_weight,
     stored_step,
     stored_zero,
@@ -74,15 +73,9 @@ class WeightBlock(nn.Module):
         self._layout(sizes, weight.shape)
         steps, zeros = [], []
         for bits, size in zip(widths, sizes, strict=True):
-            rows, weights = weight_rows(weight, size), importance
-            if weights is not None:
-                weights = weight_rows(weights.expand(weight.shape[0], -1), size)
-            if size:
-                step, zero = optimal_weight_qparams(rows, bits, weights, whole)
-                zeros.append(zero)
-            else:
-                step = optimal_weight_step(rows, bits, weights)
+            step, zero = optimal_group_qparams(weight, bits, size, importance, whole)
             steps.append(step)
+            zeros += [] if zero is None else [zero]
         self.log_step = nn.Parameter(torch.cat(steps).log())
         self.zero: nn.Parameter | None = nn.Parameter(torch.cat(zeros)) if zeros else None
 

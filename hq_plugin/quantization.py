@@ -369,6 +369,29 @@ def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool
     return best_step, best_zero
 
 
+def optimal_group_qparams(
+    weight: Tensor, bits: int, group_size: int, importance: Tensor | None = None, whole: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Searches the steps of a weight, and where it has groups their zero points, with the smallest squared error.
+
+    Args:
+        weight: Float, `[channels, ...]`.
+        bits: 1 to 8.
+        group_size: Inputs that share a step and a zero point; 0 for one step a channel and no zero point.
+        importance: Non-negative, broadcastable to `[channels, inputs]`: the weight of each squared error.
+        whole: As for `stored_zero`.
+
+    Returns:
+        Step and zero point of each row of `weight_rows(weight, group_size)`; None for whole channels.
+    """
+    rows = weight_rows(weight, group_size)
+    if importance is not None:
+        importance = weight_rows(importance.expand(weight.shape[0], -1), group_size)
+    if group_size:
+        return optimal_weight_qparams(rows, bits, importance, whole)
+    return optimal_weight_step(rows, bits, importance), None
+
+
 #: Weights worked on at once in the searches above: their few temporaries fit a processor's cache.
 _CHUNK = 1 << 16
 
