@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_plugin.blocks import BlockOutputs
 from hq_plugin.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.interruption import Interruption, deferred, interrupted
+from hq_plugin.modes import KeptValues, set_training_modes
 from hq_plugin.progress import progress
 from hq_plugin.tracking import track
 
@@ -107,7 +107,8 @@ def train(task: Task) -> None:
     accelerator = Accelerator(kwargs_handlers=[unused])
     warn_if_alone()
     network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
-    _set_modes(network, task.batch_statistics)
+    set_training_modes(network, task.batch_statistics)
+    kept = KeptValues(network)
     groups = _parameter_groups(task)
     # One pass over weights and moments in place of a dozen, where torch has the kernel.
     fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for group in groups for p in group["params"])
@@ -145,6 +146,7 @@ def train(task: Task) -> None:
             value = 0.0
             for part in range(accumulated):
                 with nullcontext() if part == accumulated - 1 else accelerator.no_sync(wrapped):
+                    kept.forget()
                     batch, weight = share_of_batch(next(batches).to(accelerator.device))
                     with accelerator.autocast():
                         with torch.no_grad():
@@ -178,6 +180,7 @@ def train(task: Task) -> None:
     # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
+    kept.forget()
     if keep is not None:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
     # References in circles would keep the moments, twice the weights, until Python finds them.
@@ -191,9 +194,9 @@ def _backward(accelerator: Accelerator, loss: Tensor) -> None:
         if "backward through the graph a second time" not in str(error):
             raise
         raise TrainingError(
-            "The model keeps what it computed from a parameter from one forward to the next, as long as it is in "
-            "eval mode (timm's LeViT does so with its attention biases), and cannot train that parameter. Pass "
-            "train_float=False: only what is quantized then trains."
+            "The model keeps what it computed from a parameter from one forward to the next, and cannot train that "
+            "parameter. Let its `train(True)` forget it, or pass train_float=False: only what is quantized then "
+            "trains."
         ) from error
 
 
@@ -201,18 +204,6 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
     """Returns a copy of what training changes, for `load_state_dict(..., strict=False)`."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     return {name: tensor.detach().clone() for name, tensor in [*trained.items(), *network.named_buffers()]}
-
-
-def _set_modes(network: nn.Module, batch_statistics: bool) -> None:
-    """Leaves the network in eval mode but for what must train otherwise.
-
-    Dropout and stochastic depth stay off: the teacher has none, and the student is to match it.
-    """
-    network.eval()
-    for module in network.modules():
-        # cuDNN computes gradients of recurrent layers in training mode only.
-        if (batch_statistics and isinstance(module, _BatchNorm)) or isinstance(module, nn.RNNBase):
-            module.train()
 
 
 def _parameter_groups(task: Task) -> list[dict[str, Any]]:

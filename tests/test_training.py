@@ -221,6 +221,42 @@ class Keeps(nn.Module):
         return self.linear(x) + (self.kept.setdefault("bias", computed) if torch.is_grad_enabled() else computed)
 
 
+class Forgets(nn.Module):
+    """Keeps in eval mode what it computed from a parameter, and forgets it in training mode, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.bias, self.kept = nn.Linear(4, 3), nn.Parameter(torch.zeros(3)), {}  # type: ignore[var-annotated]
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.linear(x)) + self.kept.setdefault("bias", self.bias.sin())
+
+    def train(self, mode: bool = True) -> "Forgets":
+        if mode:
+            self.kept.clear()
+        return super().train(mode)
+
+
+def test_what_eval_mode_keeps_is_forgotten_when_its_parameters_change() -> None:
+    data = [torch.randn(8, 4) for _ in range(12)]
+    model = Forgets().eval()
+    with torch.no_grad():
+        model(data[0])  # keeps the bias of now
+    job = task(model, data, steps=8, loss=loss_function("mse", torch.randn(2, 3)))
+    with torch.no_grad():
+        job.teacher.bias.fill_(0.3)
+        job.teacher.kept.clear()
+    before = job.network.get_parameter("bias").detach().clone()
+    train(job)
+    assert not torch.equal(job.network.get_parameter("bias"), before)
+    assert not any(module.training for module in job.network.modules())
+    with torch.no_grad():
+        kept = job.network(data[0]) - job.network.linear(data[0])
+    assert torch.allclose(kept, job.network.bias.sin().expand_as(kept), atol=1e-6)
+    copy.deepcopy(job.network)
+
+
 def test_a_graph_that_is_kept_between_forwards_says_what_to_do() -> None:
     data = [torch.randn(8, 4) for _ in range(6)]
     job = task(Keeps().eval(), data, steps=3, loss=loss_function("mse", torch.randn(2, 3)))

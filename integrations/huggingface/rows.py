@@ -21,6 +21,9 @@ from hq_plugin.errors import DataError
 MEDIA_FIELDS = ("image", "img", "audio", "speech")
 #: Dimensions of one sample of each main input; a batch has one more.
 _DIMENSIONS = {"input_ids": 1, "pixel_values": 3, "input_values": 1, "input_features": 2}
+#: Inputs `[samples, tokens]` that padding at the end is cut from, down to a multiple of so many tokens: kernels
+#: like such lengths.
+_BY_TOKEN, _MULTIPLE = ("input_ids", "attention_mask", "token_type_ids", "position_ids"), 8
 #: What an encoder-decoder writes of each sound, at most, in tokens.
 _TRANSCRIPT = 32
 
@@ -41,7 +44,8 @@ class Rows(Dataset[dict[str, Tensor]]):
 def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
     """Returns what `Config.prepare_batch` asks for: labels apart, and no cache of keys and values.
 
-    Target texts become what the decoder reads. Sequences that are too long are refused.
+    Target texts become what the decoder reads. Sequences that are too long are refused. Texts are padded to the
+    longest of the data set: a batch of shorter ones loses what all of them have of it.
     """
 
     # Some classifiers say so themselves to the model inside, which must not hear it twice.
@@ -57,7 +61,7 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
                     kwargs.setdefault("use_cache", False)
             if label is not None and label.dim() == 2 and _reads_labels(model):
                 kwargs.setdefault("decoder_input_ids", _decoder_ids(model, label))
-            return (), kwargs, label if label is not None and label.dim() == 1 else None
+            return (), _trimmed(kwargs), label if label is not None and label.dim() == 1 else None
         if isinstance(raw, (tuple, list)):
             last = raw[-1]
             is_label = (
@@ -67,6 +71,24 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
         return (raw,), {}, None
 
     return split
+
+
+def _trimmed(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Cuts columns at the end that are padding in every sample; a decoder's copy of the text is cut alike."""
+    ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.dim() != 2 or ids.shape != mask.shape:
+        return kwargs
+    columns = mask.any(0).nonzero()
+    used = int(columns[-1]) + 1 if len(columns) else 0
+    length = min(-(-used // _MULTIPLE) * _MULTIPLE, mask.shape[1])
+    if length in (0, mask.shape[1]):
+        return kwargs
+    names = list(_BY_TOKEN)
+    copied = kwargs.get("decoder_input_ids")
+    if isinstance(copied, Tensor) and copied.shape == ids.shape and torch.equal(copied[:, 1:], ids[:, :-1]):
+        names.append("decoder_input_ids")
+    fitting = [name for name in names if getattr(kwargs.get(name), "shape", None) == mask.shape]
+    return {**kwargs, **{name: kwargs[name][:, :length] for name in fitting}}
 
 
 def _reads_labels(model: PreTrainedModel) -> bool:

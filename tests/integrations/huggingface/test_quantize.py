@@ -170,6 +170,25 @@ def test_the_decoder_reads_the_target_text() -> None:
     assert label is None
 
 
+@pytest.mark.parametrize("kind", ["bert", "t5"])
+def test_a_batch_keeps_no_column_that_is_padding_in_all_its_samples(kind: str) -> None:
+    model = build(kind).eval()
+    split = ADAPTER.options(model, SMOKE)["prepare_batch"]
+    ids = torch.randint(5, 60, (2, 32))
+    mask = torch.ones(2, 32, dtype=torch.long)
+    mask[0, 9:], mask[1, 3:] = 0, 0
+    raw = {"input_ids": ids * mask, "attention_mask": mask}
+    if kind == "t5":
+        raw["decoder_input_ids"] = torch.cat([torch.zeros_like(ids[:, :1]), raw["input_ids"][:, :-1]], dim=1)
+    kwargs = split(dict(raw))[1]
+    assert {kwargs[name].shape for name in raw} == {(2, 16)}  # 9 tokens, and up to a multiple of 8
+    with torch.no_grad():
+        full, cut = model(**raw)[0], model(**kwargs)[0]
+    assert torch.allclose(full[:, :16][mask[:, :16].bool()], cut[mask[:, :16].bool()], atol=1e-5)
+    left = {"input_ids": ids, "attention_mask": mask.flip(1)}
+    assert split(dict(left))[1]["input_ids"].shape == (2, 32)  # padding before the text moves no position
+
+
 def test_pictures_with_a_processor() -> None:
     pictures = [Image.effect_noise((40, 40), 60 + i).convert("RGB") for i in range(16)]
     processor = ViTImageProcessor(size={"height": 32, "width": 32})

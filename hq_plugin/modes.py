@@ -1,0 +1,46 @@
+"""In which mode the modules of a network are while it trains, and what they keep from one forward to the next."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def set_training_modes(network: nn.Module, batch_statistics: bool) -> None:
+    """Leaves the network in eval mode but for what must train otherwise.
+
+    Dropout and stochastic depth stay off: the teacher has none, and the student is to match it.
+
+    Args:
+        network: The network.
+        batch_statistics: Whether BatchNorm normalises by each batch's own statistics.
+    """
+    network.eval()
+    for module in network.modules():
+        # cuDNN computes gradients of recurrent layers in training mode only.
+        if (batch_statistics and isinstance(module, _BatchNorm)) or isinstance(module, nn.RNNBase):
+            module.train()
+
+
+class KeptValues:
+    """What modules compute from their parameters in eval mode and keep, as timm's LeViT its attention biases.
+
+    Such a module defines `train` itself, to forget what it kept when its parameters may change. Ours change in
+    eval mode, so it is told by a change of mode and back; the modes of all modules stay as they were.
+
+    Args:
+        network: The network.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self._keepers = [module for module in network.modules() if type(module).train is not nn.Module.train]
+
+    def forget(self) -> None:
+        """Makes every module compute anew in the next forward."""
+        for keeper in self._keepers:
+            modes = [(module, module.training) for module in keeper.modules()]
+            mode = keeper.training
+            keeper.train(True)
+            keeper.train(mode)
+            for module, training in modes:
+                module.training = training
