@@ -23,7 +23,7 @@ from hq_plugin.errors import HQWarning, KernelError
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
 from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows
 from hq_plugin.storage import write_text
-from hq_plugin.timing import device_name, machine, median_milliseconds
+from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
 
 #: A kernel must be faster by this factor to be worth its memory: than the reference, and as a second one.
 _WORTH = 1.05
@@ -91,7 +91,8 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
 
     Each layer is measured on the input that it gets in one forward; a linear layer also on one row (sample, token)
     of it, and keeps a kernel for each of the two where they differ. Inputs whose rows are nearer to one than to
-    those measured, by ratio, run on the first. Layers of equal shapes and widths are measured once; results are
+    those measured, by ratio, run on the first. Between two runs of a layer as many bytes are read as the model's other
+    layers have: a layer alone would find its weight in the processor's cache. Layers of equal shapes and widths are measured once; results are
     kept in a file, under the machine and the versions they are for.
 
     Args:
@@ -114,11 +115,13 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     inputs = _inputs(model, layers, args, kwargs)
     path = cache or _cache_file()
     known = _read_cache(path)
+    device = next(iter(layers.values())).weight_packed.device
+    others = OtherMemory(sum(layer.weight_packed.numel() for layer in layers.values()), device)
 
     def found(layer: PackedModule, x: Tensor) -> Choice:
-        key = _key(layer, x)
+        key = f"{_key(layer, x)} {others.size} bytes between"
         if key not in known:
-            known[key] = measure(layer, x)
+            known[key] = measure(layer, x, others)
         return known[key]
 
     choices: dict[str, Choice] = {}
@@ -149,15 +152,21 @@ def _bound(layer: PackedModule, name: str) -> Bound | None:
 
 
 @torch.no_grad()
-def measure(layer: PackedModule, x: Tensor) -> Choice:
+def measure(layer: PackedModule, x: Tensor, others: OtherMemory | None = None) -> Choice:
     """Checks and times every kernel of one layer on one input; the layer stays as it was.
 
     A kernel whose result is wrong on this machine is passed over with a warning.
+
+    Args:
+        layer: The layer.
+        x: Its input.
+        others: What is read between two runs of the layer; None reads nothing.
     """
+    between = (lambda: None) if others is None else others.read
     before = layer._kernel
     layer.set_kernel(None)
     expected = layer(x)
-    milliseconds = {REFERENCE: median_milliseconds(lambda: layer(x))}
+    milliseconds = {REFERENCE: median_milliseconds(lambda: layer(x), between)}
     refused: dict[str, str] = {}
     for name, kernel in KERNELS.items():
         reason = kernel.refuses(layer)
@@ -174,7 +183,7 @@ def measure(layer: PackedModule, x: Tensor) -> Choice:
                     f"Kernel {name} is not used for {type(layer).__name__}: {reason}.", HQWarning, stacklevel=2
                 )
         if reason is None:
-            milliseconds[name] = median_milliseconds(lambda run=run: run(x))  # type: ignore[misc]
+            milliseconds[name] = median_milliseconds(lambda run=run: run(x), between)  # type: ignore[misc]
         else:
             refused[name] = reason
     layer.set_kernel(before)

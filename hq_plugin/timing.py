@@ -15,20 +15,48 @@ import torch
 _WARM_UP, _REPEATS, _MOST_REPEATS = 3, 15, 200
 #: Seconds for which short calls are repeated.
 _SECONDS = 0.02
+#: Bytes, beyond which a cache is as empty as it gets.
+_MOST_OTHER = 1 << 26
 
 
-def median_milliseconds(call: Callable[[], Any]) -> float:
-    """Returns the median wall time of a call, after some to warm up; an accelerator is waited for."""
+def median_milliseconds(call: Callable[[], Any], before: Callable[[], Any] = lambda: None) -> float:
+    """Returns the median wall time of a call, after some to warm up; an accelerator is waited for.
+
+    Args:
+        call: What is timed.
+        before: Called before each, and not timed.
+    """
     for _ in range(_WARM_UP):
         call()
     times: list[float] = []
     while len(times) < _REPEATS or (sum(times) < _SECONDS and len(times) < _MOST_REPEATS):
+        before()
         _wait()
         began = time.perf_counter()
         call()
         _wait()
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e3
+
+
+class OtherMemory:
+    """Memory that is read between two runs of a part of a model, in place of the rest of it.
+
+    A layer that runs alone, again and again, finds its weight in the processor's cache. In a model it finds there
+    what the other layers left of it, and the kernel with the fewest bytes gains most.
+
+    Args:
+        size: Bytes that the rest of the model reads; a power of two up to 64 MiB is taken.
+        device: Where the model is.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = min(1 << max(size, 1).bit_length(), _MOST_OTHER)
+        self._memory = torch.zeros(self.size // 4, dtype=torch.int32, device=device)
+
+    def read(self) -> None:
+        """Reads it, in every thread a part."""
+        self._memory.sum()
 
 
 def _wait() -> None:

@@ -11,7 +11,7 @@ from hq_plugin import HQWarning, KernelError, LayerBits, kernels
 from hq_plugin.kernels import choose_kernels, kernel_of, measure, use_kernel
 from hq_plugin.nn import PackedModule, packed_modules
 from hq_plugin.nn.kernels import KERNELS, REFERENCE, ByRows
-from hq_plugin.timing import machine
+from hq_plugin.timing import OtherMemory, machine
 from tests.nn.test_kernels import packed
 
 
@@ -49,7 +49,7 @@ def test_the_fastest_is_chosen_kept_in_a_file_and_read_again(
 def pretend(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, tuple[float, float]]) -> None:
     """Lets kernels take given times, for one row and for many; all others take for ever."""
 
-    def measured(layer: PackedModule, x: torch.Tensor) -> kernels.Choice:
+    def measured(layer: PackedModule, x: torch.Tensor, others: OtherMemory) -> kernels.Choice:
         times = {name: ms[x.shape[0] > 1] for name, ms in milliseconds.items()}
         return kernels.Choice(min(times, key=lambda name: times[name]), times, {})
 
@@ -104,6 +104,18 @@ def test_the_reference_may_be_one_of_two(monkeypatch: pytest.MonkeyPatch) -> Non
         moved(x[:1].double()).float(), model(x[:2].double())[:1].float(), rtol=3e-2, atol=3e-2
     )
     assert (kernel_of(layer, 1), kernel_of(layer)) == ("int4", REFERENCE)
+
+
+def test_what_the_other_layers_have_is_read_between_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    monkeypatch.setattr(OtherMemory, "read", lambda others: reads.append(others.size))
+    small = nn.Sequential(packed(nn.Linear(64, 64), LayerBits(4, 16)))
+    large = nn.Sequential(*small, packed(nn.Linear(64, 512), LayerBits(8, 16)))
+    choose_kernels(small, torch.randn(4, 64), cache=tmp_path / "k.json")
+    assert set(reads) == {4096}
+    assert len(reads) >= 2 * 15  # one row and four, at least the reference each
+    choose_kernels(large, torch.randn(4, 64), cache=tmp_path / "k.json")
+    assert set(reads) == {4096, 65536}
 
 
 def test_layers_are_measured_on_one_row_as_well(tmp_path: Path) -> None:

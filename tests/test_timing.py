@@ -2,7 +2,7 @@ import time
 
 import torch
 
-from hq_plugin.timing import device_name, machine, median_milliseconds
+from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
 
 
 def test_the_median_of_many_calls_is_taken() -> None:
@@ -26,3 +26,18 @@ def test_machines_and_devices_have_names() -> None:
     assert torch.__version__ in machine()
     assert f"{torch.get_num_threads()} threads" in machine()
     assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_other_memory_is_read_before_each_call_and_not_timed() -> None:
+    others, order = OtherMemory(3 << 20, torch.device("cpu")), []
+    assert others.size == 4 << 20
+    assert OtherMemory(1 << 40, torch.device("cpu")).size == 64 << 20
+
+    def before() -> None:
+        others.read()
+        time.sleep(0.01)
+        order.append("before")
+
+    found = median_milliseconds(lambda: order.append("call"), before)
+    assert order[-2:] == ["before", "call"]
+    assert found < 10
