@@ -86,8 +86,9 @@ class Config:
             budget limits BitOps.
         embedding_bits: Widths among which embeddings may choose. None takes `weight_bits`, or what the integration
             proposes: rows of rare tokens bear a width of 1.
-        embedding_parts: Tables of equal size into which an embedding of 4096 rows or more is split, each with a
-            width of its own, since vocabularies are sorted by frequency. Embeddings that are tied, or named by
+        embedding_parts: Tables into which an embedding of 4096 rows or more is split, each with a width of its
+            own: rows are sorted by how often the data looks them up, and each table has 1.5 times the rows of the
+            one before it. Where each row lies is stored, and counted. Embeddings that are tied, or named by
             `exclude`, `pinned` or `groups`, stay whole. None means 1, or what the integration proposes.
         activation_scheme: Where steps of quantized inputs come from: `"static"`, calibrated, one a tensor; or
             `"dynamic"`, computed when a linear layer runs, one for each row (token), which costs a little time

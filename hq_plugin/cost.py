@@ -110,8 +110,8 @@ class CostTable:
 
     @staticmethod
     def site_bytes(site: Site, bits: LayerBits) -> int:
-        """Returns the bytes of a site's packed weights, steps and zero points; 0 if it shares another's."""
-        return weight_bytes(site.weight_shape, bits) if site.owner == site.name else 0
+        """Returns the bytes of a site's packed weights, steps, zero points and places; 0 if it shares another's."""
+        return weight_bytes(site.weight_shape, bits) + site.place_bytes if site.owner == site.name else 0
 
     def costs(self, genome: Genome) -> Costs:
         """Counts one policy."""

@@ -91,9 +91,9 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
 
     Each layer is measured on the input that it gets in one forward; a linear layer also on one row (sample, token)
     of it, and keeps a kernel for each of the two where they differ. Inputs whose rows are nearer to one than to
-    those measured, by ratio, run on the first. Between two runs of a layer as many bytes are read as the model's other
-    layers have: a layer alone would find its weight in the processor's cache. Layers of equal shapes and widths are measured once; results are
-    kept in a file, under the machine and the versions they are for.
+    those measured, by ratio, run on the first. Between two runs of a layer as many bytes are read as the model's
+    layers have: alone it would find its weight in the processor's cache. Layers of equal shapes and widths are
+    measured once; results are kept in a file, under the machine and the versions they are for.
 
     Args:
         model: A converted model in eval mode; changed in place.

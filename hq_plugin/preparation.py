@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hq_plugin import adapters
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Batch, Data
-from hq_plugin.sites import find_sites, hold_parameters, plain_weights, split_tables
+from hq_plugin.sites import find_sites, hold_parameters, plain_weights, split_tables, splittable
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import fingerprint
+from hq_plugin.usage import rows_by_use
 
 
 def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
@@ -43,22 +45,33 @@ def decisive(config: Config) -> dict[str, Any]:
     return {name: value for name, value in config.to_json().items() if name not in free}
 
 
-def teacher_of(model: nn.Module, data: Data, config: Config, *, share: bool = False) -> nn.Module:
+def teacher_of(
+    model: nn.Module,
+    data: Data,
+    config: Config,
+    *,
+    share: bool = False,
+    by_use: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
     """Returns the frozen copy of a float model that everything is measured against.
 
-    Parameters that are matrices of products are layers of their own in it, large embeddings several; weights
-    that are computed from other parameters are parameters.
+    Parameters that are matrices of products are layers of their own in it, large embeddings several, their rows
+    sorted by use; weights that are computed from other parameters are parameters.
 
     Args:
         model: The float model; it is not changed.
-        data: Gives inputs for one forward.
+        data: Gives inputs for one forward, and what is looked up.
         config: Options.
-        share: Whether parameters share their memory with those of `model`.
+        share: Whether parameters share their memory with those of `model`, but those of large embeddings.
+        by_use: Rows of embeddings in the order in which they lie in the tables, by name; None counts in the data.
     """
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
     teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
     run = data.holdout[0].to(device_of(teacher)).run
-    return split_tables(hold_parameters(plain_weights(teacher, run, config), run), config)
+    teacher = hold_parameters(plain_weights(teacher, run, config), run)
+    if by_use is None:
+        by_use = rows_by_use(teacher, splittable(teacher, config), data.train)
+    return split_tables(teacher, config, by_use)
 
 
 def search_space(model: nn.Module, data: Data, config: Config) -> SearchSpace:

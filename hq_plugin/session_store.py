@@ -18,6 +18,7 @@ from hq_plugin.distillation import loss_name
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
+from hq_plugin.nn.split import saved_orders
 from hq_plugin.outline import Outline, read_outline, read_table, write_outline, write_table
 from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.search import Scored
@@ -80,7 +81,7 @@ def read_session(
     tensors = read_tensors(directory, content.get("sha256"))
     with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
-        teacher = teacher_of(model, data, config)
+        teacher = teacher_of(model, data, config, by_use=saved_orders(tensors))
         if content.get("model") != fingerprint(teacher.state_dict()):
             raise ModelError(
                 f"{directory} was made from another float model, or from other weights. Load the same checkpoint."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, ModelError
 from hq_plugin.nn.held import HeldWeight, held_name, with_held_weights
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
-from hq_plugin.nn.split import PARTS, with_split_tables
+from hq_plugin.nn.split import PARTS, SplitEmbedding, place_bytes, with_split_tables
 from hq_plugin.probe import probe
 
 #: Base class of each kind of site. Transposed and 3-D convolutions are not subclasses of these.
@@ -52,6 +52,7 @@ class Site:
         type_name: Name of the module's class, for reports.
         called: Whether the layer itself runs. Otherwise its weight is read by other code, and there is no
             input to quantize.
+        place_bytes: Bytes that say where the rows of a table of a split embedding are.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Site:
     owner: str
     type_name: str
     called: bool = True
+    place_bytes: int = 0
 
     @property
     def channels(self) -> int:
@@ -192,6 +194,7 @@ def find_sites(
 
     sites: list[Site] = []
     owners: dict[int, str] = {}
+    places = place_bytes(model)
     for name, (kind, module) in candidates.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
         owner = owners.setdefault(id(weight), name)
@@ -207,6 +210,7 @@ def find_sites(
                 owner=owner,
                 type_name=type(module).__name__,
                 called=name in called,
+                place_bytes=places.get(name, 0),
             )
         )
     if not sites:
@@ -269,14 +273,14 @@ def plain_weights(model: nn.Module, run: Callable[[nn.Module], Any], config: Con
     return with_plain_weights(model, probe(model, found, {}, run).calls) if found else model
 
 
-def split_tables(model: nn.Module, config: Config) -> nn.Module:
-    """Returns a copy of a model whose large embeddings are split into tables with a width each.
+def splittable(model: nn.Module, config: Config) -> list[str]:
+    """Returns the large embeddings that are split into tables with a width each.
 
     Not those that subclasses of Embedding look up, that share their weight with another layer, or that an option
-    names. Without any such embedding, or where `config` asks for one table, the model itself is returned.
+    names; none where `config` asks for one table.
 
     Args:
-        model: A model; it is not changed.
+        model: A model.
         config: Gives the number of tables, and the patterns of its options.
     """
     parts = config.embedding_parts or 1
@@ -292,8 +296,19 @@ def split_tables(model: nn.Module, config: Config) -> nn.Module:
         special = module.max_norm is not None or module.sparse or module.scale_grad_by_freq
         return bool(name) and not special and not any(fnmatch.fnmatchcase(name, p) for p in patterns)
 
-    names = [name for name, module in model.named_modules() if parts > 1 and splits(name, module)]
-    return with_split_tables(model, [f"{name}.{PARTS}.{parts - 1}" for name in names])
+    return [name for name, module in model.named_modules() if parts > 1 and splits(name, module)]
+
+
+def split_tables(model: nn.Module, config: Config, by_use: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a copy of a model whose large embeddings are split; without any, the model itself.
+
+    Args:
+        model: A model; it is not changed.
+        config: Gives the number of tables.
+        by_use: The rows of each embedding that is split, by name, in the order in which they lie in the tables.
+    """
+    last = (config.embedding_parts or 1) - 1
+    return with_split_tables(model, [f"{name}.{PARTS}.{last}" for name in by_use], by_use=by_use)
 
 
 def _may_be_held(parameter: Tensor) -> bool:
@@ -376,7 +391,9 @@ def _nothing_to_quantize(reasons: dict[str, str], modules: dict[str, nn.Module])
 def _count_bytes(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     """Returns the bytes of the float model, and of what stays float once BatchNorm is folded."""
     persistent = model.state_dict(keep_vars=True)
-    tensors = {id(tensor): tensor for tensor in persistent.values() if isinstance(tensor, Tensor)}
+    # The float model has one table; what several need beside their rows counts as theirs.
+    places = {id(module.places) for module in model.modules() if isinstance(module, SplitEmbedding)}
+    tensors = {id(t): t for t in persistent.values() if isinstance(t, Tensor) and id(t) not in places}
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     gone = {id(model.get_submodule(site.name).weight) for site in sites}
     for module in model.modules():

@@ -106,7 +106,9 @@ def test_the_reference_may_be_one_of_two(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (kernel_of(layer, 1), kernel_of(layer)) == ("int4", REFERENCE)
 
 
-def test_what_the_other_layers_have_is_read_between_two_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_other_layers_have_is_read_between_two_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     reads: list[int] = []
     monkeypatch.setattr(OtherMemory, "read", lambda others: reads.append(others.size))
     small = nn.Sequential(packed(nn.Linear(64, 64), LayerBits(4, 16)))

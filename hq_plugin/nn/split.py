@@ -1,13 +1,14 @@
 """`SplitEmbedding`: an embedding whose rows lie in several tables, each a layer with a width of its own.
 
-A vocabulary is sorted by frequency, or nearly: by merges, by scores, by counts. Half of the weights of a sentence
-encoder are rows that text seldom looks up, and one width for all of them is decided by those that it does.
+Half of the weights of a sentence encoder are rows that text seldom looks up, and one width for all of them is
+decided by those that it does. So rows lie in the tables by how often they are used, and the tables grow: use falls
+as a power of the rank (Zipf), and a table of few rows takes wide integers for next to nothing.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,29 +16,54 @@ from torch import Tensor, nn
 
 #: Child that holds the tables: the embedding `words` becomes the layers `words.parts.0`, `words.parts.1` ...
 PARTS = "parts"
+#: Each table has so many times the rows of the one before it (docs/experiments.md compares ratios and counts).
+RATIO = 1.5
+
+
+def table_rows(rows: int, parts: int) -> list[int]:
+    """Returns how many rows each of some tables has, at least one, together `rows`."""
+    whole, ends = RATIO**parts - 1, [0]
+    for number in range(1, parts):
+        end = max(round(rows * (RATIO**number - 1) / whole), ends[-1] + 1)
+        ends.append(min(end, rows - parts + number))
+    return [stop - start for start, stop in zip(ends, [*ends[1:], rows], strict=True)]
 
 
 class SplitEmbedding(nn.Module):
-    """An embedding in several tables of as many rows each; the last may have fewer.
+    """An embedding in several tables, each larger than the one before it (`table_rows`).
 
     Args:
-        embedding: The embedding. Its rows are not copied.
+        embedding: The embedding. Without `by_use` its rows are not copied.
         parts: Number of tables.
+        by_use: Numbers of the rows in the order in which they lie in the tables, int64 `[num_embeddings]`; None
+            leaves them in theirs.
 
     Attributes:
         parts: The tables.
-        rows: Rows of each table but the last.
+        places: Where each row lies in the tables, one after the other: a number in as many bytes as it needs, the
+            lowest first, uint8 `[num_embeddings, bytes]`.
+        sizes: Rows of each table.
+        starts: Place of the first row of each table.
     """
 
-    def __init__(self, embedding: nn.Embedding, parts: int) -> None:
+    places: Tensor
+
+    def __init__(self, embedding: nn.Embedding, parts: int, by_use: Tensor | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
         weight = embedding._parameters["weight"]
         assert weight is not None
-        self.rows = -(-self.num_embeddings // parts)
+        self.sizes = table_rows(self.num_embeddings, parts)
+        self.starts = [sum(self.sizes[:number]) for number in range(parts)]
+        places = torch.arange(self.num_embeddings, device=weight.device)
+        if by_use is not None:
+            by_use = by_use.to(weight.device)
+            places = torch.empty_like(by_use).scatter_(0, by_use, places)
+            weight = nn.Parameter(weight.detach()[by_use], weight.requires_grad)
+        self.register_buffer("places", _bytes_of(places))
         self.parts = nn.ModuleList()
-        for rows in weight.split(self.rows):
+        for rows in weight.split(self.sizes):
             part = nn.Embedding(len(rows), self.embedding_dim, device="meta")
             part.weight = nn.Parameter(rows.detach(), weight.requires_grad)
             self.parts.append(part)
@@ -45,39 +71,63 @@ class SplitEmbedding(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """All rows, `[num_embeddings, embedding_dim]`."""
+        """All rows in the embedding's order, `[num_embeddings, embedding_dim]`."""
         tables: list[Any] = list(self.parts)
-        return torch.cat([table.weight for table in tables])
+        return torch.cat([table.weight for table in tables])[_numbers(self.places)]
 
     def forward(self, ids: Tensor) -> Tensor:
         """Looks rows up; ids `[...]`, result `[..., embedding_dim]`."""
-        flat = ids.flatten()
-        places = flat // self.rows
+        flat = _numbers(self.places.index_select(0, ids.flatten()))
         if torch.compiler.is_compiling():
-            found = self._everywhere(flat - places * self.rows, places)
+            found = self._everywhere(flat)
         else:
+            tables = torch.bucketize(flat, torch.tensor(self.starts[1:], device=flat.device), right=True)
             # A table is called even where nothing is looked up in it: whoever watches layers sees all of them.
-            looked_up = torch.cat([part(flat[places == n] - n * self.rows) for n, part in enumerate(self.parts)])
+            numbered = enumerate(zip(self.parts, self.starts, strict=True))
+            looked_up = torch.cat([part(flat[tables == n] - start) for n, (part, start) in numbered])
             # Results lie table by table; back into the order of the ids.
-            found = looked_up[torch.argsort(torch.argsort(places, stable=True))]
+            found = looked_up[torch.argsort(torch.argsort(tables, stable=True))]
         return found.view(*ids.shape, self.embedding_dim)
 
-    def _everywhere(self, local: Tensor, places: Tensor) -> Tensor:
-        """Looks up in every table and keeps what is right: sizes do not hang on the ids, as a graph wants it."""
-        found = self.parts[0](torch.where(places == 0, local, 0))
-        for number, part in enumerate(self.parts[1:], start=1):
-            here = places == number
-            found = torch.where(here.unsqueeze(-1), part(torch.where(here, local, 0)), found)
+    def _everywhere(self, flat: Tensor) -> Tensor:
+        """Looks up in every table and keeps what is right: sizes do not hang on the places, as a graph wants it."""
+        found = self.parts[0](torch.where(flat < self.starts[1], flat, 0))
+        for part, start, size in zip(self.parts[1:], self.starts[1:], self.sizes[1:], strict=True):
+            # Of the tables that begin at a place or before it, the last one holds it.
+            local = torch.where(flat >= start, flat - start, 0).clamp(max=size - 1)
+            found = torch.where((flat >= start).unsqueeze(-1), part(local), found)
         return found
 
 
-def with_split_tables(model: nn.Module, layers: Iterable[str], *, inplace: bool = False) -> nn.Module:
+def _bytes_of(places: Tensor) -> Tensor:
+    """Returns numbers below their count as bytes, `[count, bytes]`: no other short type is known everywhere."""
+    count = max(-(-(len(places) - 1).bit_length() // 8), 1)
+    return torch.stack([places >> 8 * byte & 255 for byte in range(count)], dim=1).to(torch.uint8)
+
+
+def _numbers(places: Tensor) -> Tensor:
+    """Returns what `_bytes_of` wrote, int64 `[count]`."""
+    found = places[:, 0].long()
+    for byte in range(1, places.shape[1]):
+        found = found + places[:, byte].long() * 256**byte
+    return found
+
+
+def with_split_tables(
+    model: nn.Module,
+    layers: Iterable[str],
+    *,
+    by_use: Mapping[str, Tensor] | None = None,
+    inplace: bool = False,
+) -> nn.Module:
     """Returns a copy of a model in which embeddings are split.
 
     Args:
         model: A model; without anything to split it is returned itself.
         layers: Names of tables, as `words.parts.3`, all of each embedding. Names of anything else are passed
             over, so that a whole policy may be given.
+        by_use: Rows of embeddings, by name, in the order in which they lie in the tables; those of others stay in
+            theirs, until a state is loaded.
         inplace: Whether to change `model` itself.
     """
     modules = dict(model.named_modules())
@@ -92,7 +142,10 @@ def with_split_tables(model: nn.Module, layers: Iterable[str], *, inplace: bool 
         return model
     model = model if inplace else copy.deepcopy(model)
     modules = dict(model.named_modules())
-    split = {id(modules[owner]): SplitEmbedding(modules[owner], count) for owner, count in counts.items()}  # type: ignore[arg-type]
+    split = {
+        id(modules[owner]): SplitEmbedding(modules[owner], count, (by_use or {}).get(owner))  # type: ignore[arg-type]
+        for owner, count in counts.items()
+    }
     for parent in list(model.modules()):
         for name, child_module in parent._modules.items():
             if child_module is not None and id(child_module) in split:
@@ -100,4 +153,32 @@ def with_split_tables(model: nn.Module, layers: Iterable[str], *, inplace: bool 
     return model
 
 
-__all__ = ["PARTS", "SplitEmbedding", "with_split_tables"]
+def saved_orders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the orders of rows in a state, `by_use` of `with_split_tables`.
+
+    Raises:
+        ValueError: The places of an embedding's rows are not each number once.
+    """
+    orders = {}
+    for name, places in state.items():
+        owner, _, last = name.rpartition(".")
+        if last == "places" and any(key.startswith(f"{owner}.{PARTS}.") for key in state):
+            numbers = _numbers(places)
+            order = torch.argsort(numbers)
+            if not torch.equal(numbers[order], torch.arange(len(places))):
+                raise ValueError(f"the places of the rows of {owner} are not each number once")
+            orders[owner] = order
+    return orders
+
+
+def place_bytes(model: nn.Module) -> dict[str, int]:
+    """Returns the bytes that say where the rows of each table are, by the table's name."""
+    return {
+        f"{name}.{PARTS}.{number}": size * module.places.shape[1]
+        for name, module in model.named_modules()
+        if isinstance(module, SplitEmbedding)
+        for number, size in enumerate(module.sizes)
+    }
+
+
+__all__ = ["PARTS", "SplitEmbedding", "place_bytes", "table_rows", "with_split_tables"]

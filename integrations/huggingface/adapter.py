@@ -116,7 +116,7 @@ class HuggingFaceAdapter:
                 if config.target == "storage":  # the others' fastest kernels have one step a channel
                     proposed["group_size"] = (0, 32, 64, 128)
                 proposed |= {
-                    "embedding_parts": 16,
+                    "embedding_parts": 12,
                     "rounding": "second_order",
                     "learning_rate": 2e-4,
                     "step_learning_rate": 1e-3,
