@@ -425,7 +425,8 @@ class Session:
         else:
             network = generated_network(self.network, policy)
         if config.rounding == "second_order":
-            start_from_good_integers(network, calibration_batches(self.teacher, self.data, config))
+            batches = calibration_batches(self.teacher, self.data, config)
+            start_from_good_integers(network, batches)
         self.scorer.recalibrate(network, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network
 

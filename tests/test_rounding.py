@@ -4,6 +4,7 @@ from torch import nn
 
 from hq_plugin import HybridPolicy, LayerBits, torch_ao
 from hq_plugin.data import Batch
+from hq_plugin.nn import with_split_tables
 from hq_plugin.quantization import (
     dequantize_weight,
     optimal_weight_qparams,
@@ -12,7 +13,14 @@ from hq_plugin.quantization import (
     weight_range,
     weight_rows,
 )
-from hq_plugin.rounding import _MARGIN, input_products, inside, second_order_integers, start_from_good_integers
+from hq_plugin.rounding import (
+    _MARGIN,
+    gradient_products,
+    input_products,
+    inside,
+    second_order_integers,
+    start_from_good_integers,
+)
 
 
 def correlated(samples: int = 512, inputs: int = 192) -> torch.Tensor:
@@ -79,6 +87,53 @@ def test_a_network_starts_closer_to_float() -> None:
         start_from_good_integers(network, [Batch((x,), {}, None, len(x))])
         after = float((network(x) - model(x)).square().mean())
     assert after < 0.8 * before
+
+
+class Looks(nn.Module):
+    """An embedding of which the network sees some directions more than others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(60, 16), nn.Linear(16, 8)
+        with torch.no_grad():
+            self.head.weight[:, :4] *= 6
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.words(ids))
+
+
+@pytest.mark.parametrize("parts", [0, 4])
+def test_embeddings_are_rounded_by_what_the_network_minds(parts: int) -> None:
+    torch.manual_seed(0)
+    model = Looks().eval()
+    ids = torch.arange(60).view(6, 10)  # of each row once, and of 20 rows alone in the batch that is seen
+    names = [f"words.parts.{n}" for n in range(parts)] or ["words"]
+    if parts:
+        model = with_split_tables(model, names, by_use={"words": torch.randperm(60)})
+    network = torch_ao.prepare(model, HybridPolicy({name: LayerBits(2, 16) for name in names})).eval()
+    batch = Batch((ids[:2],), {}, None, 2)
+    products = gradient_products(network, names, [batch])
+    assert set(products) == {"words"}
+    with torch.no_grad():
+        expected = model.head.weight.T @ model.head.weight  # type: ignore[union-attr, operator]
+        nearest = float((network(ids) - model(ids)).square().mean())
+        start_from_good_integers(network, [batch])
+        after = float((network(ids) - model(ids)).square().mean())
+    alike = torch.corrcoef(torch.stack([products["words"].flatten(), expected.flatten()]))[0, 1]
+    assert alike > 0.8
+    assert after < 0.95 * nearest
+
+
+def test_an_embedding_that_a_layer_shares_stays_as_it_is() -> None:
+    torch.manual_seed(0)
+    model = Looks()
+    model.head = nn.Linear(16, 60)
+    model.head.weight = model.words.weight
+    policy = HybridPolicy({name: LayerBits(3, 16) for name in ("words", "head")})
+    network = torch_ao.prepare(model.eval(), policy).eval()
+    before = network.words.weight.detach().clone()  # type: ignore[operator, union-attr]
+    start_from_good_integers(network, [Batch((torch.arange(60),), {}, None, 60)])
+    assert torch.equal(network.words.weight, before)  # type: ignore[arg-type]
 
 
 def test_input_products() -> None:

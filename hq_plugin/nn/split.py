@@ -153,6 +153,13 @@ def with_split_tables(
     return model
 
 
+def whole_name(layer: str) -> str:
+    """Returns the name of the embedding that a table is part of; that of any other layer as it is."""
+    owner, _, number = layer.rpartition(".")
+    whole, _, child = owner.rpartition(".")
+    return whole if child == PARTS and number.isdecimal() else layer
+
+
 def saved_orders(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the orders of rows in a state, `by_use` of `with_split_tables`.
 
@@ -181,4 +188,12 @@ def place_bytes(model: nn.Module) -> dict[str, int]:
     }
 
 
-__all__ = ["PARTS", "SplitEmbedding", "place_bytes", "table_rows", "with_split_tables"]
+__all__ = [
+    "PARTS",
+    "SplitEmbedding",
+    "place_bytes",
+    "saved_orders",
+    "table_rows",
+    "whole_name",
+    "with_split_tables",
+]

