@@ -89,6 +89,21 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return divergence
 
 
+def sampled_cross_entropy(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Returns the summed cross-entropy of labels drawn from the scores' own distribution.
+
+    Its gradients' second moments are the Fisher information, which for a divergence from the network's own output
+    is the Hessian.
+
+    Args:
+        scores: Class scores `[..., classes]`.
+        generator: Draws the labels; None is torch's own.
+    """
+    flat = scores.float().flatten(0, -2)
+    labels = torch.multinomial(flat.detach().softmax(-1), 1, generator=generator).squeeze(1)
+    return F.cross_entropy(flat, labels, reduction="sum")
+
+
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     """Returns the mean squared error over the variance of the teacher's elements, a scalar."""
     student, teacher = student.float(), teacher.float()

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from hq_plugin.errors import HQWarning, KernelError
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
 from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows
+from hq_plugin.probe import first_inputs
 from hq_plugin.storage import write_text
 from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
 
@@ -112,7 +113,8 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     if not layers:
         raise KernelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
     use_kernel(model, REFERENCE)
-    inputs = _inputs(model, layers, args, kwargs)
+    seen = first_inputs(layers, lambda: model(*args, **kwargs))
+    inputs = {name: x for name, x in seen.items() if x.is_floating_point()}
     path = cache or _cache_file()
     known = _read_cache(path)
     device = next(iter(layers.values())).weight_packed.device
@@ -198,28 +200,6 @@ def relative_error(found: Tensor, expected: Tensor, layer: PackedModule, x: Tens
         # A single sum may be close to zero by chance; what rounding does to its products is not.
         size = max(size, float(x.norm() * layer.weight.norm()) / math.sqrt(layer.weight_shape[1]))
     return float((found - expected).norm()) / max(size, 1e-12)
-
-
-def _inputs(
-    model: nn.Module, layers: Mapping[str, PackedModule], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Returns the first input of each layer in one forward."""
-    inputs: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, given: tuple[Any, ...]) -> None:
-            if given and isinstance(given[0], Tensor) and given[0].is_floating_point():
-                inputs.setdefault(name, given[0].detach())
-
-        return see
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
 
 
 def _key(layer: PackedModule, x: Tensor) -> str:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hq_plugin.data import Batch
-from hq_plugin.distillation import class_scores
+from hq_plugin.distillation import class_scores, sampled_cross_entropy
 from hq_plugin.errors import ConfigError
 from hq_plugin.precision import autocast
 from hq_plugin.sites import Site
@@ -159,13 +159,10 @@ def collect_moments(
                     scores = class_scores(batch.run(teacher))
                 if scores is None:
                     raise ConfigError('sensitivities="fisher" needs class scores: an output with `.logits`.')
-                flat = scores.float().flatten(0, -2)
                 if generator is None:
-                    generator = torch.Generator(flat.device).manual_seed(seed)
-                with torch.no_grad():
-                    labels = torch.multinomial(flat.softmax(-1), 1, generator=generator).squeeze(1)
-                F.cross_entropy(flat, labels, reduction="sum").backward()
-                positions += len(flat)
+                    generator = torch.Generator(scores.device).manual_seed(seed)
+                sampled_cross_entropy(scores, generator).backward()
+                positions += scores.shape[:-1].numel()
                 for name, weight in read.items():
                     if weight.grad is not None:
                         squares[name] += weight.grad.float().square()

@@ -166,3 +166,28 @@ def _product_macs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], weig
 
 
 __all__ = ["Probe", "probe"]
+
+
+def first_inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, Tensor]:
+    """Returns the first argument of the first call of each layer in one forward, where it is a tensor.
+
+    Args:
+        layers: Layers by name; those that are not called are left out.
+        run: Runs the model that they are part of.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, given: tuple[Any, ...]) -> None:
+            if given and isinstance(given[0], Tensor):
+                seen.setdefault(name, given[0].detach())
+
+        return see
+
+    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen

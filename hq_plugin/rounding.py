@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
 from hq_plugin.data import Batch
-from hq_plugin.distillation import class_scores, tensors_of
+from hq_plugin.distillation import class_scores, sampled_cross_entropy, tensors_of
 from hq_plugin.nn.split import whole_name
 from hq_plugin.precision import autocast
 from hq_plugin.quantization import dequantize_weight, per_channel, quantize_weight, weight_range, weight_rows
@@ -53,10 +52,7 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
             if kept is not None and x.shape[:2] == kept.shape:
                 x = x[kept]  # without padding
-            flat = x.reshape(-1, x.shape[-1]).float()
-            product = flat.T @ flat
-            sums[name] = product if name not in sums else sums[name].add_(product)
-            counts[name] = counts.get(name, 0) + len(flat)
+            counts[name] = counts.get(name, 0) + _add_product(sums, name, x)
 
         return see
 
@@ -94,9 +90,7 @@ def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterabl
 
     def hook(name: str) -> Callable[..., None]:
         def see(gradient: Tensor) -> None:
-            flat = gradient.detach().float().reshape(-1, gradient.shape[-1])
-            product = flat.T @ flat
-            sums[name] = product if name not in sums else sums[name].add_(product)
+            _add_product(sums, name, gradient.detach())
 
         def forward(module: nn.Module, args: Any, output: Tensor) -> None:
             if output.requires_grad and output.numel():
@@ -119,11 +113,18 @@ def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterabl
     return {name: total for name, total in sums.items() if bool(total.isfinite().all()) and bool(total.any())}
 
 
+def _add_product(sums: dict[str, Tensor], name: str, values: Tensor) -> int:
+    """Adds the outer products of vectors `[..., width]` to a sum; returns how many vectors there were."""
+    flat = values.reshape(-1, values.shape[-1]).float()
+    product = flat.T @ flat
+    sums[name] = product if name not in sums else sums[name].add_(product)
+    return len(flat)
+
+
 def _random_product(output: Any) -> Tensor:
     scores = class_scores(output)
     if scores is not None:
-        flat = scores.float().flatten(0, -2)
-        return F.cross_entropy(flat, torch.multinomial(flat.detach().softmax(-1), 1).squeeze(1), reduction="sum")
+        return sampled_cross_entropy(scores)
     main = output.get("last_hidden_state") if isinstance(output, Mapping) else None
     tensors = [main] if isinstance(main, Tensor) else tensors_of(output)
     # Of several, each counts alike, as in the loss.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.data import Batch
+from hq_plugin.probe import first_inputs
 
 #: Batches in which look-ups are counted at most: of their inputs alone, or where the model has to run for them.
 _COUNTED, _COUNTED_RUNNING = 1024, 16
@@ -39,7 +40,7 @@ def rows_by_use(model: nn.Module, embeddings: Sequence[str], batches: Iterable[B
     sources: dict[str, str | int | None] | None = None
     for number, batch in enumerate(islice(batches, _COUNTED)):
         if sources is None or (number < _COUNTED_RUNNING and None in sources.values()):
-            seen = _looked_up(layers, lambda batch=batch: batch.to(device).run(model))  # type: ignore[misc]
+            seen = first_inputs(layers, lambda batch=batch: batch.to(device).run(model))  # type: ignore[misc]
             sources = sources or {name: _source(batch, seen.get(name)) for name in layers}
         for name, source in sources.items():
             ids = seen.get(name) if source is None and number < _COUNTED_RUNNING else _input(batch, source)
@@ -47,26 +48,6 @@ def rows_by_use(model: nn.Module, embeddings: Sequence[str], batches: Iterable[B
                 rows = counts[name]
                 rows += torch.bincount(_kept(batch, ids.cpu()), minlength=len(rows))[: len(rows)]
     return {name: torch.argsort(rows, descending=True, stable=True) for name, rows in counts.items()}
-
-
-def _looked_up(layers: dict[str, Any], run: Callable[[], Any]) -> dict[str, Tensor]:
-    """Returns the ids of the first call of each layer in one forward."""
-    seen: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, given: tuple[Any, ...]) -> None:
-            if given and isinstance(given[0], Tensor):
-                seen.setdefault(name, given[0].detach())
-
-        return see
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
 
 
 def _source(batch: Batch, ids: Tensor | None) -> str | int | None:

@@ -133,10 +133,9 @@ def with_split_tables(
     modules = dict(model.named_modules())
     counts: dict[str, int] = {}
     for layer in layers:
-        path, _, number = layer.rpartition(".")
-        owner, _, child = path.rpartition(".")
-        if child == PARTS and number.isdecimal() and isinstance(modules.get(owner), nn.Embedding):
-            counts[owner] = max(counts.get(owner, 0), int(number) + 1)
+        owner = whole_name(layer)
+        if owner != layer and isinstance(modules.get(owner), nn.Embedding):
+            counts[owner] = max(counts.get(owner, 0), int(layer.rpartition(".")[2]) + 1)
     counts = {owner: count for owner, count in counts.items() if count <= len(modules[owner].weight)}  # type: ignore[arg-type]
     if not counts:
         return model
