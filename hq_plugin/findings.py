@@ -10,9 +10,9 @@ import numpy as np
 from torch import nn
 
 from hq_plugin import adapters
-from hq_plugin.allocation import monotone
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.front import convex_front
+from hq_plugin.lasting import LastingLosses
 from hq_plugin.nn import packed_modules
 from hq_plugin.result import LayerReport, Sensitivity
 from hq_plugin.search import Scored
@@ -66,12 +66,15 @@ def predicted_loss(sensitivities: Table, genome: Genome) -> float:
     return max(float(sensitivities[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()), 0.0)
 
 
-def predicted_front(costs: CostTable, sensitivities: Table, cost: Table) -> list[dict[str, Any]]:
+def predicted_front(
+    costs: CostTable, sensitivities: Table, losses: LastingLosses, cost: Table
+) -> list[dict[str, Any]]:
     """Predicts the best policies over one cost from additive sensitivities.
 
     Args:
         costs: What policies cost.
-        sensitivities: Additive losses.
+        sensitivities: Additive losses, which predict the distance before fine-tuning.
+        losses: What lasts of them, by which policies are planned.
         cost: The one of the costs that is traded for closeness.
 
     Returns:
@@ -79,7 +82,7 @@ def predicted_front(costs: CostTable, sensitivities: Table, cost: Table) -> list
     """
     return [
         {**asdict(costs.costs(genome)), "predicted": predicted_loss(sensitivities, genome)}
-        for genome in convex_front(monotone(sensitivities), cost, FRONT)
+        for genome in convex_front(losses.table, cost, FRONT)
     ]
 
 

@@ -32,6 +32,7 @@ class Outline:
         sensitivities: `[groups, weight widths, activation widths]`, what each width costs alone.
         scored: Genomes that searches of the session scored, and their scores.
         source: Arguments of the command line that give the float model and its data; empty where none did.
+        finetune_steps: Steps of fine-tuning that are to follow.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Outline:
     sensitivities: Table
     scored: tuple[tuple[Genome, float], ...]
     source: tuple[str, ...]
+    finetune_steps: int = 0
 
 
 def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]:
@@ -54,6 +56,7 @@ def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]
         "model": model,
         "distance": distance,
         "source": list(session.source),
+        "finetune_steps": session.config.steps.finetune,
         "sites": [asdict(site) for site in space.table],
         "float_layers": [asdict(layer) for layer in space.table.float_layers],
         "float_bytes": space.table.float_bytes,
@@ -118,7 +121,8 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
                 raise ValueError("latency of another search space")
         scored = tuple((_genome(digits, space), float(score)) for digits, score in content["scored"].items())
         texts = str(content["model"]), str(content["distance"])
-        return Outline(*texts, space, costs, losses, scored, tuple(map(str, content["source"])))
+        source, steps = tuple(map(str, content["source"])), int(content.get("finetune_steps", 0))
+        return Outline(*texts, space, costs, losses, scored, source, steps)
 
 
 def write_table(table: Table) -> list[list[list[float | None]]]:

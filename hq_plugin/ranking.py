@@ -12,6 +12,7 @@ from hq_plugin.cost import CostTable
 from hq_plugin.distillation import Fidelity
 from hq_plugin.distribution import map_split
 from hq_plugin.interruption import interrupted
+from hq_plugin.lasting import LastingLosses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline
 from hq_plugin.scoring import Scorer
@@ -62,6 +63,7 @@ def rerank(
     scorer: Scorer,
     network: nn.Module,
     costs: CostTable,
+    losses: LastingLosses,
     leaders: Sequence[Scored],
     seeds: Mapping[str, list[Genome]],
 ) -> dict[str, Baseline]:
@@ -71,10 +73,12 @@ def rerank(
         scorer: Measures one policy.
         network: The prepared network.
         costs: What policies cost.
+        losses: What they add to a distance counts as well.
         leaders: The best policies of the search.
         seeds: Baselines by name: `"uniform"`, `"dynamic_programming"`.
     """
     best: dict[str, Baseline] = {}
+    lowest: dict[str, float] = {}
     candidates = {**seeds, "searched": [scored.genome for scored in leaders]}
     measured: dict[bytes, Fidelity] = {}
     for name, genomes in candidates.items():
@@ -83,7 +87,9 @@ def rerank(
             if key not in measured:
                 measured[key] = scorer.score(network, policy)
             fidelity = measured[key]
-            if name not in best or fidelity.distance < best[name].kl:
+            lasts = fidelity.distance + losses.added(genome)
+            if name not in best or lasts < lowest[name]:
+                lowest[name] = lasts
                 best[name] = Baseline(name, policy, costs.costs(genome), fidelity.distance, fidelity.accuracy)
     # Where the search found a baseline again, the name says so.
     order = ["searched", "dynamic_programming", "uniform"]

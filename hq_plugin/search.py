@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hq_plugin.allocation import Repair, dynamic_programming, monotone
+from hq_plugin.allocation import Repair, dynamic_programming
 from hq_plugin.config import Config
 from hq_plugin.cost import Resource, Table
 from hq_plugin.errors import TrainingError
+from hq_plugin.lasting import LastingLosses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.progress import progress
 from hq_plugin.space import Genome, SearchSpace
@@ -135,7 +136,7 @@ def _quartered(widths: Sequence[int]) -> NDArray[np.float64]:
 def genetic_search(
     space: SearchSpace,
     resources: Sequence[Resource],
-    sensitivities: Table,
+    losses: LastingLosses,
     score: Score,
     config: Config,
     uniform: Sequence[Genome],
@@ -145,7 +146,7 @@ def genetic_search(
     Args:
         space: The search space.
         resources: The limits.
-        sensitivities: Additive losses, from `additive_sensitivities`.
+        losses: Additive losses; what they add to a score counts as well.
         score: Scores policies; lower is better. Each policy is given to it once.
         config: Gives the number of evaluations, the population, crossover and seed.
         uniform: The best uniform genomes inside the budget.
@@ -155,10 +156,13 @@ def genetic_search(
 
     began, scoring = time.perf_counter(), 0.0
     rng = np.random.RandomState(config.seed)
-    losses = monotone(sensitivities)
-    repair = Repair(losses, resources, space.top, rng)
-    planned = dynamic_programming(losses, resources)
+    repair = Repair(losses.table, resources, space.top, rng)
+    planned = dynamic_programming(losses.table, resources)
     known: dict[bytes, Scored] = {}
+
+    def lasting(scored: Scored) -> float:
+        return scored.score + losses.added(scored.genome)
+
     budget = max(config.steps.evaluations, 1)
 
     population = min(config.population, max(2, budget // 3))
@@ -191,9 +195,9 @@ def genetic_search(
             for candidate in generation:
                 if candidate.key in known:
                     # A large finite number, since nevergrad compares losses by arithmetic.
-                    optimizer.tell(candidate, min(known[candidate.key].score, 1e30))
+                    optimizer.tell(candidate, min(lasting(known[candidate.key]), 1e30))
     evaluations = list(known.values())
-    best = sorted(evaluations, key=lambda scored: scored.score)[: min(_LEADERS, max(1, budget // 6))]
+    best = sorted(evaluations, key=lasting)[: min(_LEADERS, max(1, budget // 6))]
     return SearchResult(
         best,
         evaluations,

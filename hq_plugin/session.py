@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from hq_plugin import adapters, torch_ao
-from hq_plugin.allocation import best_uniform, dynamic_programming, monotone
+from hq_plugin.allocation import best_uniform, dynamic_programming
 from hq_plugin.blocks import find_blocks
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
@@ -31,6 +31,7 @@ from hq_plugin.findings import group_sensitivities, model_name, predicted_front,
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.found import Found
 from hq_plugin.kernels import choose_kernels
+from hq_plugin.lasting import LastingLosses
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
@@ -88,7 +89,7 @@ class Session:
         config: The options.
         device: Where the float model was, and where packed models are returned.
         sensitivities: What each width of each group costs alone, in the float model rounded, before
-            meta-training; dynamic programming and the sampler of policies plan with it.
+            meta-training.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
         memory: Most bytes in use so far at the end of each stage.
@@ -164,7 +165,7 @@ class Session:
         session.sensitivities = session._measure_sensitivities(moments)
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
-        session._meta_train(PolicySampler(space, costs, monotone(session.sensitivities), config.seed, focus))
+        session._meta_train(session._sampler(focus))
         session.seconds["sensitivities"] = measured - began
         session.seconds["meta_training"] = time.perf_counter() - measured
         session.memory["meta_training"] = peak_memory()
@@ -175,6 +176,15 @@ class Session:
         self.history = meta_train_network(
             self.network, self.teacher, sampler, self.data, self.loss, self.blocks, self.config, self.checkpoint
         )
+
+    @property
+    def losses(self) -> LastingLosses:
+        """What each width costs once the network is fine-tuned, by which policies are planned and chosen."""
+        return LastingLosses(self.space, self.sensitivities, self.config.steps.finetune)
+
+    def _sampler(self, focus: Sequence[Resource]) -> PolicySampler:
+        """Returns the sampler of policies around limits; around the front of all budgets where there are none."""
+        return PolicySampler(self.space, self.costs, self.losses.table, self.config.seed, focus)
 
     @property
     def scorer(self) -> Scorer:
@@ -197,7 +207,7 @@ class Session:
             budget: Around which policies are sampled; None samples near the front of all budgets.
         """
         focus = [] if budget is None else self._resources(budget)
-        return PolicySampler(self.space, self.costs, monotone(self.sensitivities), self.config.seed, focus)
+        return self._sampler(focus)
 
     @_stage
     def search(self, budget: str | Budget) -> Found:
@@ -209,7 +219,7 @@ class Session:
         Raises:
             BudgetError: The budget cannot be read or met.
         """
-        resources = self._resources(budget)
+        resources, losses = self._resources(budget), self.losses
         began = time.perf_counter()
         with evaluating(self.network):
             samples = self.scorer.samples
@@ -218,10 +228,12 @@ class Session:
                 return distances(self.scorer, self.network, policies, samples, "search", self.checkpoint)
 
             uniform = best_uniform(self.space, self.costs, resources)
-            found = genetic_search(self.space, resources, self.sensitivities, score, self.config, uniform)
-            ranked = rerank(self.scorer, self.network, self.costs, found.leaders, found.seeds)
+            found = genetic_search(self.space, resources, losses, score, self.config, uniform)
+            ranked = rerank(self.scorer, self.network, self.costs, losses, found.leaders, found.seeds)
         self.scored += found.evaluations
-        chosen = min(ranked, key=lambda name: ranked[name].kl)
+        chosen = min(
+            ranked, key=lambda name: ranked[name].kl + losses.added(self.space.genome(ranked[name].policy))
+        )
         genome = self.space.genome(ranked[chosen].policy)
         seconds = time.perf_counter() - began
         return Found(
@@ -238,7 +250,7 @@ class Session:
                 "search_reranking": seconds - found.seconds,
             },
             memory={"search": peak_memory()},
-            front=predicted_front(self.costs, self.sensitivities, resources[0].cost),
+            front=predicted_front(self.costs, self.sensitivities, losses, resources[0].cost),
         )
 
     def _resources(self, budget: str | Budget) -> list[Resource]:
@@ -264,7 +276,7 @@ class Session:
             BudgetError: The budget cannot be read or met.
         """
         resources = self._resources(budget)
-        planned = dynamic_programming(monotone(self.sensitivities), resources)
+        planned = dynamic_programming(self.losses.table, resources)
         policies = {"dynamic_programming": self.space.policy(planned)}
         uniform = best_uniform(self.space, self.costs, resources)
         if uniform:
@@ -343,7 +355,7 @@ class Session:
         """
         if isinstance(found, HybridPolicy):
             costs = self.costs.costs(self.space.genome(found))
-            front = predicted_front(self.costs, self.sensitivities, self.costs.weight_bytes)
+            front = predicted_front(self.costs, self.sensitivities, self.losses, self.costs.weight_bytes)
             found = Found(found, "given", costs, {}, {}, [], {}, front=front)
         config = replace(
             self.config,

@@ -10,6 +10,7 @@ import torch
 from hq_plugin import Budget, Config, HybridPolicy
 from hq_plugin.allocation import best_uniform
 from hq_plugin.cost import CostTable
+from hq_plugin.lasting import LastingLosses
 from hq_plugin.search import additive_sensitivities, genetic_search
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -46,10 +47,8 @@ def test_finds_the_best_of_all_policies(bits: float) -> None:
     genomes = [np.stack([np.array(g), np.zeros(4, dtype=int)], 1) for g in everything]
     best = min(interacting_one(space.policy(g)) for g in genomes if resources[0].used(g) <= 1)
     config = Config(search_evaluations=120, seed=1)
-    sensitivities = additive_sensitivities(space, interacting)
-    found = genetic_search(
-        space, resources, sensitivities, interacting, config, best_uniform(space, costs, resources)
-    )
+    losses = LastingLosses(space, additive_sensitivities(space, interacting), 0)
+    found = genetic_search(space, resources, losses, interacting, config, best_uniform(space, costs, resources))
     assert found.leaders[0].score == pytest.approx(best, rel=1e-9)
 
 
@@ -62,8 +61,8 @@ def test_no_candidate_ever_exceeds_the_budget_and_none_is_scored_twice() -> None
         seen.append(policy)
         return interacting_one(policy)
 
-    sensitivities = additive_sensitivities(space, interacting)
-    found = genetic_search(space, resources, sensitivities, each(score), Config(search_evaluations=80), [])
+    losses = LastingLosses(space, additive_sensitivities(space, interacting), 0)
+    found = genetic_search(space, resources, losses, each(score), Config(search_evaluations=80), [])
     assert 5 < len(seen) == len(set(seen)) == len(found.evaluations) <= 80
     assert all(r.used(space.genome(policy)) <= 1 for policy in seen for r in resources)
     scores = [scored.score for scored in found.leaders]
@@ -73,11 +72,11 @@ def test_no_candidate_ever_exceeds_the_budget_and_none_is_scored_twice() -> None
 def test_the_same_seed_searches_the_same_way() -> None:
     space, costs = build()
     resources = costs.resources(Budget(weight_bits=4))
-    sensitivities = additive_sensitivities(space, interacting)
+    losses = LastingLosses(space, additive_sensitivities(space, interacting), 0)
 
     def log(seed: int) -> list[bytes]:
         config = Config(search_evaluations=60, seed=seed)
-        found = genetic_search(space, resources, sensitivities, interacting, config, [])
+        found = genetic_search(space, resources, losses, interacting, config, [])
         return [scored.genome.tobytes() for scored in found.evaluations]
 
     assert log(0) == log(0)
@@ -87,12 +86,12 @@ def test_the_same_seed_searches_the_same_way() -> None:
 def test_not_finite_is_the_worst() -> None:
     space, costs = build()
     resources = costs.resources(Budget(weight_bits=4))
-    sensitivities = additive_sensitivities(space, interacting)
+    losses = LastingLosses(space, additive_sensitivities(space, interacting), 0)
 
     def sometimes(policy: HybridPolicy) -> float:
         return float("nan") if policy["stem"].weight < 4 else interacting_one(policy)
 
-    found = genetic_search(space, resources, sensitivities, each(sometimes), Config(search_evaluations=60), [])
+    found = genetic_search(space, resources, losses, each(sometimes), Config(search_evaluations=60), [])
     assert np.isfinite(found.leaders[0].score)
     assert any(np.isinf(scored.score) for scored in found.evaluations)
 
@@ -100,8 +99,8 @@ def test_not_finite_is_the_worst() -> None:
 def test_a_space_with_one_policy() -> None:
     space, costs = build(weight_bits=(4,))
     resources = costs.resources(Budget(weight_bits=5))
-    sensitivities = additive_sensitivities(space, interacting)
-    found = genetic_search(space, resources, sensitivities, interacting, Config(search_evaluations=20), [])
+    losses = LastingLosses(space, additive_sensitivities(space, interacting), 0)
+    found = genetic_search(space, resources, losses, interacting, Config(search_evaluations=20), [])
     assert len(found.evaluations) == 1
 
 

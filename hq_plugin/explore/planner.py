@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from hq_plugin.allocation import dynamic_programming, monotone
+from hq_plugin.allocation import dynamic_programming
 from hq_plugin.cost import Resource, Table
 from hq_plugin.errors import BudgetError, ConfigError
 from hq_plugin.explore.calibration import Calibration
 from hq_plugin.findings import predicted_loss
 from hq_plugin.front import convex_front
+from hq_plugin.lasting import LastingLosses
 from hq_plugin.outline import Outline
 from hq_plugin.space import Genome
 
@@ -61,7 +62,7 @@ class Planner:
     def __init__(self, outline: Outline) -> None:
         self.outline, self.space, self.costs = outline, outline.space, outline.costs
         self.axes = [axis for axis in AXES if axis != "latency_ms" or self.costs.latency is not None]
-        self._losses = monotone(outline.sensitivities)
+        self._losses = LastingLosses(self.space, outline.sensitivities, outline.finetune_steps).table
         predicted = [predicted_loss(outline.sensitivities, genome) for genome, _ in outline.scored]
         self.calibration = Calibration(predicted, [score for _, score in outline.scored])
 

@@ -1,0 +1,74 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import hq_plugin
+from hq_plugin.allocation import monotone
+from hq_plugin.lasting import EMBEDDINGS, STEPS, LastingLosses
+from hq_plugin.session import Session
+
+
+class Text(nn.Module):
+    """An embedding, a table tied to the output, and a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.marks = nn.Embedding(40, 16), nn.Embedding(12, 16)
+        self.layer, self.head = nn.Linear(16, 16), nn.Linear(16, 12, bias=False)
+        self.head.weight = self.marks.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.head(self.layer(self.words(tokens) + self.marks(tokens % 12)).relu().mean(1))
+        return found
+
+
+@pytest.fixture(scope="module")
+def session() -> Session:
+    torch.manual_seed(0)
+    data = [torch.randint(0, 40, (8, 6)) for _ in range(6)]
+    return hq_plugin.meta_train(
+        Text(), data, effort="smoke", meta_steps=0, finetune_steps=STEPS, activation_bits=16, search_evaluations=12
+    )
+
+
+def rows(session: Session) -> dict[str, int]:
+    return {site.name: row for row, group in enumerate(session.space.groups) for site in group.sites}
+
+
+def test_what_is_only_looked_up_counts_more(session: Session) -> None:
+    plain = np.maximum(monotone(session.sensitivities), 0)
+    ratio = np.maximum(session.losses.table, 0)[:, 0, 0] / plain[:, 0, 0]
+    found = {name: float(ratio[row]) for name, row in rows(session).items()}
+    assert found == pytest.approx({"words": EMBEDDINGS, "marks": 1.0, "layer": 1.0, "head": 1.0}, rel=1e-3)
+
+
+def test_without_training_nothing_is_added_and_with_few_steps_less(session: Session) -> None:
+    narrow = np.zeros_like(session.space.top)
+    added = [
+        LastingLosses(session.space, session.sensitivities, steps).added(narrow)
+        for steps in (0, STEPS // 4, STEPS, 10 * STEPS)
+    ]
+    assert added[0] == 0
+    assert 0 < added[1] == pytest.approx(added[2] / 4)
+    assert added[2] == added[3]
+
+
+def test_the_plan_gives_embeddings_more_bits_where_training_follows(session: Session) -> None:
+    def words(steps: int) -> float:
+        session.config = session.config.with_options({"finetune_steps": steps})
+        plans = [session.baselines(f"{bits}bit")["dynamic_programming"] for bits in np.arange(3.25, 7.0, 0.25)]
+        return float(np.mean([plan["words"].weight for plan in plans]))
+
+    assert words(0) < words(STEPS)
+
+
+def test_the_search_weighs_what_lasts(session: Session) -> None:
+    session.config = session.config.with_options({"finetune_steps": STEPS})
+    found = session.search("4bit")
+    losses = session.losses
+    weighed = {
+        name: baseline.kl + losses.added(session.space.genome(baseline.policy))
+        for name, baseline in found.baselines.items()
+    }
+    assert found.chosen == min(weighed, key=lambda name: weighed[name])
