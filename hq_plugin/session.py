@@ -231,10 +231,9 @@ class Session:
             found = genetic_search(self.space, resources, losses, score, self.config, uniform)
             ranked = rerank(self.scorer, self.network, self.costs, losses, found.leaders, found.seeds)
         self.scored += found.evaluations
-        chosen = min(
-            ranked, key=lambda name: ranked[name].kl + losses.added(self.space.genome(ranked[name].policy))
-        )
-        genome = self.space.genome(ranked[chosen].policy)
+        genomes = {name: self.space.genome(baseline.policy) for name, baseline in ranked.items()}
+        chosen = min(ranked, key=lambda name: ranked[name].kl + losses.added(genomes[name]))
+        genome = genomes[chosen]
         seconds = time.perf_counter() - began
         return Found(
             policy=ranked[chosen].policy,
