@@ -28,13 +28,14 @@ from hq_plugin.errors import ArtifactError, ConfigError, EngineError, HQWarning
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import LayerBits
+from hq_plugin.preparation import device_of
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.result import versions
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.storage import read_sealed, sealed, write_text
-from hq_plugin.timing import machine, median_milliseconds
+from hq_plugin.timing import OtherMemory, machine, median_milliseconds
 from hq_plugin.untrusted import check_types, clean_errors
 
 FORMAT, VERSION = "hq_plugin profile", 1
@@ -42,6 +43,8 @@ FORMAT, VERSION = "hq_plugin profile", 1
 TRUSTED = 0.15
 #: Stands for the kernel of a layer that did not run.
 NO_KERNEL = "none"
+#: Mean width of policies, roughly: it says how many bytes a model reads between two runs of a layer.
+_TYPICAL_BITS = 4
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
 _SLOPE = (0.25, 4.0)
 #: Sums of the slowest and the fastest policy must differ by this factor to tell a slope.
@@ -217,7 +220,7 @@ def measure_profile(
         EngineError: The target is ONNX Runtime, which is not installed.
         ExportError: The target is ONNX Runtime, and the model cannot be exported.
     """
-    layer_time, model_time = _timers(target)
+    layer_time, model_time = _timers(target, space, device_of(teacher))
     part = first_samples(batch, samples)
     inputs = _inputs(teacher, space, part)
     layers: dict[str, dict[str, dict[str, float]]] = {}
@@ -311,7 +314,7 @@ LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]
 ModelTimer = Callable[[nn.Module, Batch], float]
 
 
-def _timers(target: str) -> tuple[LayerTimer, ModelTimer]:
+def _timers(target: str, space: SearchSpace, device: torch.device) -> tuple[LayerTimer, ModelTimer]:
     if target == "onnxruntime":
         try:
             from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
@@ -320,11 +323,9 @@ def _timers(target: str) -> tuple[LayerTimer, ModelTimer]:
                 f"{error}. Install what ONNX Runtime needs: pip install 'hq-plugin[onnx]'."
             ) from error
         return layer_milliseconds, model_milliseconds
-    return _torch_layer, _torch_model
-
-
-def _torch_layer(layer: PackedModule, x: Tensor) -> dict[str, float]:
-    return measure(layer, x).milliseconds
+    # As where kernels are chosen: between two runs of a layer, the bytes of the rest are read.
+    others = OtherMemory(space.table.weights * _TYPICAL_BITS // 8, device)
+    return lambda layer, x: measure(layer, x, others).milliseconds, _torch_model
 
 
 def _torch_model(model: nn.Module, batch: Batch) -> float:

@@ -154,7 +154,7 @@ def test_times_that_do_not_add_up_are_told(
     # All layers take the same; the model takes 2, 4 and 2 ms under the narrowest, the widest and a random policy.
     totals = itertools.cycle([2.0, 4.0])
     timers = (lambda layer, x: {"any": 1.0}), (lambda model, batch: next(totals))
-    monkeypatch.setattr(profiles, "_timers", lambda target: timers)
+    monkeypatch.setattr(profiles, "_timers", lambda *given: timers)
     found = hq.profile(trained, batches, target="torch", **options)  # type: ignore[arg-type]
     assert (found.rest + 4 * found.slope, found.error) == (pytest.approx(8 / 3), pytest.approx(0.5))
 
