@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,21 @@ def add_checksum(folder: Path) -> None:
     write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
 
 
-def check_folder(files: Sequence[str]) -> None:
-    """Compares the checksum of a folder with the one in its config.json.
+def start_check(files: Sequence[str]) -> Callable[[], None]:
+    """Starts to compare the checksum of a folder with the one in its config.json, beside what loads it.
 
     Args:
         files: The safetensors files that are loaded; config.json lies beside them.
 
+    Returns:
+        What waits for the end of it, and raises an `ArtifactError` if the checksums differ.
+
     Raises:
-        ArtifactError: They differ.
+        ArtifactError: config.json cannot be read.
     """
     place = Path(files[0]).parent / "config.json"
     if not place.exists():
-        return  # the configuration came from somewhere else
+        return lambda: None  # the configuration came from somewhere else
     try:
         raw = read_file(place, JSON_LIMIT)
     except OSError as error:
@@ -57,13 +61,22 @@ def check_folder(files: Sequence[str]) -> None:
                 HQWarning,
                 stacklevel=2,
             )
-            return
-        found = _checksum(config, files)
-    if found != wanted:
-        raise ArtifactError(
-            f"{place.parent} is damaged, or was edited: its checksum is not that of config.json and the tensors. "
-            f"Copy it again; if the edit was meant, delete {_KEY!r} under {_SECTION!r} in config.json."
-        )
+            return lambda: None
+    # Digests of large tensors let other threads run.
+    executor = ThreadPoolExecutor(1)
+    found = executor.submit(_checksum, config, files)
+    executor.shutdown(wait=False)
+
+    def finish() -> None:
+        with clean_errors(place):
+            differs = found.result() != wanted
+        if differs:
+            raise ArtifactError(
+                f"{place.parent} is damaged, or was edited: its checksum is not that of config.json and the "
+                f"tensors. Copy it again; if the edit was meant, delete {_KEY!r} under {_SECTION!r} in config.json."
+            )
+
+    return finish
 
 
 def _checksum(config: dict[str, Any], files: Sequence[str]) -> str:
@@ -80,4 +93,4 @@ def _checksum(config: dict[str, Any], files: Sequence[str]) -> str:
     return hashlib.sha256((text + json.dumps(parts, sort_keys=True)).encode()).hexdigest()
 
 
-__all__ = ["add_checksum", "check_folder"]
+__all__ = ["add_checksum", "start_check"]

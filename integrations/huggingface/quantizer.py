@@ -7,7 +7,7 @@ and does not fill the layers with random numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
-from hq_plugin.integrations.huggingface.integrity import check_folder
+from hq_plugin.integrations.huggingface.integrity import start_check
 from hq_plugin.integrations.huggingface.saving import bind
 from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_layers_of
 from hq_plugin.nn.held import HOLDER
@@ -148,6 +148,7 @@ class HqQuantizer(HfQuantizer):
                 f"{', '.join((wrong or lacking)[:5])}{' ...' if len(wrong or lacking) > 5 else ''}."
             )
         self._untie(model)
+        self._finish_check: Callable[[], None] = lambda: None
         self._check_files(model, kwargs.get("checkpoint_files") or [])
         return model
 
@@ -193,7 +194,7 @@ class HqQuantizer(HfQuantizer):
                 f"The checkpoint does not fit the policy in config.json: {'; '.join(problems[:5])}"
                 f"{' ...' if len(problems) > 5 else ''}. The folder is damaged, or parts of two were mixed."
             )
-        check_folder(files)
+        self._finish_check = start_check(files)
 
     def _untie(self, model: PreTrainedModel) -> None:
         """Takes packed weights out of what transformers ties: we tie them, packed."""
@@ -212,6 +213,7 @@ class HqQuantizer(HfQuantizer):
                     packed[self._names[name]]._non_persistent_buffers_set.add(buffer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+        self._finish_check()
         packed = packed_modules(model)
         for name, owner in self.quantization_config.tied.items():
             if name in self._names and owner in self._names:
