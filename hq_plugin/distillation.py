@@ -126,12 +126,45 @@ def relative_error(student: Any, teacher: Any) -> Tensor:
             f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
             "Pass loss=<function of the student's and the teacher's output>."
         )
-    errors = [squared_error(s, t) for s, t in pairs]
-    weights = torch.ones(len(errors))
-    if isinstance(teacher, Mapping) and isinstance(teacher.get("last_hidden_state"), Tensor) and len(errors) > 1:
-        main = teacher["last_hidden_state"]
-        weights = torch.tensor([1.0 if t is main else _BESIDE for _, t in pairs])
-    return (torch.stack(errors) * (weights / weights.sum()).to(errors[0].device)).sum()
+    errors = torch.stack([squared_error(s, t) for s, t in pairs])
+    return (errors * torch.tensor(_shares(teacher, [t for _, t in pairs]), device=errors.device)).sum()
+
+
+def _shares(output: Any, tensors: list[Tensor]) -> list[float]:
+    """Returns what each of the tensors of an output counts in its error, 1 in all."""
+    main = output.get("last_hidden_state") if isinstance(output, Mapping) else None
+    weights = [_BESIDE if isinstance(main, Tensor) and tensor is not main else 1.0 for tensor in tensors]
+    return [weight / sum(weights) for weight in weights]
+
+
+def random_probe(output: Any, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
+    """Returns a scalar whose gradients tell to second order what an output's distance to itself makes of errors.
+
+    For class scores it is the cross-entropy of labels drawn from them, for other outputs a product with random
+    numbers. The mean over positions of half its squared directional derivative is then the KL divergence, or the
+    relative squared error, of a small error in that direction (the Gauss-Newton matrix).
+
+    Args:
+        output: Of a network that is differentiated.
+        generator: Draws what is random; None is torch's own.
+
+    Returns:
+        The scalar, summed over positions, and their number; 0 and 1 where the output holds no tensor.
+    """
+    scores = class_scores(output)
+    if scores is not None:
+        return sampled_cross_entropy(scores, generator), scores.shape[:-1].numel()
+    tensors = [tensor for tensor in tensors_of(output) if tensor.numel()]
+    if not tensors:
+        return torch.zeros(()), 1
+    positions = max(tensor.shape[:-1].numel() for tensor in tensors)
+    total = torch.zeros((), device=tensors[0].device)
+    for tensor, share in zip(tensors, _shares(output, tensors), strict=True):
+        wide = tensor.float()
+        noise = torch.randn(wide.shape, generator=generator, device=wide.device)
+        scale = 2 * share * positions / (wide.numel() * float(wide.detach().var(correction=0).clamp_min(1e-12)))
+        total = total + math.sqrt(scale) * (wide * noise).sum()
+    return total, positions
 
 
 def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hq_plugin.data import Batch
-from hq_plugin.distillation import class_scores, sampled_cross_entropy
+from hq_plugin.distillation import random_probe, tensors_of
 from hq_plugin.errors import ConfigError
 from hq_plugin.precision import autocast
 from hq_plugin.sites import Site
@@ -125,16 +125,16 @@ def collect_moments(
     """Runs the float model forwards and backwards, and returns the moments of its sites by name.
 
     The gradient is that of the log-likelihood of labels drawn from the model's own distribution, as the
-    Fisher information wants it (not that of true labels).
+    Fisher information wants it (not that of true labels); where there are no class scores, of a random product.
 
     Args:
         teacher: The float model, in eval mode; it is not changed.
         sites: The sites; convolutions are passed over.
         batches: A few batches, on the model's device.
-        seed: Seeds the labels.
+        seed: Seeds what is drawn.
 
     Raises:
-        ConfigError: The model's output holds no class scores.
+        ConfigError: No gradient reaches the layers from the model's output.
     """
     sites, batches = list(sites), list(batches)
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
@@ -156,13 +156,18 @@ def collect_moments(
         with torch.enable_grad():
             for batch in batches:
                 with autocast(), lookups:
-                    scores = class_scores(batch.run(teacher))
-                if scores is None:
-                    raise ConfigError('sensitivities="fisher" needs class scores: an output with `.logits`.')
+                    output = batch.run(teacher)
                 if generator is None:
-                    generator = torch.Generator(scores.device).manual_seed(seed)
-                sampled_cross_entropy(scores, generator).backward()
-                positions += scores.shape[:-1].numel()
+                    tensors = tensors_of(output)
+                    generator = torch.Generator(tensors[0].device if tensors else "cpu").manual_seed(seed)
+                probe, seen = random_probe(output, generator)
+                if not probe.requires_grad:
+                    raise ConfigError(
+                        'sensitivities="fisher" needs an output that hangs on the layers, and holds a tensor of '
+                        'floating point. Take sensitivities="measured".'
+                    )
+                probe.backward()
+                positions += seen
                 for name, weight in read.items():
                     if weight.grad is not None:
                         squares[name] += weight.grad.float().square()

@@ -8,7 +8,7 @@ from the layer's own weight, moved as little as puts it on the integer that was 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hq_plugin import torch_ao
 from hq_plugin.data import Batch
-from hq_plugin.distillation import class_scores, sampled_cross_entropy, tensors_of
+from hq_plugin.distillation import random_probe
 from hq_plugin.nn.split import whole_name
 from hq_plugin.precision import autocast
 from hq_plugin.quantization import dequantize_weight, per_channel, quantize_weight, weight_range, weight_rows
@@ -103,7 +103,7 @@ def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterabl
         with torch.enable_grad():
             for batch in batches if handles else ():
                 with autocast():
-                    probe = _random_product(batch.run(network))
+                    probe, _ = random_probe(batch.run(network))
                 if probe.requires_grad:
                     probe.backward()
                 network.zero_grad()
@@ -119,19 +119,6 @@ def _add_product(sums: dict[str, Tensor], name: str, values: Tensor) -> int:
     product = flat.T @ flat
     sums[name] = product if name not in sums else sums[name].add_(product)
     return len(flat)
-
-
-def _random_product(output: Any) -> Tensor:
-    scores = class_scores(output)
-    if scores is not None:
-        return sampled_cross_entropy(scores)
-    main = output.get("last_hidden_state") if isinstance(output, Mapping) else None
-    tensors = [main] if isinstance(main, Tensor) else tensors_of(output)
-    # Of several, each counts alike, as in the loss.
-    products = [
-        (t.float() * torch.randn_like(t)).sum() / t.detach().float().norm().clamp_min(1e-12) for t in tensors
-    ]
-    return torch.stack(products).sum() if products else torch.zeros(())
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from hq_plugin import Config, ConfigError
 from hq_plugin.data import Batch
-from hq_plugin.distillation import kl_divergence
+from hq_plugin.distillation import kl_divergence, relative_error
 from hq_plugin.meta_training import build_network
 from hq_plugin.moments import collect_moments, fisher_losses
 from hq_plugin.sites import SiteTable, find_sites
@@ -60,6 +60,33 @@ def test_the_second_order_estimate_is_the_divergence(setting: tuple[Words, SiteT
             weight.add_(error)
             found += moments[name].loss(error)
             expected += float(kl_divergence(changed(ids)["logits"], model(ids)["logits"]))
+        assert found == pytest.approx(expected, rel=0.3), name
+
+
+class States(Words):
+    """The same without class scores: hidden states, and something beside them that counts a tenth."""
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        states = super().forward(ids)["logits"]
+        return {"last_hidden_state": 3 * states + 5, "first": states[:, 0]}
+
+
+def test_without_class_scores_it_is_the_relative_squared_error(
+    setting: tuple[Words, SiteTable, list[Batch]],
+) -> None:
+    model, table, batches = States().eval().requires_grad_(False), setting[1], setting[2]
+    moments = collect_moments(model, table, batches, seed=0)
+    ids = torch.cat([batch.args[0] for batch in batches])
+    for name in moments:
+        found, expected = 0.0, 0.0
+        for seed in range(20):
+            torch.manual_seed(seed)
+            changed = copy.deepcopy(model)
+            weight = changed.get_submodule(name).weight
+            error = 0.02 * weight.std() * torch.randn_like(weight)
+            weight.add_(error)
+            found += moments[name].loss(error)
+            expected += float(relative_error(changed(ids), model(ids)))
         assert found == pytest.approx(expected, rel=0.3), name
 
 
@@ -124,10 +151,18 @@ def test_embeddings_are_seen_where_they_look_up() -> None:
     torch.testing.assert_close(moments["positions"].outputs, 25 * expected.outputs)
 
 
-def test_it_needs_class_scores() -> None:
-    model = nn.Linear(4, 3, bias=False)
+def test_it_needs_an_output_that_hangs_on_the_layers() -> None:
+    class Cut(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x).detach().unsqueeze(1)
+
+    model = Cut()
     batch = Batch((torch.randn(2, 5, 4),), {}, None, 2)
-    with pytest.raises(ConfigError, match="class scores"):
+    with pytest.raises(ConfigError, match=r'hangs on the layers.*"measured"'):
         collect_moments(model, find_sites(model, batch.run, 2), [batch], 0)
 
 
