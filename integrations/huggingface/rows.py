@@ -20,7 +20,7 @@ from hq_plugin.errors import DataError
 #: Fields in which rows of a data set keep their picture or sound.
 MEDIA_FIELDS = ("image", "img", "audio", "speech")
 #: Dimensions of one sample of each main input; a batch has one more.
-_DIMENSIONS = {"input_ids": 1, "pixel_values": 3, "input_values": 1, "input_features": 2}
+_DIMENSIONS = {"input_ids": 1, "pixel_values": 3, "input_values": 1, "input_features": 2, "spatial_shapes": 1}
 #: Inputs `[samples, tokens]` that padding at the end is cut from, down to a multiple of so many tokens: kernels
 #: like such lengths.
 _BY_TOKEN, _MULTIPLE = ("input_ids", "attention_mask", "token_type_ids", "position_ids"), 8
@@ -156,8 +156,9 @@ def from_encoding(model: PreTrainedModel, encoding: Mapping[str, Any]) -> Rows:
 
 def is_row(model: PreTrainedModel, first: Mapping[str, Any]) -> bool:
     """Returns whether a mapping is one sample of model inputs, and not a batch of them."""
-    wanted = _DIMENSIONS.get(model.main_input_name)
-    value = first.get(model.main_input_name)
+    # Pictures in patches (SigLIP 2) have a dimension less; beside them is how many rows and columns they have.
+    name = "spatial_shapes" if "spatial_shapes" in first else model.main_input_name
+    wanted, value = _DIMENSIONS.get(name), first.get(name)
     if value is None or wanted is None:
         return False
     try:

@@ -255,7 +255,7 @@ def transformers_model(kind: str, name: str) -> tuple[Any, Callable[[int], dict[
             if size > LARGEST:
                 raise ValueError(f"{size / 1e6:.0f} M parameters are not small")
             torch.manual_seed(0)
-            model = made(config).eval()
+            model = made(config).float().eval()
             return model, _inputs(model, kind)
         except Exception as error:  # whatever a class makes of sizes that do not fit
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import hq_plugin
 from hq_plugin import Config, ConfigError
 from hq_plugin.integrations.huggingface.inputs import batches, written
 from tests.integrations.huggingface.conftest import llama, tokenizer
@@ -38,3 +39,27 @@ def test_what_is_written_follows_the_seed_and_leaves_the_caller_s_randomness_alo
 def test_a_share_that_is_none() -> None:
     with pytest.raises(ConfigError, match="self_written=2 must be a share"):
         Config(self_written=2)
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["batches", "rows"])
+def test_pictures_in_patches(rows: bool) -> None:
+    from transformers import Siglip2Config, Siglip2ForImageClassification
+
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Siglip2ForImageClassification(
+        Siglip2Config(vision_config={**vision, "num_patches": 16, "patch_size": 4}, num_labels=3)
+    ).eval()
+    torch.manual_seed(0)
+
+    def batch() -> dict[str, torch.Tensor]:
+        shapes = torch.tensor([[4, 4], [2, 8]])
+        return {
+            "pixel_values": torch.randn(2, 16, 48),
+            "pixel_attention_mask": torch.ones(2, 16, dtype=torch.long),
+            "spatial_shapes": shapes,
+        }
+
+    given = [batch() for _ in range(3)]
+    data = [{name: value[i] for name, value in each.items()} for each in given for i in range(2)] if rows else given
+    packed = hq_plugin.quantize(model, "4bit", data, effort="smoke", sensitivities="fisher", progress=False)
+    assert packed(**given[0]).logits.shape == (2, 3)
