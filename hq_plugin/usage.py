@@ -39,11 +39,15 @@ def rows_by_use(model: nn.Module, embeddings: Sequence[str], batches: Iterable[B
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     sources: dict[str, str | int | None] | None = None
     for number, batch in enumerate(islice(batches, _COUNTED)):
-        if sources is None or (number < _COUNTED_RUNNING and None in sources.values()):
+        running = number < _COUNTED_RUNNING
+        if sources is None or (running and None in sources.values()):
             seen = first_inputs(layers, lambda batch=batch: batch.to(device).run(model))  # type: ignore[misc]
-            sources = sources or {name: _source(batch, seen.get(name)) for name in layers}
+            if sources is None:  # what the first batch does not call is not looked at again
+                sources = {name: _source(batch, ids) for name, ids in seen.items()}
+        if not running and not any(source is not None for source in sources.values()):
+            break
         for name, source in sources.items():
-            ids = seen.get(name) if source is None and number < _COUNTED_RUNNING else _input(batch, source)
+            ids = seen.get(name) if source is None and running else _input(batch, source)
             if ids is not None:
                 rows = counts[name]
                 rows += torch.bincount(_kept(batch, ids.cpu()), minlength=len(rows))[: len(rows)]

@@ -1,4 +1,4 @@
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,22 @@ def test_an_embedding_that_is_never_called_keeps_its_order() -> None:
     model = Words().eval()
     model.other = nn.Embedding(5, 2)
     ids = torch.tensor([[1, 2]])
-    found = rows_by_use(model, ["words", "other"], [Batch((ids,), {}, None, 1)])
+    found = rows_by_use(model, ["words", "other"], [Batch((ids,), {}, None, 1) for _ in range(40)])
     assert found["other"].tolist() == [0, 1, 2, 3, 4]
+    assert model.runs == 1
+
+
+def test_no_more_is_read_than_is_of_use() -> None:
+    model = Words(lambda ids: (ids + 1) % 10).eval()
+    read = []
+
+    def endless() -> Iterator[Batch]:
+        while True:
+            read.append(1)
+            yield Batch((torch.tensor([[7, 2]]),), {}, None, 1)
+
+    assert rows_by_use(model, ["words"], endless())["words"].tolist()[:2] == [3, 8]
+    assert len(read) == model.runs + 1 < 40
 
 
 def test_the_order_follows_from_the_data_alone() -> None:
