@@ -14,7 +14,8 @@ from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import EngineError, ModelError
 from hq_plugin.preparation import search_space, teacher_of
-from hq_plugin.profiles import Profile, measure_profile
+from hq_plugin.profiles import Profile
+from hq_plugin.profiling import measure_profile
 from hq_plugin.seeding import seeded
 from hq_plugin.session import EvalFunction, Session
 from hq_plugin.synthetic import synthetic_data

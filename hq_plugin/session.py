@@ -44,7 +44,7 @@ from hq_plugin.preparation import (
     search_space,
     teacher_of,
 )
-from hq_plugin.profiles import first_samples, with_latency
+from hq_plugin.profiling import first_samples, with_latency
 from hq_plugin.ranking import distances, rerank
 from hq_plugin.result import Result, versions
 from hq_plugin.rounding import start_from_good_integers

@@ -1,4 +1,4 @@
-"""How long a call takes, and on what machine. What is timed is decided in `kernels.py` and `profiles.py`."""
+"""How long a call takes, and on what machine. What is timed is decided in `kernels.py` and `profiling.py`."""
 
 from __future__ import annotations
 

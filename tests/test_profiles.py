@@ -19,7 +19,7 @@ from hq_plugin import (
     EngineError,
     HQWarning,
     Profile,
-    profiles,
+    profiling,
 )
 from hq_plugin.data import Batch
 from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
@@ -27,7 +27,8 @@ from hq_plugin.kernels import kernel_of
 from hq_plugin.nn import packed_modules
 from hq_plugin.nn.kernels import KERNELS, REFERENCE
 from hq_plugin.policy import LayerBits
-from hq_plugin.profiles import _line, first_samples, random_layer, signature, width
+from hq_plugin.profiles import signature, width
+from hq_plugin.profiling import _line, first_samples, random_layer
 from hq_plugin.result import versions
 from hq_plugin.sites import find_sites
 from hq_plugin.storage import sealed
@@ -154,7 +155,7 @@ def test_times_that_do_not_add_up_are_told(
     # All layers take the same; the model takes 2, 4 and 2 ms under the narrowest, the widest and a random policy.
     totals = itertools.cycle([2.0, 4.0])
     timers = (lambda layer, x: {"any": 1.0}), (lambda model, batch: next(totals))
-    monkeypatch.setattr(profiles, "_timers", lambda *given: timers)
+    monkeypatch.setattr(profiling, "_timers", lambda *given: timers)
     found = hq.profile(trained, batches, target="torch", **options)  # type: ignore[arg-type]
     assert (found.rest + 4 * found.slope, found.error) == (pytest.approx(8 / 3), pytest.approx(0.5))
 

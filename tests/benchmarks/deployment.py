@@ -34,7 +34,7 @@ from hq_plugin.integrations.huggingface.quantizer import attach
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.integrations.onnxruntime.timing import model_milliseconds
 from hq_plugin.policy import LayerBits
-from hq_plugin.profiles import first_samples, measure_profile, with_latency
+from hq_plugin.profiling import first_samples, measure_profile, with_latency
 from hq_plugin.timing import machine, median_milliseconds
 from tests.benchmarks.deployment_loading import measure
 from tests.benchmarks.deployment_models import (

@@ -1,0 +1,228 @@
+"""Measures how long each layer of a model takes at each width on this machine (`profiles.py`).
+
+Each distinct layer is timed alone at each of its widths. Their sum is not yet the time of the model: what stays
+float comes on top, and a runtime fuses layers. Both are taken from the whole model, timed under a few policies.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import torch_ao
+from hq_plugin.budget import Budget
+from hq_plugin.config import Config
+from hq_plugin.cost import CostTable, Table
+from hq_plugin.data import Batch
+from hq_plugin.errors import ConfigError, EngineError
+from hq_plugin.kernels import choose_kernels, measure
+from hq_plugin.nn import PackedModule
+from hq_plugin.policy import LayerBits
+from hq_plugin.preparation import device_of
+from hq_plugin.profiles import Profile, engine_versions, signature, width
+from hq_plugin.progress import progress
+from hq_plugin.quantization import weight_range, weight_rows
+from hq_plugin.space import Genome, SearchSpace
+from hq_plugin.timing import OtherMemory, machine, median_milliseconds
+
+#: Stands for the kernel of a layer that did not run.
+NO_KERNEL = "none"
+#: Mean width of policies, roughly: it says how many bytes a model reads between two runs of a layer.
+_TYPICAL_BITS = 4
+#: The slope of the model's time over the sum of its layers' is believed within these bounds.
+_SLOPE = (0.25, 4.0)
+#: Sums of the slowest and the fastest policy must differ by this factor to tell a slope.
+_DIFFERENT = 1.15
+
+
+@torch.no_grad()
+def measure_profile(
+    teacher: nn.Module, space: SearchSpace, batch: Batch, samples: int, target: str, show: bool | None = None
+) -> Profile:
+    """Measures a model on this machine.
+
+    Args:
+        teacher: The float model, in eval mode.
+        space: Gives the layers and their widths.
+        batch: Inputs; the first `samples` of them are run.
+        samples: Samples of a forward.
+        target: `"torch"` (also for `"storage"`) or `"onnxruntime"`.
+        show: Whether to show progress; None does on a terminal.
+
+    Raises:
+        EngineError: The target is ONNX Runtime, which is not installed.
+        ExportError: The target is ONNX Runtime, and the model cannot be exported.
+    """
+    layer_time, model_time = _timers(target, space, device_of(teacher))
+    part = first_samples(batch, samples)
+    inputs = _inputs(teacher, space, part)
+    layers: dict[str, dict[str, dict[str, float]]] = {}
+    with progress(show) as bars:
+        task = bars.task("profile", len(space.table))
+        for group in space.groups:
+            for site in group.sites:
+                times = layers.setdefault(signature(site), {})
+                for w in range(len(group.weight_bits)):
+                    for a in range(len(group.activation_bits)):
+                        bits = group.bits(site, w, a)
+                        if width(bits) not in times:
+                            x = inputs.get(site.name)
+                            module = teacher.get_submodule(site.name)
+                            layer = random_layer(module, bits)
+                            times[width(bits)] = {NO_KERNEL: 0.0} if x is None else layer_time(layer, x)
+                task.advance()
+    made = Profile(
+        "onnxruntime" if target == "onnxruntime" else "torch",
+        samples,
+        machine(),
+        datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        engine_versions(target),
+        0.0,
+        1.0,
+        0.0,
+        layers,
+    )
+    times_of = made.table(space)
+    genomes = _spread(times_of, space)
+    sums = [float(times_of[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()) for genome in genomes]
+    totals = []
+    for genome in genomes:
+        packed = torch_ao.convert(torch_ao.prepare(teacher, space.policy(genome), whole_zero_points=True))
+        totals.append(model_time(packed, part))
+    slope, rest = _line(sums, totals)
+    error = max(abs(total / (rest + slope * part) - 1) for total, part in zip(totals, sums, strict=True))
+    return Profile(**{**vars(made), "rest": rest, "slope": slope, "error": error})
+
+
+def _spread(times: Table, space: SearchSpace) -> list[Genome]:
+    """Returns the narrowest, the widest and the fastest policy, and one at random between them."""
+    flat = times.reshape(len(times), -1).argmin(axis=1)
+    fastest = np.stack(np.unravel_index(flat, times.shape[1:]), axis=1)
+    mixed = np.random.RandomState(0).randint(0, space.top + 1)
+    genomes = {genome.tobytes(): genome for genome in (np.zeros_like(space.top), space.top, fastest, mixed)}
+    return list(genomes.values())
+
+
+def _line(sums: list[float], totals: list[float]) -> tuple[float, float]:
+    """Returns slope and rest of the model's time over the sum of its layers', by least squares."""
+    slope = 1.0
+    if max(sums) > _DIFFERENT * min(sums):
+        slope = min(max(float(np.polyfit(sums, totals, 1)[0]), _SLOPE[0]), _SLOPE[1])
+    rest = max(float(np.mean(totals)) - slope * float(np.mean(sums)), 0.0)
+    if rest == 0.0:
+        slope = sum(totals) / max(sum(sums), 1e-9)
+    return slope, rest
+
+
+def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Batch, config: Config) -> None:
+    """Gives a cost table the latency of its choices, where a budget limits it.
+
+    The profile is the one of the configuration, or is measured now, once for each number of samples.
+
+    Args:
+        costs: Changed in place.
+        budget: A budget.
+        teacher: The float model, in eval mode.
+        batch: Inputs to measure on.
+        config: Gives `profile`, `target` and `progress`.
+    """
+    if budget.latency_ms is None or costs.latency_batch == budget.batch:
+        return
+    given = config.profile
+    if given is None:
+        profile = measure_profile(teacher, costs.space, batch, budget.batch, config.target, config.progress)
+    else:
+        profile = given if isinstance(given, Profile) else Profile.load(given)
+        profile.warn_if_foreign()
+        if profile.batch != budget.batch:
+            raise ConfigError(
+                f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
+                "for that, or give Budget(latency_ms=..., batch=...)."
+            )
+    profile.warn_if_rough()
+    profile.put_into(costs)
+
+
+LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]
+ModelTimer = Callable[[nn.Module, Batch], float]
+
+
+def _timers(target: str, space: SearchSpace, device: torch.device) -> tuple[LayerTimer, ModelTimer]:
+    if target == "onnxruntime":
+        try:
+            from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
+        except ImportError as error:
+            raise EngineError(
+                f"{error}. Install what ONNX Runtime needs: pip install 'hq-plugin[onnx]'."
+            ) from error
+        return layer_milliseconds, model_milliseconds
+    # As where kernels are chosen: between two runs of a layer, the bytes of the rest are read.
+    others = OtherMemory(space.table.weights * _TYPICAL_BITS // 8, device)
+    return lambda layer, x: measure(layer, x, others).milliseconds, _torch_model
+
+
+def _torch_model(model: nn.Module, batch: Batch) -> float:
+    choose_kernels(model, *batch.args, **batch.kwargs)
+    return median_milliseconds(lambda: batch.run(model))
+
+
+def random_layer(module: nn.Module, bits: LayerBits) -> PackedModule:
+    """Returns a packed layer of a float layer's shape with random integers, to be timed."""
+    weight = module._parameters["weight"]
+    assert weight is not None
+    low, high = weight_range(bits.weight)
+    integers = torch.randint(low, high + 1, weight.shape, dtype=torch.int8, device=weight.device)
+    rows = weight_rows(weight, bits.group_size).shape[0]
+    offset = 0.5 if bits.weight <= 2 else 0.0  # a whole zero point, as fast kernels have
+    zero = torch.full((rows,), offset, device=weight.device) if bits.group_size else None
+    quantized = bits.static_input
+    return PackedModule.from_integers(
+        module,
+        integers,
+        torch.full((rows,), 0.01, device=weight.device),
+        bits,
+        torch.tensor(0.05) if quantized else None,
+        torch.tensor(2 ** (bits.activation - 1)) if quantized else None,
+        zero=zero,
+    )
+
+
+def first_samples(batch: Batch, samples: int) -> Batch:
+    """Returns the first samples of a batch, repeated where it has fewer."""
+
+    def of(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] != batch.size:
+            return value
+        index = torch.arange(samples, device=value.device) % batch.size
+        return value[index]
+
+    kwargs: Mapping[str, Any] = {name: of(value) for name, value in batch.kwargs.items()}
+    return Batch(tuple(of(value) for value in batch.args), dict(kwargs), None, samples)
+
+
+def _inputs(teacher: nn.Module, space: SearchSpace, batch: Batch) -> dict[str, Tensor]:
+    inputs: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else next(iter(kwargs.values()), None)
+            if isinstance(value, Tensor):
+                inputs.setdefault(name, value.detach())
+
+        return see
+
+    handles = [
+        teacher.get_submodule(site.name).register_forward_pre_hook(hook(site.name), with_kwargs=True)
+        for site in space.table
+    ]
+    try:
+        batch.run(teacher)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return inputs
