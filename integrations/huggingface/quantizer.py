@@ -148,7 +148,7 @@ class HqQuantizer(HfQuantizer):
                 f"{', '.join((wrong or lacking)[:5])}{' ...' if len(wrong or lacking) > 5 else ''}."
             )
         self._untie(model)
-        self._finish_check: Callable[[], None] = lambda: None
+        self._finish_check: Callable[[], None] | None = None
         self._check_files(model, kwargs.get("checkpoint_files") or [])
         return model
 
@@ -213,7 +213,9 @@ class HqQuantizer(HfQuantizer):
                     packed[self._names[name]]._non_persistent_buffers_set.add(buffer)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        self._finish_check()
+        if self._finish_check is not None:
+            self._finish_check()
+            self._finish_check = None  # models are pickled with their quantizer
         packed = packed_modules(model)
         for name, owner in self.quantization_config.tied.items():
             if name in self._names and owner in self._names:
