@@ -122,6 +122,8 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
         scored = tuple((_genome(digits, space), float(score)) for digits, score in content["scored"].items())
         texts = str(content["model"]), str(content["distance"])
         source, steps = tuple(map(str, content["source"])), int(content.get("finetune_steps", 0))
+        if steps < 0:
+            raise ValueError("a negative number of steps")
         return Outline(*texts, space, costs, losses, scored, source, steps)
 
 

@@ -75,6 +75,9 @@ def test_tables_keep_what_is_no_choice(session: Session) -> None:
         {"scored": {"9999": 0.1}},
         {"scored": {"x": 0.1}},
         {"scored": ["0000"]},
+        {"finetune_steps": -1},
+        {"finetune_steps": float("inf")},
+        {"finetune_steps": "many"},
         {"latency": {"table": [[[1.0]]], "rest": 0, "batch": 1}},
     ],
 )
