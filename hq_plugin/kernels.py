@@ -7,6 +7,7 @@ and times are kept in a file.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from hq_plugin.errors import HQWarning, KernelError
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
-from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows
+from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows, Run
 from hq_plugin.probe import first_inputs
 from hq_plugin.storage import write_text
 from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
@@ -93,8 +94,9 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     Each layer is measured on the input that it gets in one forward; a linear layer also on one row (sample, token)
     of it, and keeps a kernel for each of the two where they differ. Inputs whose rows are nearer to one than to
     those measured, by ratio, run on the first. Between two runs of a layer as many bytes are read as the model's
-    layers have: alone it would find its weight in the processor's cache. Layers of equal shapes and widths are
-    measured once; results are kept in a file, under the machine and the versions they are for.
+    layers have (alone it would find its weight in the processor's cache), and a copy of it runs (the kernel's code
+    is in the cache, as in a model). Layers of equal shapes and widths are measured once; results are kept in a
+    file, under the machine and the versions they are for.
 
     Args:
         model: A converted model in eval mode; changed in place.
@@ -121,7 +123,7 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     others = OtherMemory(sum(layer.weight_packed.numel() for layer in layers.values()), device)
 
     def found(layer: PackedModule, x: Tensor) -> Choice:
-        key = f"{_key(layer, x)} {others.size} bytes between"
+        key = f"{_key(layer, x)} {others.size} bytes and a twin between"
         if key not in known:
             known[key] = measure(layer, x, others)
         return known[key]
@@ -162,13 +164,23 @@ def measure(layer: PackedModule, x: Tensor, others: OtherMemory | None = None) -
     Args:
         layer: The layer.
         x: Its input.
-        others: What is read between two runs of the layer; None reads nothing.
+        others: What is read between two runs of the layer, before a layer like it runs; None reads nothing.
     """
-    between = (lambda: None) if others is None else others.read
     before = layer._kernel
     layer.set_kernel(None)
     expected = layer(x)
-    milliseconds = {REFERENCE: median_milliseconds(lambda: layer(x), between)}
+    # A model runs a kernel again and again, on other weights: a twin's run warms its code, but not the weight.
+    twin = None if others is None else copy.deepcopy(layer)
+
+    def timed(run: Run, warm: Run | None) -> float:
+        def between() -> None:
+            if others is not None and warm is not None:
+                others.read()
+                warm(x)
+
+        return median_milliseconds(lambda: run(x), between)
+
+    milliseconds = {REFERENCE: timed(layer, twin)}
     refused: dict[str, str] = {}
     for name, kernel in KERNELS.items():
         reason = kernel.refuses(layer)
@@ -185,7 +197,7 @@ def measure(layer: PackedModule, x: Tensor, others: OtherMemory | None = None) -
                     f"Kernel {name} is not used for {type(layer).__name__}: {reason}.", HQWarning, stacklevel=2
                 )
         if reason is None:
-            milliseconds[name] = median_milliseconds(lambda run=run: run(x), between)  # type: ignore[misc]
+            milliseconds[name] = timed(run, None if twin is None else Bound(kernel, twin).run)
         else:
             refused[name] = reason
     layer.set_kernel(before)
