@@ -102,6 +102,13 @@ class Scorer:
             seen += batch.size
         return fidelity
 
+    def forget_targets(self) -> None:
+        """Frees the float model's outputs, before memory is needed; they are computed again when they are.
+
+        Of a language model they are as large as its weights.
+        """
+        self._targets.clear()
+
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         """Runs a model on a batch; where memory is too little, in smaller parts from then on.
 

@@ -173,6 +173,7 @@ class Session:
 
     @_stage
     def _meta_train(self, sampler: PolicySampler) -> None:
+        self.scorer.forget_targets()
         self.history = meta_train_network(
             self.network, self.teacher, sampler, self.data, self.loss, self.blocks, self.config, self.checkpoint
         )
@@ -364,6 +365,7 @@ class Session:
         began = time.perf_counter()
         network = self._start(found.policy, config)
         untrained = self.scorer.measure(network)
+        self.scorer.forget_targets()
         stage = f"fine-tuning of {found.policy.to_json()} by {decisive(config)}"
         history = finetune_network(
             network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage

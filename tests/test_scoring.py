@@ -57,6 +57,15 @@ def test_fewer_samples_when_asked(scorer: Scorer, trained: nn.Module) -> None:
     assert len(calls) == 1 + len(scorer.batches)
 
 
+def test_targets_that_were_forgotten_are_computed_again(scorer: Scorer, trained: nn.Module) -> None:
+    network = prepared(trained, LayerBits(3, 8), scorer)
+    before = scorer.measure(network).distance
+    assert scorer._targets
+    scorer.forget_targets()
+    assert not scorer._targets
+    assert scorer.measure(network).distance == before
+
+
 def test_evaluating_caches_weights_and_restores_statistics(trained: nn.Module, scorer: Scorer) -> None:
     policy = HybridPolicy(dict.fromkeys(SITES, LayerBits(3, 8)))
     network = prepared(trained, LayerBits(3, 8), scorer)
