@@ -89,7 +89,7 @@ def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return divergence
 
 
-def sampled_cross_entropy(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+def _sampled_cross_entropy(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Returns the summed cross-entropy of labels drawn from the scores' own distribution.
 
     Its gradients' second moments are the Fisher information, which for a divergence from the network's own output
@@ -153,7 +153,7 @@ def random_probe(output: Any, generator: torch.Generator | None = None) -> tuple
     """
     scores = class_scores(output)
     if scores is not None:
-        return sampled_cross_entropy(scores, generator), scores.shape[:-1].numel()
+        return _sampled_cross_entropy(scores, generator), scores.shape[:-1].numel()
     tensors = [tensor for tensor in tensors_of(output) if tensor.numel()]
     if not tensors:
         return torch.zeros(()), 1

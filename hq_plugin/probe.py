@@ -168,23 +168,27 @@ def _product_macs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], weig
 __all__ = ["Probe", "probe"]
 
 
-def first_inputs(layers: Mapping[str, nn.Module], run: Callable[[], Any]) -> dict[str, Tensor]:
+def first_inputs(
+    layers: Mapping[str, nn.Module], run: Callable[[], Any], *, keywords: bool = False
+) -> dict[str, Tensor]:
     """Returns the first argument of the first call of each layer in one forward, where it is a tensor.
 
     Args:
         layers: Layers by name; those that are not called are left out.
         run: Runs the model that they are part of.
+        keywords: Whether the first keyword counts where a layer is called with keywords alone.
     """
     seen: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, given: tuple[Any, ...]) -> None:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args or tuple(kwargs.values() if keywords else ())
             if given and isinstance(given[0], Tensor):
                 seen.setdefault(name, given[0].detach())
 
         return see
 
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         run()
     finally:

@@ -24,6 +24,7 @@ from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import LayerBits
 from hq_plugin.preparation import device_of
+from hq_plugin.probe import first_inputs
 from hq_plugin.profiles import Profile, engine_versions, signature, width
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
@@ -60,7 +61,8 @@ def measure_profile(
     """
     layer_time, model_time = _timers(target, space, device_of(teacher))
     part = first_samples(batch, samples)
-    inputs = _inputs(teacher, space, part)
+    layers_of_sites = {site.name: teacher.get_submodule(site.name) for site in space.table}
+    inputs = first_inputs(layers_of_sites, lambda: part.run(teacher), keywords=True)
     layers: dict[str, dict[str, dict[str, float]]] = {}
     with progress(show) as bars:
         task = bars.task("profile", len(space.table))
@@ -203,26 +205,3 @@ def first_samples(batch: Batch, samples: int) -> Batch:
 
     kwargs: Mapping[str, Any] = {name: of(value) for name, value in batch.kwargs.items()}
     return Batch(tuple(of(value) for value in batch.args), dict(kwargs), None, samples)
-
-
-def _inputs(teacher: nn.Module, space: SearchSpace, batch: Batch) -> dict[str, Tensor]:
-    inputs: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            value = args[0] if args else next(iter(kwargs.values()), None)
-            if isinstance(value, Tensor):
-                inputs.setdefault(name, value.detach())
-
-        return see
-
-    handles = [
-        teacher.get_submodule(site.name).register_forward_pre_hook(hook(site.name), with_kwargs=True)
-        for site in space.table
-    ]
-    try:
-        batch.run(teacher)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return inputs
