@@ -22,7 +22,8 @@ from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ExportError, ModelError
 from hq_plugin.integrations.onnxruntime import graph
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
-from hq_plugin.integrations.onnxruntime.layers import OPSET, exported_layer, form
+from hq_plugin.integrations.onnxruntime.dynamic import OPSET
+from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
 from hq_plugin.nn import packed_modules
 from hq_plugin.policy import LayerBits
 from hq_plugin.storage import write_bytes
@@ -147,6 +148,7 @@ def _without_cache(model: nn.Module) -> nn.Module:
 
 def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
     graph.strip(written)
+    graph.share_rotations(written)
     graph.fold_affine(written)
     graph.quantize_before_clip(written)
     graph.integer_products(written)

@@ -77,6 +77,40 @@ class _Graph:
         return found
 
 
+def share_rotations(model: onnx.ModelProto) -> None:
+    """Gives all layers that rotate by the same angles one table of cosines and one of sines, a row for each sample.
+
+    The exporter writes a table for each `RotaryEmbedding`, of one row where positions do not depend on the sample;
+    the runtime wants as many rows as there are samples.
+    """
+    graph = _Graph(model.graph)
+    tables: dict[str, list[str]] = {}
+    for node in list(model.graph.node):
+        if node.op_type != "RotaryEmbedding" or len(node.input) != 3:
+            continue
+        cos, sin = (graph.producers.get(name) for name in node.input[1:])
+        if cos is None or sin is None or (cos.op_type, sin.op_type) != ("Cos", "Sin"):
+            continue
+        angles = cos.input[0]
+        if sin.input[0] != angles:
+            continue
+        if angles not in tables:
+            names = [f"{angles}.{part}" for part in ("samples", "shape", "rows", "cos", "sin")]
+            samples, shape, rows, *tables[angles] = names
+            ones = graph.add_constant(f"{angles}.ones", np.ones(2, dtype=np.int64))
+            _insert_before(
+                model.graph,
+                node,
+                helper.make_node("Shape", [node.input[0]], [samples], start=0, end=1),
+                helper.make_node("Concat", [samples, ones], [shape], axis=0),
+                helper.make_node("Expand", [angles, shape], [rows]),
+                helper.make_node("Cos", [rows], [tables[angles][0]]),
+                helper.make_node("Sin", [rows], [tables[angles][1]]),
+            )
+        _set_inputs(node, [node.input[0], *tables[angles]])
+    _drop_unused(model.graph)
+
+
 def fold_affine(model: onnx.ModelProto) -> None:
     """Folds a BatchNorm that follows a convolution with integer weights into its steps and its bias.
 
@@ -137,14 +171,13 @@ def quantize_before_clip(model: onnx.ModelProto) -> None:
             continue
         qparams = list(quantize.input[1:3])
         first, again = f"{conv.output[0]}.quantized", f"{conv.output[0]}.dequantized"
-        at = next(i for i, node in enumerate(model.graph.node) if node is clip or node == clip)
-        nodes = [
+        _insert_before(
+            model.graph,
+            clip,
             helper.make_node("QuantizeLinear", [conv.output[0], *qparams], [first]),
             helper.make_node("DequantizeLinear", [first, *qparams], [again]),
-        ]
+        )
         clip.input[0] = again
-        for node in reversed(nodes):
-            model.graph.node.insert(at, node)
 
 
 def integer_products(model: onnx.ModelProto) -> None:
@@ -242,8 +275,12 @@ def _integer_product(
 
 
 def _replace(graph: onnx.GraphProto, node: onnx.NodeProto, nodes: list[onnx.NodeProto]) -> None:
-    at = next(i for i, other in enumerate(graph.node) if other == node)
+    _insert_before(graph, node, *nodes)
     graph.node.remove(node)
+
+
+def _insert_before(graph: onnx.GraphProto, node: onnx.NodeProto, *nodes: onnx.NodeProto) -> None:
+    at = next(i for i, other in enumerate(graph.node) if other == node)
     for new in reversed(nodes):
         graph.node.insert(at, new)
 

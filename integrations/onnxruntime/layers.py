@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from hq_plugin.integrations.onnxruntime.dynamic import DynamicLinear
+from hq_plugin.integrations.onnxruntime.dynamic import OPSET, DynamicLinear
 from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS
 from hq_plugin.quantization import quantize_rows
 
-#: Version of the default operators that are written by hand.
-OPSET = 21
 #: Widths of `MatMulNBits`.
 NBITS = (2, 4, 8)
 #: Blocks of `MatMulNBits`.

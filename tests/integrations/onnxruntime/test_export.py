@@ -322,6 +322,24 @@ def test_a_language_model_generates_with_a_cache(build, tmp_path: Path) -> None:
     assert [entry.name for entry in session(tmp_path / "plain.onnx").get_inputs()] == ["input_ids"]
 
 
+def test_padding_and_samples_without_any_token(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = hq.quantize(llama(), "5.2bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=16)
+    hq.export(small, tmp_path / "m.onnx", accuracy_level=1)
+    operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert {"Attention", "RotaryEmbedding", "RMSNormalization"} <= operators
+    made = session(tmp_path / "m.onnx")
+    ids = torch.randint(3, 60, (4, 7))
+    mask = torch.ones_like(ids)
+    mask[1, :3], mask[2, 5:], mask[3] = 0, 0, 0
+    with torch.no_grad():
+        expected = small(input_ids=ids, attention_mask=mask).logits.numpy()
+    feed = {"input_ids": ids.numpy(), "attention_mask": mask.numpy()}
+    for entry in made.get_inputs()[2:]:
+        feed[entry.name] = np.zeros((4, entry.shape[1], 0, entry.shape[3]), np.float32)
+    assert np.allclose(made.run(None, feed)[0], expected, atol=1e-4)
+
+
 def test_an_operator_that_cannot_be_exported_is_named_with_its_layer(tmp_path: Path) -> None:
     class Bessel(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
