@@ -161,7 +161,11 @@ def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:
     if accuracy_level not in range(5):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not possible: give 0 to 4.")
     holder = nn.Module()
-    holder.add_module("model", copy.deepcopy(model).eval().cpu())
+    made: Any = copy.deepcopy(model).eval().cpu()
+    if hasattr(made, "set_experts_implementation"):
+        # transformers' other ways to compute a mixture of experts depend on which expert each token takes.
+        made.set_experts_implementation("batched_mm")
+    holder.add_module("model", made)
     forms: dict[int, nn.Module] = {}
     for layer in packed_modules(holder).values():
         forms[id(layer)] = exported_layer(layer, accuracy_level)

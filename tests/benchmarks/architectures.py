@@ -256,10 +256,19 @@ def transformers_model(kind: str, name: str) -> tuple[Any, Callable[[int], dict[
                 raise ValueError(f"{size / 1e6:.0f} M parameters are not small")
             torch.manual_seed(0)
             model = made(config).float().eval()
+            _fill_zeros(model)
             return model, _inputs(model, kind)
         except Exception as error:  # whatever a class makes of sizes that do not fit
             reasons.append(f"{type(error).__name__}: {' '.join(str(error).split())[:150]}")
     raise LookupError("; ".join(dict.fromkeys(reasons)))
+
+
+@torch.no_grad()
+def _fill_zeros(model: Any) -> None:
+    """Gives matrices of zeros values, such as routers: where all experts tie, each engine chooses others."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and not parameter.any():
+            parameter.normal_(std=0.02)
 
 
 def _small(config_class: Any) -> Iterator[Any]:

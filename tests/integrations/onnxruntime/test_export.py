@@ -19,7 +19,7 @@ from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.packing import pack_bits
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
-from tests.integrations.huggingface.conftest import BERT, SMOKE, TEXTS, bert, gpt2, llama, tokenizer, vit
+from tests.integrations.huggingface.conftest import BERT, SMOKE, TEXTS, bert, gpt2, llama, mixtral, tokenizer, vit
 
 
 def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool = False) -> nn.Module:
@@ -285,7 +285,7 @@ def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None: 
     assert float((found - expected).norm() / expected.norm()) < 0.05
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("build", [llama, gpt2, mixtral])
 def test_a_language_model_generates_with_a_cache(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(
