@@ -25,6 +25,9 @@ from hq_plugin.untrusted import build_at_most
 KNOWN = {"timm": "timm", "huggingface": "transformers"}
 
 
+_HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+
+
 class Adapter(Protocol):
     """What an integration's `ADAPTER` offers."""
 
@@ -80,9 +83,13 @@ class Unwrapped:
 def unwrap(model: Any) -> Unwrapped:
     """Takes a model out of what a library wraps around it; a bare model comes back, ready to be quantized.
 
+    Out of torch.compile and data parallelism it stays: compile or wrap the result anew.
+
     Raises:
         ModelError: The library knows that the model cannot be quantized.
     """
+    while isinstance(model, _HOLDERS) or type(model).__name__ == "OptimizedModule":
+        model = getattr(model, "_orig_mod", None) or model.module
     if not isinstance(model, nn.Module):
         opened = next((o for o in (adapter.unwrap(model) for adapter in _imported()) if o is not None), None)
         return opened or Unwrapped(model, None, lambda packed: packed)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from hq_plugin import adapters
@@ -13,6 +14,7 @@ from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import EngineError, ModelError
+from hq_plugin.nn import packed_modules
 from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.profiles import Profile
 from hq_plugin.profiling import measure_profile
@@ -180,13 +182,36 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **opt
 
 
 def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[str, Any]) -> Config:
-    if not isinstance(wrapper.model, nn.Module):
-        raise ModelError(f"model is a {type(wrapper.model).__name__}, not a torch.nn.Module.")
+    _check_model(wrapper.model)
     config = (config or Config()).with_options(options)
     if config.processor is None:
         config = replace(config, processor=wrapper.processor)
     adapter = adapters.find(wrapper.model)
     return config.filled(None if adapter is None else adapter.options(wrapper.model, config))
+
+
+def _check_model(model: Any) -> None:
+    """Raises ModelError for what no library's own check knows to be no float model."""
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"of type {type(model).__name__}"
+        hint = {str: "Build it first: timm.create_model(name), say", type: "Make one: model()"}.get(
+            type(model), "Give the network itself, with its weights"
+        )
+        raise ModelError(f"model is {kind}, not a torch.nn.Module. {hint}.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError(
+            "model is TorchScript, whose layers cannot be swapped. Give the module that it was made from."
+        )
+    if packed_modules(model):
+        raise ModelError("model is quantized already. Give the float model that it was made from.")
+    adapter = adapters.find(model)
+    if adapter is None or adapter.name != "huggingface":  # whose own check knows about devices
+        half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+        if half:
+            raise ModelError(
+                f"The model has parameters of {', '.join(half)}, whose rounding would drown that of training. Give "
+                "model.float() and data of float32; accelerate's mixed precision trains in bfloat16."
+            )
 
 
 def _data(model: nn.Module, data: Any, config: Config) -> Data:

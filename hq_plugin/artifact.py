@@ -22,7 +22,7 @@ from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
-from hq_plugin.storage import TENSOR_FILE, read_json, read_tensors, write_directory
+from hq_plugin.storage import JSON_FILE, TENSOR_FILE, read_json, read_tensors, write_directory
 from hq_plugin.untrusted import clean_errors
 
 FORMAT, VERSION = "hq_plugin model", 1
@@ -134,13 +134,24 @@ def _constant(tensor: Tensor) -> float | int | None:
     return number
 
 
+def _read(directory: str | Path) -> dict[str, Any]:
+    """Reads the JSON part of a saved model."""
+    folder = Path(directory).expanduser()
+    if (folder / "config.json").is_file() and not (folder / JSON_FILE).exists():
+        raise ArtifactError(
+            f"{directory} holds what save_pretrained wrote: load it by from_pretrained of its class, after "
+            "import hq_plugin."
+        )
+    return read_json(directory, FORMAT, VERSION)
+
+
 def read_info(directory: str | Path) -> SavedModel:
     """Reads what a saved model is, without its tensors.
 
     Raises:
         ArtifactError: The directory holds no saved model, or a damaged or newer one.
     """
-    data = read_json(directory, FORMAT, VERSION)
+    data = _read(directory)
     with clean_errors(directory):
         sites = []
         policy = HybridPolicy.from_json({name: site["bits"] for name, site in data["sites"].items()})
@@ -191,7 +202,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             architecture must be given.
         ModelError: `model` is of another architecture.
     """
-    data = read_json(directory, FORMAT, VERSION)
+    data = _read(directory)
     info = read_info(directory)
     if model is None and info.architecture is None:
         raise ArtifactError(

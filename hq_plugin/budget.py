@@ -68,7 +68,7 @@ class Budget:
             if value <= 0:
                 raise BudgetError(f"Budget {name}={value!r} is not positive. Ask for more than nothing.")
         if self.size_fraction is not None and self.size_fraction > 1:
-            raise BudgetError(f"Budget size_fraction={self.size_fraction} is above 1 (100 % of the float model).")
+            raise BudgetError(f"Budget {self.size_fraction:.0%} is above 100 % of the float model.")
 
     @classmethod
     def parse(cls, budget: str | Budget) -> Budget:

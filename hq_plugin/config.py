@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -152,7 +153,7 @@ class Config:
         checkpoint_dir: Directory in which sensitivities, meta-training, search and fine-tuning keep what they
             have done: the same call, started again after it was killed, goes on from there to the same result.
         checkpoint_seconds: Seconds between two states of training there.
-        progress: Progress bars on stderr; None shows them on a terminal.
+        progress: Progress bars on stderr; None shows them on a terminal, and elsewhere a line every half minute.
         trackers: Experiment trackers that meta-training, search and fine-tuning log to: names that accelerate
             knows (`"tensorboard"`, `"wandb"`, `"mlflow"`, ...), or its tracker objects, which are left open.
         tracker_dir: Directory of trackers that write files.
@@ -216,6 +217,10 @@ class Config:
             if getattr(self, name) is not None:
                 self._check_choice(name, choices)
         self._check_choice("finetune_from", ("generated", "float"))
+        if isinstance(self.processor, str):
+            raise ConfigError(
+                f"processor={self.processor!r} is a string; give the object: AutoTokenizer.from_pretrained(...)."
+            )
         if not callable(self.loss):
             self._check_choice("loss", ("auto", "kl", "mse"))
         for name in ("weight_bits", "embedding_bits"):
@@ -231,6 +236,11 @@ class Config:
             object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
             self._check_number(name, least=0, optional=True)
+        self._check_number("seed", least=0)
+        if self.seed >= 2**32:
+            raise ConfigError(f"seed={self.seed!r} must be below 2**32.")
+        if self.pinned is not None and not isinstance(self.pinned, Mapping):
+            raise ConfigError(f'pinned={self.pinned!r} must map names or patterns to widths: {{"head": 8}}.')
         for name in ("hidden", "rank", "population"):
             self._check_number(name, least=1)
         for name in (
@@ -328,7 +338,9 @@ class Config:
         known = [field.name for field in fields(self)]
         for name in options:
             if name not in known:
-                raise ConfigError(f"There is no option {name!r}. Possible are: {', '.join(known)}.")
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"Did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"There is no option {name!r}. {hint}Possible are: {', '.join(known)}.")
         return replace(self, **options)
 
     def to_json(self) -> dict[str, Any]:

@@ -198,14 +198,39 @@ class CostTable:
                 f"Budget {budget} cannot be met: the fastest policy of this search space takes {what}. Ask for "
                 f"{ask}, or choose another target."
             )
-        lower = [f"{min(self.space.weight_bits) - 1}-bit weights"] if min(self.space.weight_bits) > 1 else []
+        least = min(self.space.weight_bits)
+        lower = (
+            [f"{least - 1}-bit weights (weight_bits=...)"] if least > 1 and self._helps(resource, smallest) else []
+        )
         if resource.name == "bitops" and min(self.space.activation_bits) > 2:
             lower.append(f"activations below {min(self.space.activation_bits)} bits (activation_bits=...)")
         hint = f" or allow {' or '.join(lower)}" if lower else ""
         return (
             f"Budget {budget} cannot be met: the smallest policy of this search space has {what}. "
-            f"Ask for {ask}{hint}."
+            f"Ask for {ask}{hint}.{self._held_up()}"
         )
+
+    def _helps(self, resource: Resource, smallest: float) -> bool:
+        """Whether weights that are one bit narrower would meet a limit, of what is not kept wide."""
+        if resource.name not in ("weight_bits", "size"):
+            return True
+        least = min(self.space.weight_bits)
+        free = [group for group in self.space.groups if min(group.weight_bits) == least]
+        weights = sum(site.numel for group in free for site in group.sites if site.owner == site.name)
+        return smallest - weights / 8 <= resource.capacity
+
+    def _held_up(self) -> str:
+        """Says which groups may not be as narrow as others."""
+        least = min(self.space.weight_bits)
+        wide = [
+            f"{group.name} has {min(group.weight_bits)}"
+            for group in self.space.groups
+            if min(group.weight_bits) > least
+        ]
+        if not wide:
+            return ""
+        more = f" and {len(wide) - 3} more" if len(wide) > 3 else ""
+        return f" Not as narrow as others may be: {', '.join(wide[:3])}{more} bits at least (pinned=...)."
 
 
 def _up(bits: float) -> str:

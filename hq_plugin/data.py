@@ -7,23 +7,27 @@ needed, the float model is the teacher. Data that does not exist is made in `syn
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from hq_plugin.config import Config
 from hq_plugin.distribution import lost_process
-from hq_plugin.errors import DataError, HQError
+from hq_plugin.errors import DataError, HQError, HQWarning
 from hq_plugin.memory import out_of_memory
 
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 #: Leaders of the search are re-ranked on this many times the samples that score a candidate.
 RERANK_FACTOR = 4
+#: Samples below which what is held out says little.
+FEW = 16
 
 Split = tuple[tuple[Any, ...], dict[str, Any], Tensor | None]
 
@@ -59,8 +63,10 @@ class Batch:
                 raise
             named = [*enumerate(self.args), *self.kwargs.items()]
             shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
+            other = {str(v.dtype).removeprefix("torch.") for _, v in named if isinstance(v, Tensor)} - {"float32"}
+            of = f" and the types {', '.join(sorted(other))}" if other else ""
             raise DataError(
-                f"The model cannot run on a batch whose inputs have the shapes {shapes}: {error}. Pass batches "
+                f"The model cannot run on a batch whose inputs have the shapes {shapes}{of}: {error}. Pass batches "
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
             ) from error
 
@@ -147,6 +153,30 @@ def prepare_data(data: Any, model: nn.Module, config: Config) -> Data:
     Raises:
         DataError: The data is empty, one-shot, not finite, not batches, or without values.
     """
+    read = _read(data, model, config)
+    _warn_if_few(read)
+    return read
+
+
+def _warn_if_few(data: Data) -> None:
+    """Warns where what is held out says little; sequences of tokens are many samples each."""
+    held = sum(batch.size for batch in data.holdout)
+    first = next((value for batch in data.holdout for value in _tensors((batch.args, batch.kwargs))), None)
+    if data.shared:
+        what = f"Nothing could be held out of so little data: the {held} samples that train also measure"
+    elif held < FEW and first is not None and first.is_floating_point():
+        what = f"Only {held} samples are held out to measure"
+    else:
+        return
+    warnings.warn(
+        f"{what} how close the result is, which will look better than it is. A few hundred samples, in several "
+        "batches, are enough, and need no labels.",
+        HQWarning,
+        stacklevel=4,
+    )
+
+
+def _read(data: Any, model: nn.Module, config: Config) -> Data:
     split = batch_splitter(model, config)
     wanted = config.steps.holdout * RERANK_FACTOR
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
@@ -155,7 +185,14 @@ def prepare_data(data: Any, model: nn.Module, config: Config) -> Data:
         return _from_dataset(data.dataset, data.batch_size, split, wanted, config.seed, data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _from_dataset(data, config.filled().batch_size or 1, split, wanted, config.seed, None)
-    if isinstance(data, (str, bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
+    if isinstance(data, str):
+        raise DataError(
+            f"data is the string {data[:80]!r}. A folder of pictures is read by torchvision.datasets.ImageFolder, "
+            "a text by open(...).read(), of which a language model takes a list; the command line takes paths."
+        )
+    if isinstance(data, np.ndarray):
+        raise DataError("data is a numpy array, not batches: pass torch.from_numpy(data).split(64).")
+    if isinstance(data, (bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
         raise DataError(
             f"data is a {type(data).__name__}, not batches. Pass a list of batches (tensor, tuple or "
             "dict), a DataLoader or a Dataset; one tensor of inputs becomes batches by x.split(64)."
@@ -252,8 +289,11 @@ def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
         DataError: It holds no tensor, no sample, values that are not finite, or no values at all.
     """
     args, kwargs, labels = split(raw)
-    tensors: list[Tensor] = []
-    _map((args, kwargs), tensors.append)
+    tensors = _tensors((args, kwargs))
+    if not tensors and any(
+        isinstance(part, np.ndarray) for part in (raw if isinstance(raw, (tuple, list)) else [raw])
+    ):
+        raise DataError("A batch holds numpy arrays: turn each into a tensor by torch.from_numpy.")
     if not tensors:
         raise DataError(
             f"A batch of type {type(raw).__name__} holds no tensor. A batch is a tensor, a tuple of them, "
@@ -316,6 +356,12 @@ def _is_label(args: tuple[Any, ...]) -> bool:
         and (first.is_floating_point() or first.dim() > 1)
         and first.shape[:1] == last.shape
     )
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(value, found.append)
+    return found
 
 
 def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hq_plugin.errors import ModelError
+from hq_plugin.errors import ConfigError, ModelError
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -176,8 +176,16 @@ def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
 
     Raises:
         ModelError: `"kl"` is asked for, but the output holds no class scores.
+        ConfigError: The function returns something else than one number.
     """
     if not isinstance(loss, str):
+        with torch.no_grad():
+            value = loss(example, example)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ConfigError(
+                f"loss returned {got}. It takes the outputs of student and teacher and returns one number."
+            )
         return loss
     scores = class_scores(example)
     if loss == "kl" and scores is None:

@@ -32,15 +32,18 @@ class LastingLosses:
 
     Attributes:
         table: The losses by which policies are planned, falling with each width.
+        plain: The sensitivities, falling with each width.
     """
 
     def __init__(self, space: SearchSpace, sensitivities: Table, steps: int) -> None:
         more = (EMBEDDINGS - 1) * min(1.0, steps / STEPS)
         lasts = np.array([1.0 if _only_looked_up(group) else 0.0 for group in space.groups])
-        plain = monotone(sensitivities)
+        self.plain: Table = monotone(sensitivities)
         # Noise below 0 is no loss.
-        self._added = more * lasts[:, None, None] * np.where(np.isfinite(plain), np.maximum(plain, 0.0), 0.0)
-        self.table: Table = plain + self._added
+        self._added = (
+            more * lasts[:, None, None] * np.where(np.isfinite(self.plain), np.maximum(self.plain, 0.0), 0.0)
+        )
+        self.table: Table = self.plain + self._added
 
     def added(self, genome: Genome) -> float:
         """Returns what is added to the measured distance of a policy, in the unit of that distance."""

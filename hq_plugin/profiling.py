@@ -29,7 +29,7 @@ from hq_plugin.profiles import Profile, engine_versions, signature, width
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.space import Genome, SearchSpace
-from hq_plugin.timing import OtherMemory, machine, median_milliseconds
+from hq_plugin.timing import MODEL_SECONDS, OtherMemory, machine, median_milliseconds
 
 #: Stands for the kernel of a layer that did not run.
 NO_KERNEL = "none"
@@ -170,7 +170,7 @@ def _timers(target: str, space: SearchSpace, device: torch.device) -> tuple[Laye
 
 def _torch_model(model: nn.Module, batch: Batch) -> float:
     choose_kernels(model, *batch.args, **batch.kwargs)
-    return median_milliseconds(lambda: batch.run(model))
+    return median_milliseconds(lambda: batch.run(model), seconds=MODEL_SECONDS)
 
 
 def random_layer(module: nn.Module, bits: LayerBits) -> PackedModule:

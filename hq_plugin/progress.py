@@ -1,12 +1,16 @@
-"""Progress bars with time left, on stderr, by rich. Off where stderr is no terminal."""
+"""Progress with time left, on stderr: bars by rich on a terminal, elsewhere a line now and then."""
 
 from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+#: Seconds between two lines where stderr is no terminal. What takes less is silent.
+SECONDS = 30.0
 
 
 class Task:
@@ -38,6 +42,30 @@ class Bars:
         return Task(self._display, self._display.add_task(description, total=total, figures=""))
 
 
+class _Lines:
+    """Stands in for rich's display where nobody watches: what runs says every now and then how far it is."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._told = seconds, time.monotonic()
+        self._tasks: list[tuple[str, int, float]] = []
+        self._done: list[int] = []
+
+    def add_task(self, description: str, total: int, figures: str) -> int:
+        self._tasks.append((description, total, time.monotonic()))
+        self._done.append(0)
+        return len(self._tasks) - 1
+
+    def update(self, task: int, advance: int, figures: str) -> None:
+        (description, total, began), now = self._tasks[task], time.monotonic()
+        self._done[task] += advance
+        if now - self._told < self._seconds:
+            return
+        self._told, done = now, self._done[task]
+        left = (now - began) * (total - done) / max(done, 1) / 60
+        parts = [f"{done} of {total}", f"{left:.0f} min left" if left >= 1 else "under a minute left", figures]
+        print(f"{description}: {', '.join(filter(None, parts))}", file=sys.stderr, flush=True)
+
+
 _active: Bars | None = None
 
 
@@ -46,16 +74,17 @@ def progress(enabled: bool | None = None) -> Iterator[Bars]:
     """Shows bars while inside; used inside another, it adds to that one's, or is silent as that one is.
 
     Args:
-        enabled: Whether to show them; None shows them if stderr is a terminal. Of several processes
-            only the first shows any.
+        enabled: Whether to show them; None shows bars if stderr is a terminal, and else a line every `SECONDS`.
+            Of several processes only the first shows any.
     """
     global _active
     if _active is not None:
         yield _active
         return
-    show = sys.stderr.isatty() if enabled is None else enabled
-    if not show or os.environ.get("RANK", "0") != "0":
-        _active = Bars()
+    first = os.environ.get("RANK", "0") == "0"
+    lines = enabled is None and not sys.stderr.isatty()
+    if lines or enabled is False or not first:
+        _active = Bars(_Lines(SECONDS) if lines and first else None)
         try:
             yield _active
         finally:

@@ -27,6 +27,7 @@ from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, loss_function, loss_name
 from hq_plugin.distribution import alive_together, processes
+from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
 from hq_plugin.found import Found
@@ -309,6 +310,8 @@ class Session:
         Raises:
             BudgetError: A budget cannot be read or met.
         """
+        if isinstance(budgets, (str, Budget)):
+            raise BudgetError(f"pareto takes several budgets: pareto([{str(budgets)!r}, ...]).")
         return [self.search(budget) for budget in budgets]
 
     def quantize(self, budget: str | Budget, *, eval_fn: EvalFunction | None = None) -> nn.Module:
@@ -353,6 +356,11 @@ class Session:
         Raises:
             PolicyError: The policy is for another model or outside the search space.
         """
+        if not isinstance(found, (Found, HybridPolicy)):
+            raise PolicyError(
+                f"finetune takes what session.search returned, or a HybridPolicy, not a {type(found).__name__}: "
+                "HybridPolicy.from_json(...) reads one that was saved."
+            )
         if isinstance(found, HybridPolicy):
             costs = self.costs.costs(self.space.genome(found))
             front = predicted_front(self.costs, self.sensitivities, self.losses, self.costs.weight_bytes)

@@ -116,6 +116,23 @@ def write_bytes(path: Path, content: bytes) -> None:
         raise
 
 
+def check_place(target: Path) -> None:
+    """Finds out whether a directory could be written, without leaving anything.
+
+    Raises:
+        ArtifactPathError: It could not.
+    """
+    place = target.expanduser().absolute().parent
+    while not place.exists():
+        place = place.parent
+    try:
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise ArtifactPathError(
+            f"{target} cannot be written: {error.strerror}. Choose a writable place."
+        ) from error
+
+
 def _check_target(target: Path, kind: str, overwrite: bool) -> None:
     if not target.exists() and not target.is_symlink():
         return

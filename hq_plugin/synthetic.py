@@ -38,15 +38,15 @@ def synthetic_data(model: nn.Module, *, batch_size: int, batches: int, held: int
     Raises:
         DataError: The shape of the model's inputs cannot be found out.
     """
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    args, kwargs = _example(model)
     warnings.warn(
         "No data was given: the model is quantized on synthetic batches. Real data, a few hundred "
         "unlabelled samples even, gives a much better result: pass data=...",
         HQWarning,
         stacklevel=4,
     )
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    args, kwargs = _example(model)
     made = []
     for _ in range(batches + held):
         inputs = [_noise_like(value, batch_size, generator, model) for value in (*args, *kwargs.values())]

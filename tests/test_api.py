@@ -205,3 +205,58 @@ def test_meta_training_for_a_main_budget_trains_near_it_and_serves_others(traine
     session = hq.meta_train(trained, digits_batches(), budget="3bit", effort="smoke")
     assert session.quantize("3bit").hq.effective_bits <= 3  # type: ignore[union-attr]
     assert session.quantize("5bit").hq.effective_bits <= 5  # type: ignore[union-attr]
+
+
+def test_what_is_no_float_model_is_named(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    small = hq.quantize(trained, "3bit", batches, config=SMOKE)
+    half = copy.deepcopy(trained).half()
+    script = torch.jit.trace(trained, batches[0][0])
+    for model, said in (
+        ("resnet18", "Build it first"),
+        (TinyNet, "Make one"),
+        (trained.state_dict(), "the network itself"),
+        (small, "quantized already"),
+        (half, "float16.*model.float"),
+        (script, "TorchScript"),
+    ):
+        with pytest.raises(ModelError, match=said):
+            hq.quantize(model, "3bit", batches, config=SMOKE)  # type: ignore[arg-type]
+
+
+def test_compiled_and_parallel_models_are_taken_out(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    for held in (torch.compile(trained), nn.DataParallel(trained)):
+        small = hq.quantize(held, "3bit", batches, config=SMOKE)  # type: ignore[arg-type]
+        assert type(small) is type(trained)
+        assert list(small.hq.policy) == SITES
+
+
+def test_a_budget_that_pins_rule_out_names_them(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(BudgetError, match=r"head has 8 bits at least \(pinned"):
+        hq.quantize(trained, "2.2bit", batches, config=SMOKE, pinned={"head": 8})
+    with pytest.raises(BudgetError, match="allow 1-bit weights"):
+        hq.quantize(trained, "1.9bit", batches, config=SMOKE)
+
+
+def test_little_data_warns(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    x = batches[0][0]
+    with pytest.warns(HQWarning, match="Nothing could be held out"):
+        hq.quantize(trained, "3bit", [x], config=SMOKE)
+    with pytest.warns(HQWarning, match="Only 4 samples are held out"):
+        hq.quantize(trained, "3bit", list(x[:16].split(4)), config=SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"pinned": ["head"]}, "must map"),
+        ({"seed": -1}, "at least 0"),
+        ({"seed": "a"}, "whole number"),
+        ({"seed": 2**32}, "below"),
+        ({"processor": "llm"}, "AutoTokenizer"),
+        ({"weight_bit": 3}, "Did you mean 'weight_bits'"),
+        ({"loss": lambda student, teacher: student}, "one number"),
+    ],
+)
+def test_options_that_cannot_be(trained: nn.Module, batches, options, said: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ConfigError, match=said):
+        hq.quantize(trained, "3bit", batches, **{"effort": "smoke", **options})

@@ -174,3 +174,23 @@ def test_outputs_of_padded_sequences_keep_the_tokens_that_count() -> None:
     assert torch.equal(found["states"][1], x[:1])
     whole = Batch((x,), {"attention_mask": torch.ones_like(mask)}, None, 2).run(Tokens())
     assert whole["logits"] is x
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (X.numpy(), r"split\(64\)"),
+        ([X.numpy()] * 4, "torch.from_numpy"),
+        ([(X.numpy(), Y.numpy())] * 4, "torch.from_numpy"),
+        ("photographs", "ImageFolder"),
+    ],
+)
+def test_what_only_looks_like_batches_gets_a_hint(data: Any, said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        prepare_data(data, One(), CONFIG)
+
+
+def test_types_that_a_model_does_not_take_are_named() -> None:
+    batch = Batch((torch.ones(2, 3, dtype=torch.uint8),), {}, None, 2)
+    with pytest.raises(DataError, match="the types uint8"):
+        batch.run(nn.Linear(3, 2))

@@ -18,6 +18,24 @@ def test_bars_go_to_stderr_with_time_left(capsys: pytest.CaptureFixture[str]) ->
     assert "stage first" in captured.err
 
 
+def test_without_a_terminal_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with progress() as bars:
+        task = bars.task("searching", total=10)
+        for _ in range(9):
+            now[0] += 20
+            task.advance(loss=0.5)
+    assert capsys.readouterr().err.splitlines() == [
+        "searching: 2 of 10, 3 min left, loss 0.5",
+        "searching: 4 of 10, 2 min left, loss 0.5",
+        "searching: 6 of 10, 1 min left, loss 0.5",
+        "searching: 8 of 10, under a minute left, loss 0.5",
+    ]
+
+
 @pytest.mark.parametrize("enabled", [False, None])
 def test_off(enabled: bool | None, capsys: pytest.CaptureFixture[str]) -> None:
     with progress(enabled) as bars:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, Budget, HybridPolicy, LayerBits, ModelError, PolicyError, Result
+from hq_plugin import ArtifactError, Budget, BudgetError, HybridPolicy, LayerBits, ModelError, PolicyError, Result
 from hq_plugin.nn import packed_modules
 from hq_plugin.session import Session
 from hq_plugin.storage import JSON_FILE, TENSOR_FILE
@@ -170,3 +170,10 @@ def test_dynamic_inputs_that_may_stay_float() -> None:
         policy = session.space.policy(session.space.top * [1, index])
         packed = session.finetune(policy, steps=1)
         assert {layer.bits.dynamic for layer in packed_modules(packed).values()} == {dynamic}
+
+
+def test_one_budget_or_another_kind_of_policy_is_told_from_what_is_wanted(session: Session) -> None:
+    with pytest.raises(BudgetError, match="several budgets"):
+        session.pareto("3bit")
+    with pytest.raises(PolicyError, match=r"HybridPolicy\.from_json"):
+        session.finetune({"head": (4, 8)})  # type: ignore[arg-type]

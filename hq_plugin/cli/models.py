@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,6 +172,8 @@ def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> 
     folder = Path(reference).is_dir() and not reference.startswith("timm:")
     if pretrained and (folder or ":" in name):
         raise ConfigError(f"--pretrained is for timm models; {reference!r} brings its weights itself.")
+    if folder and (Path(reference) / "hq.json").is_file():
+        raise ModelError(f"{reference!r} holds what hq_plugin saved. Give the float model that it was made from.")
     if folder or reference.startswith("hf:"):
         library = integration("huggingface.folder", f"{reference!r} is a Hugging Face model")
         return Source(*library.read_folder(reference.removeprefix("hf:"), **arguments))
@@ -178,6 +181,8 @@ def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> 
         return Source(call(name, "model", arguments))
     if "/" in name:
         raise ConfigError(f"model {reference!r} is no folder. A model of the Hugging Face hub is hf:{name}.")
+    if "." in name and find_spec(name.partition(".")[0]) and not name.startswith("timm."):
+        raise ConfigError(f"model {reference!r} looks like a function in a module: write module:function.")
     library = integration("timm", f"{reference!r} is a timm name")
     return Source(library.create_model(name, pretrained=pretrained, **arguments), random=not pretrained)
 
@@ -243,10 +248,11 @@ def check_out(out: Path, overwrite: bool, kind: str) -> None:
         kind: `"model"` or `"session"`.
 
     Raises:
-        ArtifactPathError: It holds something.
+        ArtifactPathError: It holds something, or cannot be written.
     """
-    from hq_plugin.storage import read_json
+    from hq_plugin.storage import check_place, read_json
 
+    check_place(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:

@@ -69,6 +69,10 @@ def print_result(result: Any) -> None:
     shown = [n for n in range(len(header)) if any(row[n] for row in rows)]
     print_table(tuple(header[n] for n in shown), [tuple(row[n] for n in shown) for row in rows])
     used = ", ".join(f"{share:.1%} of {LIMITS.get(name, name)}" for name, share in result.used.items())
+    policies = [baseline.policy for baseline in result.baselines.values()]
+    same = len(policies) > 1 and all(policy == result.policy for policy in policies)
+    if same and result.used and max(result.used.values()) < 0.97:
+        say("Every layer has its widest width: a smaller budget would be kept as well.")
     say(f"budget {result.budget}: used {used}" if used else f"no budget: {result.budget}")
 
 

@@ -30,7 +30,7 @@ from hq_plugin.cli.options import (
     WeightBits,
 )
 from hq_plugin.cli.output import print_result, say, say_json
-from hq_plugin.errors import BudgetError, HQWarning
+from hq_plugin.errors import BudgetError, HQWarning, PolicyError
 
 if TYPE_CHECKING:
     from hq_plugin import HybridPolicy
@@ -84,6 +84,8 @@ def quantize(
         check_out(out, overwrite, "model")
         if (budget is None) == (policy is None):
             raise BudgetError('Give a budget such as "3bit", or --policy, and not both.')
+        if policy is not None and not policy.is_file():
+            raise PolicyError(f"There is no policy file {policy}. hq-plugin explore SESSION writes one.")
         options = config_options(
             option,
             effort=effort,

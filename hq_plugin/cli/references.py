@@ -43,7 +43,11 @@ def integration(name: str, reason: str) -> Any:
         ConfigError: Its library is not installed.
     """
     try:
-        return importlib.import_module(f"hq_plugin.integrations.{name}")
+        module = importlib.import_module(f"hq_plugin.integrations.{name}")
+        if name.startswith("huggingface") and not sys.stderr.isatty():
+            # Its bars are drawn anew a hundred times, each on a line of its own in a file.
+            importlib.import_module("transformers.utils.logging").disable_progress_bar()
+        return module
     except ImportError as error:
         extra = _EXTRAS[name.partition(".")[0]]
         raise ConfigError(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-#: Predictions within this factor of one another are taken together, and at least so many of them.
+#: Predictions within this factor of one another are taken together, and at least so many of them; all together
+#: where there are no more.
 _FACTOR, _LEAST = 2.0, 5
 
 
@@ -35,7 +36,7 @@ class Calibration:
         logs = np.log(pairs)
         bins = np.floor(logs[:, 0] / np.log(_FACTOR))
         kept = [logs[bins == number] for number in np.unique(bins)]
-        kept = [part for part in kept if len(part) >= _LEAST]
+        kept = [part for part in kept if len(part) >= _LEAST] or [logs] * (len(logs) >= _LEAST)
         self.policies = sum(map(len, kept))
         medians = np.array([np.median(part, axis=0) for part in kept]).reshape(-1, 2)
         self._at, self._to = medians[:, 0], np.maximum.accumulate(medians[:, 1])

@@ -92,7 +92,7 @@ function show() {
   if (document.activeElement !== at("exact")) at("exact").value = Number(answer.limit.toPrecision(6));
   at("limit").setAttribute("aria-valuetext", cost(state.axis, answer.limit));
   at("raised").hidden = !answer.raised;
-  at("raised").textContent = `With these pins nothing is below ${cost(state.axis, answer.least)}: that is shown.`;
+  at("raised").textContent = `${pinned ? "With these pins nothing" : "Nothing"} is below ${cost(state.axis, answer.least)}: that is shown.`;
   tiles();
   layers.update(answer.widths, state.pins);
   at("count").textContent = pinned ? `${pinned} pinned` : "nothing pinned";
@@ -105,7 +105,7 @@ function show() {
 
 function tiles() {
   const shown = [
-    ["main", `${data.distance}, predicted`, number(answer.expected), data.calibrated_on ? "before fine-tuning, calibrated" : "not calibrated"],
+    ["main", `${data.distance}, predicted`, answer.expected ? number(answer.expected) : "about 0", data.calibrated_on ? "before fine-tuning, calibrated" : "not calibrated"],
     ["", "size", cost("size", answer.size), `${(data.float_size / answer.size).toFixed(1)} times smaller`],
     ["", "effective bits", answer.weight_bits.toFixed(3), "a weight"],
     ["", "BitOps", count(answer.bitops), "of a sample"],
@@ -146,7 +146,9 @@ function texts() {
   document.title = `${data.model}: choose a budget`;
   at("calibration").textContent = data.calibrated_on
     ? `Nothing is run here. What each width costs alone is added up, and corrected by what ${data.calibrated_on} policies of this session's searches were measured at.`
-    : "Nothing is run here: what each width costs alone in the rounded float model is added up. Training brings policies closer than that. Search a budget and save the session again, and predictions are corrected by what was measured.";
+    : "Nothing is run here: what each width costs alone in the rounded float model is added up. Training brings policies closer than that. " + (data.scored.length
+      ? `Too few policies, ${data.scored.length}, were measured to correct that.`
+      : "Search a budget and save the session again, and predictions are corrected by what was measured.");
   at("legend-scored").hidden = !data.scored.length;
   at("command").textContent = data.command;
   at("where").textContent = "Then, in the folder that it is in, fine-tune and convert:"

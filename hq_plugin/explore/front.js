@@ -91,7 +91,11 @@ export class Front {
     }
     curves.forEach((points, place) => {
       if (points.length < 2) return;
-      const path = points.map((point, n) => `${n ? "L" : "M"}${x(point.cost).toFixed(1)} ${y(point.distance).toFixed(1)}`);
+      // Steps: between two policies of the front a budget gets the cheaper one, or one that is a little closer.
+      const path = points.map((point, n) => {
+        const across = x(point.cost).toFixed(1), up = y(point.distance).toFixed(1);
+        return n ? `H${across}V${up}` : `M${across} ${up}`;
+      });
       parts.push(element("path", { class: place ? "line-pinned" : "line-free", d: path.join("") }));
     });
     const mark = element("g", { class: "result", transform: `translate(${x(here.cost)} ${y(here.distance)})` });

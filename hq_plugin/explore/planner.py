@@ -62,13 +62,14 @@ class Planner:
     def __init__(self, outline: Outline) -> None:
         self.outline, self.space, self.costs = outline, outline.space, outline.costs
         self.axes = [axis for axis in AXES if axis != "latency_ms" or self.costs.latency is not None]
-        self._losses = LastingLosses(self.space, outline.sensitivities, outline.finetune_steps).table
-        predicted = [predicted_loss(outline.sensitivities, genome) for genome, _ in outline.scored]
+        losses = LastingLosses(self.space, outline.sensitivities, outline.finetune_steps)
+        self._losses, self._plain = losses.table, losses.plain
+        predicted = [predicted_loss(self._plain, genome) for genome, _ in outline.scored]
         self.calibration = Calibration(predicted, [score for _, score in outline.scored])
 
     def predict(self, genome: Genome) -> Prediction:
         """Counts what a policy costs, and predicts how close it comes."""
-        predicted = predicted_loss(self.outline.sensitivities, genome)
+        predicted = predicted_loss(self._plain, genome)
         return Prediction(genome, asdict(self.costs.costs(genome)), predicted, self.calibration(predicted))
 
     def front(self, axis: str, pins: Pins) -> list[Prediction]:

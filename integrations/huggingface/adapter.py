@@ -189,10 +189,13 @@ ADAPTER = HuggingFaceAdapter()
 
 def _checked(model: PreTrainedModel) -> PreTrainedModel:
     """Returns the model if it can be quantized."""
-    if getattr(model, "is_quantized", False) or getattr(model.config, "quantization_config", None) is not None:
-        method = getattr(getattr(model.config, "quantization_config", None), "quant_method", "another method")
+    settings = getattr(model.config, "quantization_config", None)
+    method = getattr(settings, "quant_method", "another method")
+    method = getattr(method, "value", method)
+    # transformers dequantizes GGUF files on loading: what is here is a float model.
+    if method != "gguf" and (settings is not None or getattr(model, "is_quantized", False)):
         raise ModelError(
-            f"The model is quantized already (by {getattr(method, 'value', method)}). Load the float checkpoint; "
+            f"The model is quantized already (by {method}). Load the float checkpoint; "
             "of one that was dequantized, delete config.quantization_config and set hf_quantizer to None first."
         )
     tensors = [*model.named_parameters(), *model.named_buffers()]

@@ -12,7 +12,14 @@ import transformers
 from PIL import Image, UnidentifiedImageError
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from hq_plugin.artifact import SavedModel, SavedSite
 from hq_plugin.compact import read_beside
@@ -39,17 +46,19 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
         **arguments: For `from_pretrained`.
 
     Returns:
-        The model in float32 and eval mode, and its tokenizer or image processor, or None.
+        The model in float32 and eval mode, that of a GGUF file dequantized, and its tokenizer or image processor,
+        or None.
 
     Raises:
         ModelError: transformers cannot build it.
         OSError: There is none, or it has no safetensors file; nothing else is read.
     """
+    packed = _gguf(reference, arguments)
     try:
-        config = AutoConfig.from_pretrained(reference)
+        config = AutoConfig.from_pretrained(reference, **packed)
         name = (getattr(config, "architectures", None) or [""])[0]
-        made: Any = getattr(transformers, name, AutoModel)
-        arguments = {"dtype": torch.float32, "use_safetensors": True, **arguments}
+        made: Any = getattr(transformers, name, AutoModelForCausalLM if packed else AutoModel)
+        arguments = {"dtype": torch.float32, "use_safetensors": True, **packed, **arguments}
         model: nn.Module = made.from_pretrained(reference, **arguments).eval()
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
         if isinstance(error, (ModelError, ArtifactError)):
@@ -59,10 +68,23 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
     reader: Any = _PROCESSORS.get(getattr(model, "main_input_name", ""))
     if reader is not None:
         try:
-            processor = reader.from_pretrained(reference)
+            processor = reader.from_pretrained(reference, **packed)
         except Exception:  # there is none, and whoever needs it says so
             processor = None
     return model, processor
+
+
+def _gguf(reference: str | Path, arguments: dict[str, Any]) -> dict[str, str]:
+    """Returns the argument that names a GGUF file: that was given, or the only one of a folder without a config."""
+    if "gguf_file" in arguments:
+        return {"gguf_file": arguments["gguf_file"]}
+    folder = Path(reference)
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return {}
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise ModelError(f"{reference} holds {len(files)} GGUF files. Name one: --model-arg gguf_file={files[0]}.")
+    return {"gguf_file": files[0]} if files else {}
 
 
 def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hq_plugin.data import Batch
 from hq_plugin.integrations.onnxruntime.export import to_onnx
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
 from hq_plugin.nn import PackedModule
-from hq_plugin.timing import median_milliseconds
+from hq_plugin.timing import MODEL_SECONDS, median_milliseconds
 
 #: Times by what decides them: a layer's shape and settings, its operator, the width of its integers, its input.
 _known: dict[tuple[Any, ...], float] = {}
@@ -36,20 +37,21 @@ def layer_milliseconds(layer: PackedModule, x: Tensor) -> dict[str, float]:
         tuple(x.shape),
     )
     if key not in _known:
-        _known[key] = _milliseconds(nn.Sequential(layer), (x,), {})
+        _known[key] = median_milliseconds(_runner(nn.Sequential(layer), (x,), {}))
     return {operator: _known[key]}
 
 
 def model_milliseconds(model: nn.Module, batch: Batch) -> float:
     """Times a packed model on a batch."""
-    return _milliseconds(model, batch.args, batch.kwargs)
+    return median_milliseconds(_runner(model, batch.args, batch.kwargs), seconds=MODEL_SECONDS)
 
 
-def _milliseconds(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+def _runner(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
+    """Returns what runs a model once in ONNX Runtime."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     content = to_onnx(model, args, kwargs, accuracy_level=4)
     session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     feed = {entry.name: np.asarray(value) for entry, value in zip(session.get_inputs(), values, strict=True)}
-    return median_milliseconds(lambda: session.run(None, feed))
+    return lambda: session.run(None, feed)

@@ -52,9 +52,6 @@ def smollm2() -> tuple[Any, Any]:
     gguf = next(name for name in os.listdir(folder) if name.endswith(".gguf"))
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
-    # It was dequantized on loading: it is a float model now.
-    del model.config.quantization_config
-    model.hf_quantizer, model.is_quantized = None, False
     return model, tokenizer
 
 

@@ -18,6 +18,7 @@ from transformers import (
     pipeline,
 )
 
+import hq_plugin as hq
 from tests.cli.conftest import call
 
 TEXT = "the cat sat on a mat and saw that dog run to town with his red hat"
@@ -53,6 +54,11 @@ def small_llm(llm: Path) -> Path:
 def test_a_pipeline_loads_what_was_quantized(small_llm: Path) -> None:
     pipe = pipeline("text-generation", model=str(small_llm))
     assert pipe("the cat", max_new_tokens=2, do_sample=False)[0]["generated_text"].startswith("the cat")
+
+
+def test_load_says_who_reads_it(small_llm: Path) -> None:
+    with pytest.raises(hq.ArtifactError, match="from_pretrained of its class"):
+        hq.load(small_llm)
 
 
 def test_inspect(small_llm: Path) -> None:

@@ -29,6 +29,7 @@ def not_a_model() -> int:
         ("timm:resnet10t", ("in_chans",), "name=value"),
         ("timm:resnet10t", ("no_such=1",), "no_such"),
         ("somebody/some-model", (), "hf:somebody/some-model"),
+        ("tests.conftest.TinyNet", (), "write module:function"),
     ],
 )
 def test_bad_references(reference: str, arguments: tuple[str, ...], says: str) -> None:
@@ -112,3 +113,8 @@ def test_a_file_that_is_no_checkpoint(tmp_path: Path, content: object) -> None:
 def test_no_saved_model(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="holds no saved"):
         load_saved(tmp_path)
+
+
+def test_what_is_quantized_already_is_no_float_model(saved: Path) -> None:
+    with pytest.raises(ModelError, match="float model that it was made from"):
+        load_model(str(saved))

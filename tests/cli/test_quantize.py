@@ -26,7 +26,7 @@ def test_writes_what_load_reads(saved: Path) -> None:
         (("1bit", "--data", DATA), "cannot be met"),
         (("--data", DATA), "Give a budget"),
         (("3bit", "--data", DATA, "--policy", "p.json"), "not both"),
-        (("--data", DATA, "--policy", "missing.json"), "missing.json"),
+        (("--data", DATA, "--policy", "missing.json"), "no policy file missing.json"),
         (("3bit", "--data", DATA, "--weight-bits", "two"), "no list of widths"),
         (("3bit", "--data", DATA, "-o", "no_such=1"), "no option 'no_such'"),
         (("3bit", "--data", DATA, "--checkpoint", "missing.safetensors"), "missing.safetensors"),
@@ -124,3 +124,16 @@ def test_warnings_are_one_line_on_stderr(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert result.stderr.startswith("warning: No data was given")
     assert json.loads(result.stdout)["costs"]["weight_bits"] <= 4
+
+
+def test_a_place_that_cannot_be_written_is_found_out_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = call("quantize", "nowhere:model", "3bit", "--data", DATA, "--out", tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr, "before the model, which is not there, is looked for"
+
+
+def test_a_budget_above_what_the_widest_widths_take_is_said(tmp_path: Path) -> None:
+    options = ["--data", DATA, "--effort", "smoke", "-o", "meta_steps=0", "-o", "finetune_steps=0"]
+    assert "widest width" in call("quantize", MODEL, "99%", *options, "--out", tmp_path / "wide").stdout
+    assert "widest width" not in call("quantize", MODEL, "3bit", *options, "--out", tmp_path / "narrow").stdout

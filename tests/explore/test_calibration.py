@@ -27,3 +27,10 @@ def test_outliers_do_not_count_and_little_is_nothing() -> None:
     few = Calibration([0.01, 0.02], [0.5, 0.5])
     assert few.policies == 0
     assert few(0.01) == 0.01
+
+
+def test_few_policies_that_are_far_apart_are_taken_together() -> None:
+    predicted = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1]
+    calibration = Calibration(predicted, [2 * value for value in predicted])
+    assert calibration.policies == 5
+    assert calibration(1e-3) == pytest.approx(2e-3)
