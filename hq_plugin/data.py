@@ -187,7 +187,7 @@ def _read(data: Any, model: nn.Module, config: Config) -> Data:
         return _from_dataset(data, config.filled().batch_size or 1, split, wanted, config.seed, None)
     if isinstance(data, str):
         raise DataError(
-            f"data is the string {data[:80]!r}. A folder of pictures is read by torchvision.datasets.ImageFolder, "
+            f"data is the string {data[:80]!r}, not batches. Pictures are read by torchvision's ImageFolder, "
             "a text by open(...).read(), of which a language model takes a list; the command line takes paths."
         )
     if isinstance(data, np.ndarray):

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from hq_plugin.policy import FLOAT_BITS, LayerBits
+
+#: A name on the hub, alone or under that of its owner.
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 
 
 def card(class_name: str, origin: str, config: Any) -> str:
@@ -21,7 +26,7 @@ def card(class_name: str, origin: str, config: Any) -> str:
     policy = config.hybrid_policy()
     groups = sorted({bits.group_size for bits in policy.values() if bits.group_size})
     activations = Counter(_activation(bits) for bits in policy.values())
-    hub_name = origin if origin and not origin.startswith(("/", ".", "~")) else ""
+    hub_name = origin if _HUB_NAME.fullmatch(origin) and not Path(origin).exists() else ""
     lines = ["---", "library_name: transformers", *([f"base_model: {hub_name}"] if hub_name else [])]
     lines += [
         "tags:",

@@ -24,6 +24,7 @@ from transformers import (
 import hq_plugin as hq
 from hq_plugin import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import HqConfig, inputs
+from hq_plugin.integrations.huggingface.card import card
 from hq_plugin.nn import packed_modules
 from tests.benchmarks import architectures
 from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer
@@ -243,6 +244,22 @@ def test_what_is_pushed_to_the_hub(
     for file in folder.iterdir():
         assert (uploaded / file.name).read_bytes() == file.read_bytes(), file.name
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(uploaded)), logits(packed_llama))
+
+
+def test_the_card_names_the_float_model_where_the_hub_can_know_it(
+    packed_llama: LlamaForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for origin, named in (
+        ("owner/net-1.5", True),
+        ("gpt2", True),
+        ("llm/", False),
+        ("/a/b", False),
+        ("mine", False),
+    ):
+        page = card("LlamaForCausalLM", origin, packed_llama.config.quantization_config)
+        assert (f"base_model: {origin}\n" in page) is named
 
 
 def test_the_model_card_says_what_it_is(folder: Path, packed_llama: LlamaForCausalLM) -> None:
