@@ -37,6 +37,13 @@ def export(
         written = hq_plugin.export(source.model, out, example_inputs(source, load_data(data, source, test=True)))
         if as_json:
             layers = {layer.name: [layer.width, layer.operator] for layer in written.layers}
-            say_json({"path": str(written.path), "size": written.size, "layers": layers})
+            say_json(
+                {
+                    "path": str(written.path),
+                    "size": written.size,
+                    "difference": written.difference,
+                    "layers": layers,
+                }
+            )
         else:
             say(written)

@@ -1,0 +1,53 @@
+"""Runs an exported file beside the packed model that it came from: what a user would find out too late."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+
+@torch.no_grad()
+def difference(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
+    """Returns by how much the first output of a file differs from the model's, relative to its norm.
+
+    Args:
+        path: The file.
+        model: What it was made from, in eval mode.
+        args: Inputs.
+        kwargs: Named inputs.
+
+    Returns:
+        0 is equal; None where nobody can tell: ONNX Runtime is not installed, or inputs or outputs cannot be
+        matched.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feed = _feed([entry.name for entry in session.get_inputs()], args, kwargs)
+    if feed is None:
+        return None
+    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
+    outputs = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    if not outputs:
+        return None
+    expected, found = outputs[0].cpu().double(), torch.as_tensor(session.run(None, feed)[0]).double()
+    if found.shape != expected.shape:
+        return None
+    return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+def _feed(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns what a session is fed: by order, or by name where the graph does not use all of the inputs."""
+    values = [leaf.cpu().numpy() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if len(values) == len(names):
+        return dict(zip(names, values, strict=True))
+    if all(isinstance(kwargs.get(name), Tensor) for name in names):
+        return {name: kwargs[name].cpu().numpy() for name in names}
+    return None
