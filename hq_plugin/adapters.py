@@ -23,8 +23,7 @@ from hq_plugin.untrusted import build_at_most
 
 #: Integration to the library that makes its models. A saved file can name these and nothing else.
 KNOWN = {"timm": "timm", "huggingface": "transformers"}
-
-
+#: What holds a model under `module`.
 _HOLDERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -89,7 +88,7 @@ def unwrap(model: Any) -> Unwrapped:
         ModelError: The library knows that the model cannot be quantized.
     """
     while isinstance(model, _HOLDERS) or type(model).__name__ == "OptimizedModule":
-        model = getattr(model, "_orig_mod", None) or model.module
+        model = model.module if isinstance(model, _HOLDERS) else model._orig_mod  # torch.compile's
     if not isinstance(model, nn.Module):
         opened = next((o for o in (adapter.unwrap(model) for adapter in _imported()) if o is not None), None)
         return opened or Unwrapped(model, None, lambda packed: packed)

@@ -230,7 +230,8 @@ class CostTable:
         if not wide:
             return ""
         more = f" and {len(wide) - 3} more" if len(wide) > 3 else ""
-        return f" Not as narrow as others may be: {', '.join(wide[:3])}{more} bits at least (pinned=...)."
+        named = f"{', '.join(wide[:3])}{more} bits at least"
+        return f" Not as narrow as others may be: {named} (pinned=..., weight_bits=...)."
 
 
 def _up(bits: float) -> str:

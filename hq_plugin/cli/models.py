@@ -181,7 +181,8 @@ def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> 
         return Source(call(name, "model", arguments))
     if "/" in name:
         raise ConfigError(f"model {reference!r} is no folder. A model of the Hugging Face hub is hf:{name}.")
-    if "." in name and find_spec(name.partition(".")[0]) and not name.startswith("timm."):
+    package, _, inside = name.partition(".")
+    if package not in ("", "timm") and inside and find_spec(package):
         raise ConfigError(f"model {reference!r} looks like a function in a module: write module:function.")
     library = integration("timm", f"{reference!r} is a timm name")
     return Source(library.create_model(name, pretrained=pretrained, **arguments), random=not pretrained)
