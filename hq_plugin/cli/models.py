@@ -233,8 +233,11 @@ def example_inputs(source: Source, data: Any) -> Any:
 
 def is_pretrained(directory: Path) -> bool:
     """Whether a directory holds what `save_pretrained` of a quantized model wrote."""
+    from hq_plugin.storage import JSON_LIMIT
+    from hq_plugin.untrusted import read_file
+
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_file(directory / "config.json", JSON_LIMIT))
         return bool(config["quantization_config"]["quant_method"] == "hq")
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -28,6 +28,7 @@ from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
 from hq_plugin.image_files import find_images
 from hq_plugin.nn import packed_modules
+from hq_plugin.storage import JSON_LIMIT
 
 #: Main input of a model, to what makes it.
 _PROCESSORS = {
@@ -51,8 +52,10 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
 
     Raises:
         ModelError: transformers cannot build it.
+        ArtifactError: The folder holds what may never end, such as a device, or JSON of an unlikely size.
         OSError: There is none, or it has no safetensors file; nothing else is read.
     """
+    _check_files(Path(reference))
     packed = _gguf(reference, arguments)
     try:
         config = AutoConfig.from_pretrained(reference, **packed)
@@ -72,6 +75,17 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
         except Exception:  # there is none, and whoever needs it says so
             processor = None
     return model, processor
+
+
+def _check_files(folder: Path) -> None:
+    """Looks at what transformers is about to read whole, whatever it is."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir():
+            continue
+        if not path.is_file():
+            raise ArtifactError(f"{path} is not a regular file.")
+        if path.suffix == ".json" and path.stat().st_size > JSON_LIMIT:
+            raise ArtifactError(f"{path} has {path.stat().st_size:,} bytes; JSON has {JSON_LIMIT:,} at most.")
 
 
 def _gguf(reference: str | Path, arguments: dict[str, Any]) -> dict[str, str]:

@@ -14,7 +14,6 @@ from typing import Any
 import timm
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
 
 import hq_plugin as hq
 from hq_plugin import HybridPolicy, LayerBits, Profile, torch_ao
@@ -168,11 +167,16 @@ def policy(directory: Path) -> Target:
 
 
 def folder(directory: Path) -> Target:
-    """What `save_pretrained` wrote; transformers reads it first, and raises what it likes."""
+    """What `save_pretrained` wrote; transformers reads it, and raises what it likes.
+
+    By the door of the command line, which looks at the files first: transformers alone reads a configuration that
+    is a link to a device until no memory is left, for any model.
+    """
     model = build("llama")
     batch = {"input_ids": torch.arange(8).view(1, 8)}
     policy = HybridPolicy({s.name: LayerBits(4) for s in find_sites(model, lambda m: m(**batch), 1)})
     packed = torch_ao.convert(torch_ao.prepare(model, policy))
+    from hq_plugin.integrations.huggingface.folder import read_folder
     from hq_plugin.integrations.huggingface.quantizer import attach
 
     attach(packed)
@@ -183,7 +187,7 @@ def folder(directory: Path) -> Target:
     def read(place: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _outcome(LlamaForCausalLM.from_pretrained(place, local_files_only=True), **batch)
+            return _outcome(read_folder(place, local_files_only=True)[0], **batch)
 
     def reseal(place: Path) -> None:
         if all((place / name).is_file() for name in files):
