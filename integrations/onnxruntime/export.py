@@ -171,13 +171,15 @@ def to_onnx(
 
 
 def _without_cache(model: nn.Module) -> nn.Module:
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "use_cache"):
-        config.use_cache = False  # the copy's: a cache is not a tensor
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
+            config.use_cache = False  # the copy's: a cache is not a tensor
     return model
 
 
 def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
+    graph.widen_masks(written)
     graph.strip(written)
     graph.share_rotations(written)
     graph.fold_affine(written)

@@ -111,6 +111,34 @@ def share_rotations(model: onnx.ModelProto) -> None:
     _drop_unused(model.graph)
 
 
+def widen_masks(model: onnx.ModelProto) -> None:
+    """Gives a mask that is the same for all queries of an `Attention` a row for each: the runtime spreads none.
+
+    To be called while the graph still says what shapes its values have.
+    """
+    graph = _Graph(model.graph)
+    shapes = {entry.name: entry.type.tensor_type.shape.dim for entry in model.graph.value_info}
+    widened: dict[tuple[str, str], str] = {}
+    for node in list(model.graph.node):
+        mask = node.input[3] if node.op_type == "Attention" and len(node.input) > 3 else ""
+        dims, query = shapes.get(mask, ()), shapes.get(node.input[0] if mask else "", ())
+        if len(dims) < 2 or dims[-2].dim_value != 1 or len(query) != 4 or query[2].dim_value == 1:
+            continue
+        key = (mask, query[2].dim_param or str(query[2].dim_value))
+        if key not in widened:
+            name = widened[key] = f"{mask}.{key[1]}"
+            before = graph.add_constant(f"{name}.before", np.ones(len(dims) - 2, dtype=np.int64))
+            after = graph.add_constant(f"{name}.after", np.ones(1, dtype=np.int64))
+            _insert_before(
+                model.graph,
+                node,
+                helper.make_node("Shape", [node.input[0]], [f"{name}.queries"], start=2, end=3),
+                helper.make_node("Concat", [before, f"{name}.queries", after], [f"{name}.shape"], axis=0),
+                helper.make_node("Expand", [mask, f"{name}.shape"], [name]),
+            )
+        _set_inputs(node, [*node.input[:3], widened[key], *node.input[4:]])
+
+
 def fold_affine(model: onnx.ModelProto) -> None:
     """Folds a BatchNorm that follows a convolution with integer weights into its steps and its bias.
 

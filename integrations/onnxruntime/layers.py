@@ -174,6 +174,7 @@ class IntegerEmbedding(nn.Module):
         self.register_buffer("scale", step)
         self.register_buffer("offset", offset if bool(offset.any()) else None)
         self._dtype = layer.weight_dtype
+        self.num_embeddings, self.embedding_dim = integers.shape
 
     @property
     def weight(self) -> Tensor:

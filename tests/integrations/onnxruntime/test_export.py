@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, LayoutLMConfig, LayoutLMForSequenceClassification
 
 import hq_plugin as hq
 from hq_plugin import EngineError, ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
@@ -19,7 +19,19 @@ from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.packing import pack_bits
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
-from tests.integrations.huggingface.conftest import BERT, SMOKE, TEXTS, bert, gpt2, llama, mixtral, tokenizer, vit
+from tests.integrations.huggingface.conftest import (
+    BERT,
+    SMOKE,
+    TEXTS,
+    bert,
+    gpt2,
+    llama,
+    mixtral,
+    t5,
+    tokenizer,
+    vit,
+    whisper,
+)
 
 
 def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool = False) -> nn.Module:
@@ -283,6 +295,19 @@ def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None: 
         feed, expected = {made.get_inputs()[0].name: pixels.numpy()}, small(pixel_values=pixels)[0]
     found = torch.tensor(made.run(None, feed)[0])
     assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+def layoutlm() -> LayoutLMForSequenceClassification:
+    return LayoutLMForSequenceClassification(LayoutLMConfig(**BERT)).eval()
+
+
+@pytest.mark.parametrize("build", [t5, whisper, layoutlm])
+def test_parts_that_cache_and_masks_of_one_row(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    small = hq.quantize(build(), "5bit", config=SMOKE)
+    written = hq.export(small, tmp_path / "m.onnx", accuracy_level=1)
+    assert written.difference is not None
+    assert written.difference < 1e-3
 
 
 @pytest.mark.parametrize("build", [llama, gpt2, mixtral])
