@@ -45,8 +45,8 @@ class Bars:
 class _Lines:
     """Stands in for rich's display where nobody watches: what runs says every now and then how far it is."""
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds, self._told = seconds, time.monotonic()
+    def __init__(self) -> None:
+        self._told = time.monotonic()
         self._tasks: list[tuple[str, int, float]] = []
         self._done: list[int] = []
 
@@ -58,7 +58,7 @@ class _Lines:
     def update(self, task: int, advance: int, figures: str) -> None:
         (description, total, began), now = self._tasks[task], time.monotonic()
         self._done[task] += advance
-        if now - self._told < self._seconds:
+        if now - self._told < SECONDS:
             return
         self._told, done = now, self._done[task]
         left = (now - began) * (total - done) / max(done, 1) / 60
@@ -81,10 +81,10 @@ def progress(enabled: bool | None = None) -> Iterator[Bars]:
     if _active is not None:
         yield _active
         return
+    show = sys.stderr.isatty() if enabled is None else enabled
     first = os.environ.get("RANK", "0") == "0"
-    lines = enabled is None and not sys.stderr.isatty()
-    if lines or enabled is False or not first:
-        _active = Bars(_Lines(SECONDS) if lines and first else None)
+    if not show or not first:
+        _active = Bars(_Lines() if first and enabled is None else None)
         try:
             yield _active
         finally:

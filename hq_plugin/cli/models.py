@@ -168,11 +168,13 @@ def source_arguments(
 
 
 def _find_model(reference: str, arguments: dict[str, Any], pretrained: bool) -> Source:
+    from hq_plugin.storage import JSON_FILE
+
     name = reference.removeprefix("timm:")
     folder = Path(reference).is_dir() and not reference.startswith("timm:")
     if pretrained and (folder or ":" in name):
         raise ConfigError(f"--pretrained is for timm models; {reference!r} brings its weights itself.")
-    if folder and (Path(reference) / "hq.json").is_file():
+    if folder and (Path(reference) / JSON_FILE).is_file():
         raise ModelError(f"{reference!r} holds what hq_plugin saved. Give the float model that it was made from.")
     if folder or reference.startswith("hf:"):
         library = integration("huggingface.folder", f"{reference!r} is a Hugging Face model")

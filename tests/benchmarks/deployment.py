@@ -68,8 +68,6 @@ def compare(contestants: Contestants, rounds: int = ROUNDS) -> Row:
     what is short runs once before it is timed.
     """
     times: dict[str, list[float]] = {name: [] for name in contestants}
-    for call in contestants.values():
-        call()
     for _ in range(rounds):
         for name, call in contestants.items():
             time.sleep(PAUSE)

