@@ -1,4 +1,4 @@
-"""What the command line makes of errors and warnings: one line each on stderr, and an exit code."""
+"""What the command line makes of errors, wrong usage and warnings: one line each on stderr, and an exit code."""
 
 from __future__ import annotations
 
@@ -7,13 +7,36 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from hq_plugin.errors import HQError
 
 #: Exit codes; 0 is success. Wrong usage, which typer finds, is FIXABLE as well.
 UNEXPECTED, FIXABLE, INTERRUPTED = 1, 2, 130
+#: What typer raises for a wrong option; typer has no public name for it.
+_UsageError: Any = typer.BadParameter.__base__
+
+
+class OneLineGroup(TyperGroup):
+    """Commands that answer a wrong option as `one_line_errors` answers any error: without the usage."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """Runs a command and, unless `standalone_mode` is off, exits with its code."""
+        if not standalone_mode:
+            return super().main(*args, standalone_mode=False, **extra)
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except _UsageError as error:
+            if error.ctx is None or error.message == error.ctx.get_help():  # no command at all was given
+                error.show()
+            else:
+                told = error.format_message().rstrip(".")
+                _line("error", f"{told}. {error.ctx.command_path} --help lists what is possible.", "red")
+            sys.exit(FIXABLE)
+        sys.exit(code if isinstance(code, int) else 0)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`hq-plugin evaluate`: the accuracy of a saved model, or of a language model its perplexity."""
+"""`hq-plugin evaluate`: the accuracy, or of a language model the perplexity, of a saved model and its float one."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import typer
 
 from hq_plugin.cli.data import load_data
 from hq_plugin.cli.errors import one_line_errors
-from hq_plugin.cli.models import load_saved
-from hq_plugin.cli.options import DATA, AsJson, Debug, ModelArgs, Saved, Skeleton
+from hq_plugin.cli.models import Source, load_saved, load_trained_model
+from hq_plugin.cli.options import DATA, AsJson, Checkpoint, Debug, ModelArgs, Pretrained, Saved, Skeleton
 from hq_plugin.cli.output import say, say_json
 
 
@@ -18,31 +18,48 @@ def evaluate(
     data: Annotated[str, typer.Option(help=DATA)],
     model: Skeleton = None,
     model_arg: ModelArgs = None,
+    float_model: Annotated[
+        str | None, typer.Option("--float", help="The float model with its weights, to be measured as well.")
+    ] = None,
+    checkpoint: Checkpoint = None,
+    pretrained: Pretrained = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Measure the accuracy or the perplexity of a saved model.
 
     Labelled data gives the accuracy, text the perplexity of a language model. Of digits and fashion-mnist the
-    test part is taken, which quantize does not use.
+    test part is taken, which quantize does not use. With --float the float model is measured on the same data.
 
     \b
     Examples:
       hq-plugin evaluate small --data validation/
+      hq-plugin evaluate small --data validation/ --float resnet18 --pretrained
       hq-plugin evaluate llm --data other_book.txt
       hq-plugin evaluate small --model my_project:model --data my_project:test_batches --json
     """
-    from hq_plugin.evaluation import accuracy, perplexity
-
     with one_line_errors(debug):
         source = load_saved(directory, model, model_arg)
-        raw: Any = load_data(data, source, test=True)
-        samples, config = source.batches(raw), source.config()
-        writes_text = isinstance(raw, list) and raw and isinstance(raw[0], str) and source.model.can_generate()
-        measure, name = (perplexity, "perplexity") if writes_text else (accuracy, "accuracy")
-        value, count = measure(source.model, samples, config)
-        unit = "tokens" if writes_text else "samples"
+        measured = {"": _measure(source, data)}
+        if float_model is not None:
+            measured["float "] = _measure(
+                load_trained_model(float_model, model_arg, checkpoint, pretrained, None), data
+            )
         if as_json:
-            say_json({name: value, unit: count})
+            name, value, count, unit = measured[""]
+            beside = {f"float_{name}": measured["float "][1]} if "float " in measured else {}
+            say_json({name: value, **beside, unit: count})
         else:
-            say(f"{name} {value:.4f} on {count} {unit}")
+            for what, (name, value, count, unit) in measured.items():
+                say(f"{what}{name} {value:.4f} on {count} {unit}")
+
+
+def _measure(source: Source, data: str) -> tuple[str, float, int, str]:
+    """Returns what was measured, its value, and on how many of what."""
+    from hq_plugin.evaluation import accuracy, perplexity
+
+    raw: Any = load_data(data, source, test=True)
+    samples, config = source.batches(raw), source.config()
+    writes_text = isinstance(raw, list) and raw and isinstance(raw[0], str) and source.model.can_generate()
+    measure, name, unit = (perplexity, "perplexity", "tokens") if writes_text else (accuracy, "accuracy", "samples")
+    return name, *measure(source.model, samples, config), unit

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hq_plugin.cli.demo import demo
+from hq_plugin.cli.errors import OneLineGroup
 from hq_plugin.cli.evaluate import evaluate
 from hq_plugin.cli.explore import explore
 from hq_plugin.cli.export import export
@@ -22,6 +23,7 @@ from hq_plugin.cli.report import report
 
 app = typer.Typer(
     name="hq-plugin",
+    cls=OneLineGroup,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

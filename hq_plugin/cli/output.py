@@ -24,7 +24,7 @@ def say_json(value: Any) -> None:
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Prints rows of text under a header."""
+    """Prints rows of text under a header, without columns that nobody has a value for."""
     from rich.console import Console
     from rich.table import Table
 
@@ -32,9 +32,10 @@ def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
 
     if not is_first():
         return
-    table = Table(*header, box=None, header_style="bold")
+    shown = [n for n in range(len(header)) if any(row[n] for row in rows)]
+    table = Table(*(header[n] for n in shown), box=None, header_style="bold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(row[n] for n in shown))
     # Wide enough for a pipe, where rich would assume 80 columns and cut names.
     console = Console()
     Console(width=console.width if sys.stdout.isatty() else 160).print(table)
@@ -65,9 +66,7 @@ def print_result(result: Any) -> None:
     )
     rows.append(("float", "0", _share(result.float_accuracy), "32", f"{result.float_size:,}", ""))
     header = ("held-out data", "distance", "accuracy", "effective bits", "bytes", "BitOps")
-    # Without labels nobody has an accuracy.
-    shown = [n for n in range(len(header)) if any(row[n] for row in rows)]
-    print_table(tuple(header[n] for n in shown), [tuple(row[n] for n in shown) for row in rows])
+    print_table(header, rows)
     used = ", ".join(f"{share:.1%} of {LIMITS.get(name, name)}" for name, share in result.used.items())
     policies = [baseline.policy for baseline in result.baselines.values()]
     same = len(policies) > 1 and all(policy == result.policy for policy in policies)

@@ -150,7 +150,12 @@ function texts() {
       ? `Too few policies, ${data.scored.length}, were measured to correct that.`
       : "Search a budget and save the session again, and predictions are corrected by what was measured.");
   at("legend-scored").hidden = !data.scored.length;
-  at("command").textContent = data.command;
+  // A word stays whole where it fits a line: browsers break at hyphens, and options are full of them.
+  at("command").replaceChildren(...data.command.split(" ").flatMap((word) => {
+    const whole = document.createElement("span");
+    whole.textContent = word;
+    return [whole, " "];
+  }));
   at("where").textContent = "Then, in the folder that it is in, fine-tune and convert:"
     + (data.model_is_known ? "" : " put your model and your data where it says MODEL and DATA.");
   at("python").textContent = [

@@ -81,8 +81,9 @@ def _limits(result: Result) -> list[Limit]:
         spent = getattr(result.costs, "size" if name == "size_fraction" else name, None)
         if spent is None:
             continue
-        # Shares count everything that the limit does, so that they give the limit back.
-        limits.append(Limit(name, LIMITS.get(name, name), spent / max(share, 1e-12), float(spent), share))
+        # Shares count everything that the limit does, so that they give the limit back, but for the last digits.
+        limit = float(f"{spent / max(share, 1e-12):.12g}")
+        limits.append(Limit(name, LIMITS.get(name, name), limit, float(spent), share))
     return limits
 
 

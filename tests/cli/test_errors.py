@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import pytest
 from torch import nn
 
 import hq_plugin as hq
@@ -33,8 +34,31 @@ def test_interruption(tmp_path: Path) -> None:
     assert "--checkpoint-dir" in result.stderr
 
 
-def test_wrong_usage_is_exit_code_2_and_plain_text() -> None:
-    result = call("quantize", MODEL, "3bit")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("quantize", MODEL, "3bit"), "Missing option '--out'"),
+        (("quantize", MODEL, "3bit", "--ot", "x"), "--out"),
+        (("quantize", MODEL, "3bit", "--out", "x", "--effort", "much"), "'balanced'"),
+        (("quantize", MODEL, "3bit", "--out", "x", "--seed", "one"), "valid integer"),
+        (("inspect",), "Missing argument 'directory'"),
+        (("quantise",), "No such command"),
+    ],
+)
+def test_wrong_usage_is_one_line(arguments: tuple[str, ...], told: str) -> None:
+    result = call(*arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+    assert "--help lists what is possible." in line
+
+
+def test_no_command_shows_the_help() -> None:
+    result = call()
     assert result.exit_code == 2
-    assert result.stdout == ""
-    assert "Missing option" in result.stderr
+    assert "Examples:" in result.output
+
+
+def test_help_and_version_succeed() -> None:
+    assert call("--version").exit_code == call("quantize", "--help").exit_code == 0

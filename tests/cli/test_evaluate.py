@@ -17,6 +17,18 @@ def test_agrees_with_the_model(saved: Path) -> None:
     assert json.loads(result.stdout) == {"accuracy": pytest.approx(hits / 1797), "samples": 1797}
 
 
+def test_the_float_model_beside_it(saved: Path, checkpoint: Path) -> None:
+    arguments = ("evaluate", saved, "--model", MODEL, "--data", DATA, "--float", MODEL, "--checkpoint", checkpoint)
+    told = json.loads(call(*arguments, "--json").stdout)
+    assert told["float_accuracy"] > told["accuracy"] - 0.02
+    assert told["float_accuracy"] > 0.9
+    lines = call(*arguments).stdout.splitlines()
+    assert lines == [
+        f"accuracy {told['accuracy']:.4f} on 1797 samples",
+        f"float accuracy {told['float_accuracy']:.4f} on 1797 samples",
+    ]
+
+
 def test_arrays(tmp_path: Path, saved: Path) -> None:
     x, y = digits_batches(256)[0]
     np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
