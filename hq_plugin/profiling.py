@@ -22,7 +22,7 @@ from hq_plugin.data import Batch
 from hq_plugin.errors import ConfigError, EngineError
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
-from hq_plugin.policy import LayerBits
+from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.preparation import device_of
 from hq_plugin.probe import first_inputs
 from hq_plugin.profiles import Profile, engine_versions, signature, width
@@ -94,11 +94,17 @@ def measure_profile(
     sums = [float(times_of[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()) for genome in genomes]
     totals = []
     for genome in genomes:
-        packed = torch_ao.convert(torch_ao.prepare(teacher, space.policy(genome), whole_zero_points=True))
-        totals.append(model_time(packed, part))
+        totals.append(model_time(_packed(teacher, space.policy(genome), part), part))
     slope, rest = _line(sums, totals)
     error = max(abs(total / (rest + slope * part) - 1) for total, part in zip(totals, sums, strict=True))
     return Profile(**{**vars(made), "rest": rest, "slope": slope, "error": error})
+
+
+def _packed(teacher: nn.Module, policy: HybridPolicy, batch: Batch) -> nn.Module:
+    """Returns a packed model that runs as a finished one would: a runtime fuses layers by their inputs' ranges."""
+    prepared = torch_ao.prepare(teacher, policy, whole_zero_points=True)
+    batch.run(prepared)  # observes the ranges
+    return torch_ao.convert(prepared)
 
 
 def _spread(times: Table, space: SearchSpace) -> list[Genome]:

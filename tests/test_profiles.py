@@ -79,6 +79,22 @@ def test_every_layer_width_and_kernel_is_measured(made: Profile) -> None:
     assert made.versions == versions()
 
 
+def test_models_are_timed_with_the_ranges_of_their_inputs(
+    trained: nn.Module,
+    batches: list[tuple[Tensor, Tensor]],
+    options: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # ONNX Runtime drops a ReLU6 before a quantizer whose range ends at 6 and fuses its neighbours, and no other.
+    timed: list[nn.Module] = []
+    monkeypatch.setattr(profiling, "_torch_model", lambda model, batch: timed.append(model) or 1.0)
+    hq.profile(trained, batches, batch=4, target="torch", **{**options, "activation_bits": 8})
+    assert len(timed) > 1
+    for model in timed:
+        steps = [float(layer.activation_step) for layer in packed_modules(model).values()]
+        assert len(set(steps)) == len(steps)
+
+
 def test_a_profile_is_saved_and_read(made: Profile, tmp_path: Path) -> None:
     assert Profile.load(made.save(tmp_path / "folder" / "p.json")) == made
 

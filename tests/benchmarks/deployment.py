@@ -230,9 +230,9 @@ def _promises(name: str, model: nn.Module, data: Any, target: Any, activation_bi
         session.config = replace(session.config, profile=profile)
         with_latency(session.costs, Budget(latency_ms=1e9), session.teacher, batch, session.config)
         # The same model again, at the time of the profile and of each measurement: what the machine did meanwhile.
-        widest = torch_ao.convert(
-            torch_ao.prepare(session.teacher, space.policy(space.top), whole_zero_points=True)
-        )
+        prepared = torch_ao.prepare(session.teacher, space.policy(space.top), whole_zero_points=True)
+        batch.run(prepared)  # observes the inputs' ranges
+        widest = torch_ao.convert(prepared)
         then = model_time(widest, part, target)
         widths = " or ".join(map(str, activation_bits))
         assert session.costs.latency is not None
