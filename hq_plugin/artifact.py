@@ -325,7 +325,7 @@ def _check_fit(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         for name, value in expected.items()
         if name in tensors
         and (tensors[name].shape != value.shape or tensors[name].dtype != value.dtype)
-        and not (value.is_floating_point() and tensors[name].shape == value.shape and "weight_step" not in name)
+        and not (value.is_floating_point() and tensors[name].shape == value.shape)
     ]
     for what, names in (("lacks", missing), ("has no place for", unknown), ("has otherwise", wrong)):
         if names:

@@ -16,7 +16,7 @@ from hq_plugin.budget import Budget, format_bytes, format_count
 from hq_plugin.errors import BudgetError
 from hq_plugin.packing import packed_bytes
 from hq_plugin.policy import HybridPolicy, LayerBits
-from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES, ZERO_BYTES
+from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, ZERO_BITS, step_bytes
 from hq_plugin.result import Costs, LayerReport
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
@@ -59,8 +59,9 @@ def weight_bytes(shape: tuple[int, ...], bits: LayerBits) -> int:
     numel = math.prod(shape)
     packed = packed_bytes(numel, bits.weight)
     if bits.group_size:
-        return packed + (STEP_BYTES + ZERO_BYTES) * (numel // bits.group_size)
-    return packed + STEP_BYTES * shape[0]
+        groups = numel // bits.group_size
+        return packed + step_bytes(groups) + packed_bytes(groups, ZERO_BITS)
+    return packed + step_bytes(shape[0])
 
 
 class CostTable:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hq_plugin.quantization import (
     STEP_BYTES,
-    ZERO_BYTES,
+    ZERO_BITS,
     fake_quantize_weight,
     optimal_group_qparams,
     weight_rows,
@@ -66,7 +66,7 @@ def _cost(weight: Tensor, size: int, bits: int) -> float:
     channels = weight.reshape(-1, weight.shape[-1])
     channels = channels[:: max(1, channels.numel() // _SAMPLE)].float()
     step, zero = optimal_group_qparams(channels, bits, size)
-    overhead = 8 * (STEP_BYTES + ZERO_BYTES) / size if size else 8 * STEP_BYTES / weight.shape[-1]
+    overhead = (8 * STEP_BYTES + ZERO_BITS) / size if size else 8 * STEP_BYTES / weight.shape[-1]
     rows = weight_rows(channels, size)
     error = (fake_quantize_weight(rows, step, bits, zero) - rows).square().mean()
     return float(error) * weight.numel() * 4**overhead

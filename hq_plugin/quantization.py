@@ -17,8 +17,8 @@ grouped weights       as above                `(integer [+ 1/2] - zero) * step`
 activations           0 .. 2^b-1              `(integer - zero_point) * step`
 ====================  ======================  =================================
 
-The zero point of a group need not be whole: it is stored in eight bits, as a multiple of 2^(b-1)/64, so
-that a group may lie on one side of 0, up to half its width away from it.
+The zero point of a group need not be whole: it is stored in five bits, as a multiple of 2^b/32, so that a
+group may lie on one side of 0.
 
 The half step at 1 and 2 bits makes the few levels symmetric: binary weights are ±step/2, and at 2
 bits the four levels ±step/2, ±3step/2 fit a bell-shaped channel better than LSQ's -2, -1, 0, 1
@@ -35,15 +35,22 @@ from torch import Tensor
 
 from hq_plugin.errors import PolicyError
 
-#: Steps are stored in bfloat16: the range of float32 in two bytes. Training sees the rounding.
-STEP_DTYPE = torch.bfloat16
-STEP_BYTES = 2
-#: The zero point of a group is stored in one int8.
-ZERO_BYTES = 1
+#: A step is stored in one byte: four bits of exponent, counted from that of the largest step of its weight, and
+#: four of mantissa. Training sees the rounding.
+STEP_BYTES = 1
+#: The exponent of the largest step, one byte a weight.
+EXPONENT_BYTES = 1
+#: The zero point of a group. With steps of one byte, less or more of either was no better (docs/experiments.md).
+ZERO_BITS = 5
 #: Bytes of an activation's float32 step and int32 zero point.
 ACTIVATION_QPARAM_BYTES = 8
 
 _SMALLEST_STEP = 1e-12
+#: The widest range that is tried for a group, as a share of that of its values.
+_BEYOND = 1.06
+_MANTISSA, _EXPONENTS = 4, 16
+#: Bits of float32 below a step's mantissa, and below its exponent.
+_CUT, _FLOAT_MANTISSA = 23 - _MANTISSA, 23
 
 
 def weight_range(bits: int) -> tuple[int, int]:
@@ -72,22 +79,72 @@ def round_ste(x: Tensor) -> Tensor:
 
 
 def stored_step(step: Tensor) -> Tensor:
-    """Rounds a step to the precision in which it is stored; the gradient passes straight through."""
-    return step + (step.detach().to(STEP_DTYPE).to(step.dtype) - step.detach())
+    """Rounds the steps of a weight to the precision in which they are stored; the gradient passes straight through.
+
+    To four bits of mantissa, 3 % at most; what is more than 15 octaves below the largest is raised to that.
+
+    Args:
+        step: Positive float32, `[rows]`: all steps of one weight.
+    """
+    rounded = _rounded(step)
+    lowest = ((_largest_exponent(rounded) - (_EXPONENTS - 1)) << _FLOAT_MANTISSA).view(torch.float32)
+    return step + (torch.maximum(rounded, lowest) - step.detach())
+
+
+def _rounded(step: Tensor) -> Tensor:
+    bits = step.detach().float().contiguous().view(torch.int32)
+    return (bits.add(1 << (_CUT - 1)) & -(1 << _CUT)).view(torch.float32)
+
+
+def _largest_exponent(step: Tensor) -> Tensor:
+    """Returns the biased exponent of the largest step, an int32 scalar, so that no octave below leaves float32."""
+    exponents = step.view(torch.int32) >> _FLOAT_MANTISSA
+    return exponents.amax().clamp(_EXPONENTS, 254)
+
+
+def store_step(step: Tensor) -> Tensor:
+    """Packs steps, rounded as by `stored_step`, into a byte each and one for the largest exponent.
+
+    Args:
+        step: Positive float32, `[rows]`.
+
+    Returns:
+        uint8, `[1 + rows]`: the largest exponent, biased as in float32, and the steps.
+    """
+    step = stored_step(step.detach())
+    largest = _largest_exponent(step)
+    bits = step.view(torch.int32)
+    below = largest - (bits >> _FLOAT_MANTISSA)
+    codes = ((_EXPONENTS - 1 - below) << _MANTISSA) | ((bits >> _CUT) & (2**_MANTISSA - 1))
+    return torch.cat([largest.reshape(1), codes]).to(torch.uint8)
+
+
+def load_step(stored: Tensor) -> Tensor:
+    """Returns the float32 steps that `store_step` packed; whatever the bytes are, they are positive and finite."""
+    codes = stored.to(torch.int32)
+    exponents = codes[0] - (_EXPONENTS - 1) + (codes[1:] >> _MANTISSA)
+    mantissas = (codes[1:] & (2**_MANTISSA - 1)) << _CUT
+    return ((exponents.clamp(1, 254) << _FLOAT_MANTISSA) | mantissas).view(torch.float32)
+
+
+def step_bytes(rows: int) -> int:
+    """Returns the bytes that the steps of a weight take."""
+    return STEP_BYTES * rows + EXPONENT_BYTES
 
 
 def zero_unit(bits: int) -> float:
     """Returns the multiple in which the zero points of grouped weights are stored."""
-    return 2.0 ** (bits - 1) / 64
+    return 2.0 ** (bits - ZERO_BITS)
 
 
 def store_zero(zero: Tensor, bits: int) -> Tensor:
-    """Rounds zero points to int8, in units of `zero_unit(bits)`."""
-    return (zero / zero_unit(bits)).round().clamp(-128, 127).to(torch.int8)
+    """Rounds zero points to integers of `ZERO_BITS` bits, int8, in units of `zero_unit(bits)`."""
+    low, high = weight_range(ZERO_BITS)
+    return (zero / zero_unit(bits)).round().clamp(low, high).to(torch.int8)
 
 
 def load_zero(stored: Tensor, bits: int) -> Tensor:
-    """Returns the float32 zero points that `store_zero` stored."""
+    """Returns the float32 zero points that `store_zero` rounded."""
     return stored.float() * zero_unit(bits)
 
 
@@ -98,7 +155,7 @@ def stored_zero(zero: Tensor, bits: int, whole: bool = False) -> Tensor:
         zero: Float, `[rows]`.
         bits: 1 to 8.
         whole: Round so that the zero point, with the half step of 1 and 2 bits, is one of the integers of
-            the weight (an even one at 8 bits), as kernels with integer zero points want it.
+            the weight (above 5 bits one of 32), as kernels with integer zero points want it.
     """
     rounded = zero.detach()
     if whole:
@@ -302,7 +359,9 @@ def optimal_weight_step(weight: Tensor, bits: int, importance: Tensor | None = N
     Returns:
         Positive float32, `[rows]`, already rounded to the stored precision.
     """
-    return torch.cat([_row_step(rows, bits, weights) for rows, weights in _row_chunks(weight, importance)])
+    return stored_step(
+        torch.cat([_row_step(rows, bits, weights) for rows, weights in _row_chunks(weight, importance)])
+    )
 
 
 def _row_step(flat: Tensor, bits: int, importance: Tensor | None) -> Tensor:
@@ -339,7 +398,7 @@ def optimal_weight_qparams(
         Step (positive) and zero point, float32 `[rows]` each, already rounded to the stored precision.
     """
     found = [_row_qparams(rows, bits, weights, whole) for rows, weights in _row_chunks(weight, importance)]
-    return torch.cat([step for step, _ in found]), torch.cat([zero for _, zero in found])
+    return stored_step(torch.cat([step for step, _ in found])), torch.cat([zero for _, zero in found])
 
 
 def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool) -> tuple[Tensor, Tensor]:
@@ -353,11 +412,12 @@ def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool
     best_low, best_high = low, high
     best_step, best_zero = qparams(low, high)
     best_error = _weight_error(flat, best_step, bits, best_zero, importance)
-    # The wider the weight, the less clipping gains: many ranges are tried at 2 bits, few at 8.
-    least, count = max(0.35, 1 - 1.2 / bits), max(3, 12 - 2 * bits)
+    # The wider the weight, the less clipping gains: many ranges are tried at 2 bits, few at 8. Some reach beyond the
+    # values, for a step and a zero point that are rounded may cover less than the range that they stand for.
+    least, count = max(0.35, 1 - 1.2 / bits), max(4, 13 - 2 * bits)
     for side in ("both", "low", "high"):
         start_low, start_high = best_low, best_high
-        for fraction in torch.linspace(least, 1.0, count).tolist():
+        for fraction in torch.linspace(least, _BEYOND, count).tolist():
             bottom = start_low if side == "high" else low * fraction
             top = start_high if side == "low" else high * fraction
             step, zero = qparams(bottom, top)

@@ -100,7 +100,7 @@ def test_a_network_has_the_group_size_of_the_width_in_force() -> None:
         layer = packed_modules(packed)["0"]
         size = policy["0"].group_size
         assert layer.bits.group_size == size
-        assert layer.weight_step.numel() == (96 * 256 // size if size else 96)
+        assert len(layer.weight_step) == 1 + (96 * 256 // size if size else 96)
         # The packed model is what was trained, and its bytes are those of the cost table.
         assert packed.hq.size == sum(t.numel() * t.element_size() for t in packed.state_dict().values())
     assert session.space.policy(session.space.top)["0"].group_size > 0

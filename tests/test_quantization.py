@@ -9,11 +9,14 @@ from hq_plugin.quantization import (
     fake_quantize_activation,
     fake_quantize_rows,
     fake_quantize_weight,
+    load_step,
     load_zero,
     optimal_activation_qparams,
     optimal_weight_qparams,
     optimal_weight_step,
     quantize_weight,
+    step_bytes,
+    store_step,
     store_zero,
     stored_step,
     weight_range,
@@ -33,6 +36,34 @@ def test_fake_quantization_is_what_is_stored(bits: int, seed: int, scale: float)
     assert torch.equal(fake_quantize_weight(weight, step, bits), dequantize_weight(integers, step, bits))
 
 
+@given(logarithms=st.lists(st.floats(-36, 36), min_size=1, max_size=20))
+@settings(max_examples=100, deadline=None)
+def test_steps_are_stored_in_a_byte_each(logarithms: list[float]) -> None:
+    step = torch.tensor(logarithms, dtype=torch.float32).exp()
+    stored = store_step(step)
+    assert (stored.dtype, len(stored)) == (torch.uint8, step_bytes(len(step)))
+    assert torch.equal(load_step(stored), stored_step(step))
+    assert torch.equal(stored_step(stored_step(step)), stored_step(step))
+    near = step > step.max() * 2.0**-15
+    assert torch.allclose(stored_step(step)[near], step[near], rtol=1 / 32, atol=0)
+    assert (stored_step(step) > step.max() * 2.0**-17).all()
+
+
+def test_steps_whose_gradients_pass() -> None:
+    step = torch.tensor([0.013, 0.4, 1e-9], requires_grad=True)
+    (stored_step(step) * torch.tensor([1.0, 2.0, 3.0])).sum().backward()
+    assert step.grad is not None
+    assert step.grad.tolist() == [1.0, 2.0, 3.0]
+    assert bool(stored_step(torch.tensor([0.5, float("nan")])).isnan()[1]), "what is not a number must be seen"
+
+
+@given(stored=st.lists(st.integers(0, 255), min_size=2, max_size=20))
+def test_any_bytes_are_steps(stored: list[int]) -> None:
+    step = load_step(torch.tensor(stored, dtype=torch.uint8))
+    assert len(step) == len(stored) - 1
+    assert bool(((step > 0) & step.isfinite()).all())
+
+
 @given(bits=st.integers(1, 8), seed=st.integers(0, 2**31), mean=st.floats(-3, 3))
 @settings(max_examples=60, deadline=None)
 def test_grouped_fake_quantization_is_what_is_stored(bits: int, seed: int, mean: float) -> None:
@@ -47,7 +78,7 @@ def test_grouped_fake_quantization_is_what_is_stored(bits: int, seed: int, mean:
 
 
 def test_zero_points_pay_where_a_group_is_not_symmetric() -> None:
-    rows = torch.rand(32, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+    rows = torch.rand(32, 64, generator=torch.Generator().manual_seed(0))
     for bits in range(2, 9):
         step, zero = optimal_weight_qparams(rows, bits)
         affine = (fake_quantize_weight(rows, step, bits, zero) - rows).square().mean()

@@ -7,6 +7,7 @@ that dequantizes the packed integers. It takes and gives float tensors, and quan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -18,17 +19,21 @@ from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.quantization import (
-    STEP_DTYPE,
+    ZERO_BITS,
     dequantize_weight,
     fake_quantize_activation,
     fake_quantize_rows,
+    load_step,
     load_zero,
+    step_bytes,
+    store_step,
     store_zero,
     weight_offset,
     weight_rows,
 )
 
-_FIXED_DTYPES = {"weight_step": STEP_DTYPE, "activation_step": torch.float32}
+#: What no move of dtype changes. (Integers are never changed.)
+_FIXED_DTYPES = {"activation_step": torch.float32}
 
 
 def adopt(module: nn.Module, new_type: type[nn.Module]) -> Any:
@@ -55,8 +60,8 @@ class PackedModule(nn.Module):
         weight_shape: Shape of the weight.
         weight_dtype: Dtype in which `weight` is given out; follows `model.half()` and its like.
         weight_packed: uint8, the integers (see `hq_plugin.packing`).
-        weight_step: bfloat16 `[rows]`, a row being a channel or a group; no dtype move changes it.
-        weight_zero: int8 `[rows]`, if the weight has groups.
+        weight_step: uint8 `[1 + rows]`, a row being a channel or a group (see `store_step`).
+        weight_zero: uint8, zero points of `ZERO_BITS` packed like the integers, if the weight has groups.
         activation_step: float32 scalar, if the input is quantized with one step.
         activation_zero_point: int32 scalar, if the input is quantized with one step.
     """
@@ -104,9 +109,10 @@ class PackedModule(nn.Module):
         length = packed_bytes(weight.numel(), bits.weight)
         packed.register_buffer("weight_packed", torch.empty(length, dtype=torch.uint8, device=device))
         rows = weight_rows(weight, bits.group_size).shape[0]
-        packed.register_buffer("weight_step", torch.empty(rows, dtype=STEP_DTYPE, device=device))
+        packed.register_buffer("weight_step", torch.empty(step_bytes(rows), dtype=torch.uint8, device=device))
         if bits.group_size:
-            packed.register_buffer("weight_zero", torch.empty(rows, dtype=torch.int8, device=device))
+            length = packed_bytes(rows, ZERO_BITS)
+            packed.register_buffer("weight_zero", torch.empty(length, dtype=torch.uint8, device=device))
         if bits.static_input:
             packed.register_buffer("activation_step", torch.ones((), device=device))
             packed.register_buffer("activation_zero_point", torch.zeros((), dtype=torch.int32, device=device))
@@ -131,7 +137,7 @@ class PackedModule(nn.Module):
         Args:
             float_module: The layer whose settings and bias it takes over; it is not changed.
             integers: int8, the shape of its weight, inside `weight_range(bits.weight)`.
-            step: `[rows]`; rounded to bfloat16.
+            step: `[rows]`; rounded as by `stored_step`.
             zero: `[rows]`, needed if the weight has groups; rounded to `zero_unit`.
             bits: Its widths.
             activation_step: Scalar, needed if the input is quantized with one step.
@@ -145,11 +151,11 @@ class PackedModule(nn.Module):
         """
         packed = cls.skeleton(float_module, bits, float_type=float_type, drop=drop)
         packed.weight_packed = pack_bits(integers, bits.weight)
-        packed.weight_step = step.detach().to(STEP_DTYPE)
+        packed.weight_step = store_step(step)
         if bits.group_size:
             if zero is None:
                 raise ValueError("A weight with groups needs zero points.")
-            packed.weight_zero = store_zero(zero.detach(), bits.weight)
+            packed.weight_zero = pack_bits(store_zero(zero.detach(), bits.weight), ZERO_BITS)
         if bits.static_input:
             if activation_step is None or activation_zero_point is None:
                 raise ValueError("A layer with a quantized input needs activation_step and zero point.")
@@ -163,14 +169,20 @@ class PackedModule(nn.Module):
         if self._cached is not None:
             return self._cached
         integers = unpack_bits(self.weight_packed, self.bits.weight, self.weight_shape)
-        zero = load_zero(self.weight_zero, self.bits.weight) if self.bits.group_size else None
         rows = weight_rows(integers, self.bits.group_size)
-        weight = dequantize_weight(rows, self.weight_step.float(), self.bits.weight, zero)
+        weight = dequantize_weight(rows, load_step(self.weight_step), self.bits.weight, self._zero_points())
         weight = weight.view(self.weight_shape).to(self.weight_dtype)
         wanted = self._kernel is None or self._kernel.needs_weight
         if self._cache_enabled and wanted and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
+
+    def _zero_points(self) -> Tensor | None:
+        """Returns the zero points of the groups, float32 `[rows]`."""
+        if not self.bits.group_size:
+            return None
+        rows = math.prod(self.weight_shape) // self.bits.group_size
+        return load_zero(unpack_bits(self.weight_zero, ZERO_BITS, (rows,)), self.bits.weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float layer's forward on the quantized input and the dequantized weight, or a kernel."""
@@ -246,10 +258,10 @@ def affine_weight(layer: PackedModule) -> tuple[Tensor, Tensor, Tensor]:
     """
     integers = unpack_bits(layer.weight_packed, layer.bits.weight, layer.weight_shape).flatten(1)
     rows, offset = integers.shape[0], weight_offset(layer.bits.weight)
-    step = layer.weight_step.float().view(rows, -1)
-    if layer.bits.group_size:
-        zero = load_zero(layer.weight_zero, layer.bits.weight).view(rows, -1)
-        return integers, step, offset - zero
+    step = load_step(layer.weight_step).view(rows, -1)
+    zero = layer._zero_points()
+    if zero is not None:
+        return integers, step, offset - zero.view(rows, -1)
     if offset:
         return integers * 2 + 1, step / 2, torch.zeros_like(step)
     return integers, step, torch.zeros_like(step)

@@ -1,4 +1,4 @@
-"""One way of counting bytes for everybody, which is how hq_plugin counts its own.
+"""One way of counting bytes for every rival, that of the files that they write.
 
 A weight of b bits is b bits, packed. A scale is 2 bytes, an integer zero point 1 byte unless the tool packs it
 narrower, a float one 2 bytes; how many there are is the tool's. A quantized input has a scale and a zero point.
@@ -12,9 +12,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, STEP_BYTES
+from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES
 
-FLOAT_BYTES = 4
+FLOAT_BYTES, SCALE_BYTES = 4, 2
 
 
 def layer_bytes(layer: Mapping[str, Any]) -> float:
@@ -23,7 +23,7 @@ def layer_bytes(layer: Mapping[str, Any]) -> float:
         return FLOAT_BYTES * float(layer["elements"])
     packed = math.ceil(layer["elements"] * layer["bits"] / 8)
     zeros = layer.get("zeros", 0) * layer.get("zero_bits", 8) / 8
-    return packed + STEP_BYTES * layer.get("scales", 0) + zeros
+    return packed + SCALE_BYTES * layer.get("scales", 0) + zeros
 
 
 def count(result: Mapping[str, Any]) -> dict[str, float]:
