@@ -145,7 +145,7 @@ def test_costs_by_hand() -> None:
     space = space_of(weight_bits=(2, 8), activation_bits=(4, 16))
     costs = CostTable(space)
     genome = np.array([[0, 0], [1, 1], [0, 1], [1, 0]])
-    expected_weights = (72 // 8 * 2 + 2 * 8) + (72 // 8 * 8 + 2 * 8) + (128 // 8 * 2 + 2 * 16) + (640 + 2 * 10)
+    expected_weights = (72 // 8 * 2 + 8 + 1) + (72 // 8 * 8 + 8 + 1) + (128 // 8 * 2 + 16 + 1) + (640 + 10 + 1)
     total = costs.costs(genome)
     assert total.weight_bits == pytest.approx(expected_weights * 8 / 912)
     assert total.size == expected_weights + 2 * 8 + space.table.rest_bytes

@@ -160,7 +160,7 @@ def test_without_a_name_the_model_must_be_given(saved: Path) -> None:
 def test_read_info(saved: Path) -> None:
     info = read_info(saved)
     assert {site.name: site.bits for site in info.sites} == dict(POLICY)
-    assert info.sites[3].size == 640 * 3 // 8 + 2 * 10
+    assert info.sites[3].size == 640 * 3 // 8 + 10 + 1
     assert info.file_bytes == (saved / TENSOR_FILE).stat().st_size
 
 

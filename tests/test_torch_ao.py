@@ -64,7 +64,7 @@ def test_grouped_weights_convert_exactly(bits: int) -> None:
     prepared = train_a_little(torch_ao.prepare(model, policy), torch.randint(20, (6, 5)))
     converted = check_converted(prepared, torch.randint(20, (6, 5)))
     assert packed_modules(converted)["1"].bits == LayerBits(bits, 8, 32)
-    assert packed_modules(converted)["1"].weight_zero.shape == (64 * 32 // 32 // 2,)
+    assert packed_modules(converted)["1"].weight_zero.shape == (64 * 32 // 32 * 5 // 8,)
     moved = copy.deepcopy(converted).to(torch.float64)
     assert torch.equal(moved[1].weight, converted[1].weight.double())
 

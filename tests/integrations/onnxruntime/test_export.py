@@ -75,7 +75,7 @@ def test_weights_of_every_width(bits: int, whole: bool, group: int, tmp_path: Pa
     floats = [t for t in graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
     # Steps, biases and what is left of fractional zero points, but no weight.
     assert max(int(np.prod(t.dims)) for t in floats) <= 96 * 40 // 32
-    assert sum(node.op_type == "ReduceSum" for node in graph.node) == int(group > 0 and not whole and bits < 7)
+    assert sum(node.op_type == "ReduceSum" for node in graph.node) == int(group > 0 and not whole and bits < 5)
 
 
 @pytest.mark.parametrize("activation", [2, 4, 8])
