@@ -64,7 +64,8 @@ DEFAULTS: dict[str, Any] = {
     "sensitivities": "measured",
     "rounding": "nearest",
     "train_float": True,
-    "block_loss": 0.3,
+    "block_loss": 4.0,
+    "temperature": 2.0,
     "step_learning_rate": 2e-3,
     "calibration_batches": 4,
     "self_written": 0.0,
@@ -115,9 +116,12 @@ class Config:
         dense_limit: With `block="auto"`, the most weights of a site that gets a `dense` block.
         loss: `"auto"` (KL for class scores, relative squared error for anything else), `"kl"`, `"mse"`,
             or a function of the student's and the teacher's outputs that returns a scalar tensor.
+        temperature: Divides class scores in the KL divergence that training minimises; distances are measured at 1.
+            None means 2, or what the integration proposes.
         block_loss: Weight, beside the loss, of what the outputs of the network's blocks differ by from the float
-            model's (the mean relative squared error over blocks), in meta-training and fine-tuning; 0 compares
-            the network's output alone. None means 0.3, or what the integration proposes.
+            model's (the mean relative squared error over blocks), in meta-training and at the beginning of
+            fine-tuning, in which it falls to 0; 0 compares the network's output alone. None means 4, or what the
+            integration proposes.
         meta_steps: Optimizer steps of meta-training; None takes the effort's.
         search_evaluations: Policies scored by the search; None takes the effort's.
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
@@ -178,6 +182,7 @@ class Config:
     rank: int = 4
     dense_limit: int = 65_536
     loss: Literal["auto", "kl", "mse"] | LossFunction = "auto"
+    temperature: float | None = None
     block_loss: float | None = None
     meta_steps: int | None = None
     search_evaluations: int | None = None
@@ -259,7 +264,7 @@ class Config:
             object.__setattr__(self, "group_size", sizes)
         else:
             self._check_number("group_size", least=0, optional=True)
-        for name in ("learning_rate", "step_learning_rate"):
+        for name in ("learning_rate", "step_learning_rate", "temperature"):
             self._check_real(name, "a positive number", lambda value: 0 < value < math.inf)
         self._check_real("block_loss", "a number, 0 or more", lambda value: 0 <= value < math.inf)
         self._check_real("checkpoint_seconds", "a number, 0 or more", lambda value: value >= 0)

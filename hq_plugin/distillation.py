@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class _KLDivergence(torch.autograd.Function):
     """KL divergence by chunks of rows, whose gradient is taken on the way: one tensor is kept."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
         rows = max(1, _CHUNK // max(1, student.shape[1]))
         needed = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if needed else None
@@ -61,31 +62,33 @@ class _KLDivergence(torch.autograd.Function):
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
             wide = torch.promote_types(student.dtype, torch.float32)
-            log_student = F.log_softmax(student[part].to(wide), dim=-1)
-            log_teacher = F.log_softmax(teacher[part].to(wide), dim=-1)
+            log_student = F.log_softmax(student[part].to(wide) / temperature, dim=-1)
+            log_teacher = F.log_softmax(teacher[part].to(wide) / temperature, dim=-1)
             share = log_teacher.exp()
-            total += torch.sum(share * (log_teacher - log_student))
+            total += torch.sum(share * (log_teacher - log_student)) * temperature**2
             if gradient is not None:
-                gradient[part] = log_student.exp_().sub_(share)
+                gradient[part] = log_student.exp_().sub_(share).mul_(temperature)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         ctx.rows = max(1, len(student))
         return total / ctx.rows
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * (grads[0] / ctx.rows).to(gradient.dtype), None
+        return gradient * (grads[0] / ctx.rows).to(gradient.dtype), None, None
 
 
-def kl_divergence(student: Tensor, teacher: Tensor) -> Tensor:
+def kl_divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) in nats, the mean over samples. No gradient reaches the teacher.
 
     Args:
         student: Class scores `[..., classes]`.
         teacher: Class scores of the same shape.
+        temperature: Both are divided by it, and the divergence multiplied by its square, which keeps gradients as
+            large as they are at 1 (Hinton et al., arXiv:1503.02531, section 2).
     """
-    divergence: Tensor = _KLDivergence.apply(student.flatten(0, -2), teacher.detach().flatten(0, -2))
+    divergence: Tensor = _KLDivergence.apply(student.flatten(0, -2), teacher.detach().flatten(0, -2), temperature)
     return divergence
 
 
@@ -195,6 +198,16 @@ def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
     return _kl_of_outputs
 
 
+def training_loss(loss: LossFunction, temperature: float) -> LossFunction:
+    """Returns what training minimises where a distance is measured: a KL divergence at a temperature.
+
+    Args:
+        loss: The distance; one that is no KL divergence is returned as it is.
+        temperature: Divides class scores.
+    """
+    return partial(_kl_of_outputs, temperature=temperature) if loss is _kl_of_outputs else loss
+
+
 def loss_name(loss: LossFunction) -> str:
     """Returns what a distillation loss is called in reports."""
     if loss is _kl_of_outputs:
@@ -205,11 +218,11 @@ def loss_name(loss: LossFunction) -> str:
     return "custom loss" if name == "<lambda>" else name
 
 
-def _kl_of_outputs(student: Any, teacher: Any) -> Tensor:
+def _kl_of_outputs(student: Any, teacher: Any, temperature: float = 1.0) -> Tensor:
     student_scores, teacher_scores = class_scores(student), class_scores(teacher)
     assert student_scores is not None
     assert teacher_scores is not None
-    return kl_divergence(student_scores, teacher_scores)
+    return kl_divergence(student_scores, teacher_scores, temperature)
 
 
 @dataclass

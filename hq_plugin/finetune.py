@@ -17,7 +17,7 @@ from hq_plugin import torch_ao
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.distillation import LossFunction
+from hq_plugin.distillation import LossFunction, training_loss
 from hq_plugin.metaquantnet import ActivationSteps, WeightBlock
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.scoring import calibrate_activations
@@ -95,16 +95,19 @@ def finetune_network(
     """
     assert config.step_learning_rate is not None
     assert config.block_loss is not None
+    assert config.temperature is not None
     task = Task(
         name="fine-tuning",
         stage=stage,
         network=network,
         teacher=teacher,
         data=data,
-        loss=loss,
+        loss=training_loss(loss, config.temperature),
         width=_mean_width(network),
         blocks=blocks,
         block_loss=config.block_loss,
+        # What blocks give leads the way at first; in the end the output is what counts.
+        final_block_loss=0.0,
         steps=config.steps.finetune,
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,

@@ -16,7 +16,7 @@ from hq_plugin import torch_ao
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.distillation import LossFunction
+from hq_plugin.distillation import LossFunction, training_loss
 from hq_plugin.metaquantnet import MetaQuantNet
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.scoring import calibrate_activations
@@ -86,12 +86,13 @@ def meta_train_network(
     """
     assert config.step_learning_rate is not None
     assert config.block_loss is not None
+    assert config.temperature is not None
     task = Task(
         name="meta-training",
         network=network,
         teacher=teacher,
         data=data,
-        loss=loss,
+        loss=training_loss(loss, config.temperature),
         blocks=blocks,
         block_loss=config.block_loss,
         steps=config.steps.meta,

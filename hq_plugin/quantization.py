@@ -412,8 +412,8 @@ def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool
     best_low, best_high = low, high
     best_step, best_zero = qparams(low, high)
     best_error = _weight_error(flat, best_step, bits, best_zero, importance)
-    # The wider the weight, the less clipping gains: many ranges are tried at 2 bits, few at 8. Some reach beyond the
-    # values, for a step and a zero point that are rounded may cover less than the range that they stand for.
+    # The wider the weight, the less clipping gains: many ranges are tried at 2 bits, few at 8. Some reach beyond
+    # the values, for a step and a zero point that are rounded may cover less than what they stand for.
     least, count = max(0.35, 1 - 1.2 / bits), max(4, 13 - 2 * bits)
     for side in ("both", "low", "high"):
         start_low, start_high = best_low, best_high

@@ -58,7 +58,8 @@ class Task:
         loss: Distance of the network's output to the teacher's.
         width: Mean width of the weights, where it is fixed.
         blocks: Names of blocks whose outputs are compared as well; none compares the network's alone.
-        block_loss: Weight of what they differ by, beside `loss`.
+        block_loss: Weight of what they differ by, beside `loss`, at the first step.
+        final_block_loss: The same at the end, as a share of that; it falls evenly.
         steps: Optimizer steps.
         learning_rate: Peak rate of weights; None gives each its own (see `RELATIVE_RATE`).
         step_learning_rate: Peak rate of quantization steps and zero points.
@@ -85,6 +86,7 @@ class Task:
     width: float = 2.0
     blocks: Sequence[str] = ()
     block_loss: float = 0.0
+    final_block_loss: float = 1.0
     final_rate: float = 0.0
     base_rate: float = 1.0
     batch_statistics: bool = True
@@ -143,6 +145,7 @@ def train(task: Task) -> None:
                 good = None  # first, so that two are never in memory
                 good = (step, _state(network))
             task.before_step(step)
+            block_loss = task.block_loss * (1 - (1 - task.final_block_loss) * step / task.steps)
             value = 0.0
             for part in range(accumulated):
                 with nullcontext() if part == accumulated - 1 else accelerator.no_sync(wrapped):
@@ -153,7 +156,7 @@ def train(task: Task) -> None:
                             target = batch.run(teacher)
                         loss = task.loss(batch.run(wrapped), target)
                         if blocks.names:
-                            loss = loss + task.block_loss * blocks.distance(batch)
+                            loss = loss + block_loss * blocks.distance(batch)
                         loss = loss * weight
                     # The mean over processes, so that all of them see the same and stop together.
                     value += float(accelerator.reduce(loss.detach(), "mean")) / accumulated

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import ModelError, distillation
-from hq_plugin.distillation import Fidelity, class_scores, kl_divergence, loss_function, loss_name, relative_error
+from hq_plugin.distillation import (
+    Fidelity,
+    class_scores,
+    kl_divergence,
+    loss_function,
+    loss_name,
+    relative_error,
+    training_loss,
+)
 
 
 def test_kl_by_hand() -> None:
@@ -77,18 +85,30 @@ def test_not_finite_is_the_worst() -> None:
     assert class_scores(torch.zeros(3)) is None
 
 
-def test_kl_and_its_gradient_are_those_of_the_definition(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_kl_and_its_gradient_are_those_of_the_definition(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(distillation, "_CHUNK", 20)  # several chunks, the last one short
     torch.manual_seed(0)
     student = torch.randn(3, 5, 7, dtype=torch.double, requires_grad=True)
     teacher = torch.randn(3, 5, 7, dtype=torch.double)
-    loss = kl_divergence(student, teacher)
+    loss = kl_divergence(student, teacher, temperature)
     (found,) = torch.autograd.grad(3 * loss, student)
-    log_student, log_teacher = student.flatten(0, 1).log_softmax(-1), teacher.flatten(0, 1).log_softmax(-1)
+    soft_student, soft_teacher = student.flatten(0, 1) / temperature, teacher.flatten(0, 1) / temperature
+    log_student, log_teacher = soft_student.log_softmax(-1), soft_teacher.log_softmax(-1)
     expected = nn.functional.kl_div(log_student, log_teacher, reduction="batchmean", log_target=True)
+    expected = expected * temperature**2
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(found, torch.autograd.grad(3 * expected, student)[0])
     assert kl_divergence(student.bfloat16(), teacher.bfloat16()).dtype == torch.float32
+
+
+def test_training_softens_scores_and_nothing_else() -> None:
+    student, teacher = torch.randn(4, 10), torch.randn(4, 10)
+    soft = training_loss(loss_function("auto", teacher), 3.0)
+    assert torch.equal(soft(student, teacher), kl_divergence(student, teacher, 3.0))
+    assert training_loss(relative_error, 3.0) is relative_error
 
 
 def test_losses_have_names_for_reports() -> None:

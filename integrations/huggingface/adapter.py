@@ -106,6 +106,7 @@ class HuggingFaceAdapter:
                     "group_size": 64,
                     "sensitivities": "fisher",
                     "self_written": 0.5,
+                    "temperature": 1.0,
                     "block_loss": 0.0,  # measured: nothing gained, and every block's states are kept
                     **_CAUSAL_STEPS[config.effort],
                 }

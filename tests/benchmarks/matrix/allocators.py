@@ -147,6 +147,6 @@ ALLOCATORS: dict[str, Allocator] = {
 }
 #: Those whose policies are rounded and calibrated, and not trained.
 UNTRAINED = ("uniform_ptq",)
-#: Those whose training compares the outputs of blocks as well, as hq_plugin's does. The others distil end to end,
-#: as is usual.
+#: Those whose training compares the outputs of blocks as well and softens scores, as hq_plugin's does. The others
+#: distil end to end, as is usual.
 MATCHING_BLOCKS = ("dynamic_programming_blocks",)

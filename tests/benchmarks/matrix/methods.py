@@ -1,9 +1,9 @@
 """Methods: an allocator and training for the same number of steps, or hq_plugin in one call.
 
-All share training loop, loss on the output, quantizers, learning rates and recalibration of BatchNorm; hq_plugin
-and `dynamic_programming_blocks` compare the outputs of blocks as well. Rivals train their policy from the float
-weights for `steps` steps (`Session.finetune(policy, start="float")`, on a session that is not meta-trained);
-hq_plugin spends the same number on meta-training and fine-tuning together.
+All share training loop, quantizers, learning rates and recalibration of BatchNorm. Rivals minimise the distance
+that is measured; hq_plugin and `dynamic_programming_blocks` soften scores and compare outputs of blocks as well.
+Rivals train their policy from the float weights for `steps` steps (`Session.finetune(policy, start="float")`, on a
+session that is not meta-trained); hq_plugin spends the same number on meta-training and fine-tuning together.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Runner:
         self.steps = task.steps if steps is None else steps
         self.meta = round(task.meta * self.steps / task.steps) if task.steps else 0
         self._problem: Problem | None = None
-        self.block_loss: float | None = None
+        self._recipe: dict[str, Any] = {}
         self._trained: dict[tuple[HybridPolicy, int, bool], tuple[Row, float]] = {}
 
     @property
@@ -64,7 +64,8 @@ class Runner:
         """The session that is not meta-trained."""
         if self._problem is None:
             self._problem = untrained(self.task, self.seed)
-            self.block_loss = self._problem.session.config.block_loss
+            config = self._problem.session.config
+            self._recipe = {"block_loss": config.block_loss, "temperature": config.temperature}
         return self._problem
 
     def row(self, method: str, budget: str) -> Row:
@@ -120,7 +121,8 @@ class Runner:
         # One policy may be the choice for several budgets or methods: it is trained once.
         if key not in self._trained:
             began = time.perf_counter()
-            session.config = replace(session.config, block_loss=self.block_loss if blocks else 0.0)
+            usual = {"block_loss": 0.0, "temperature": 1.0}
+            session.config = replace(session.config, **(self._recipe if blocks else usual))
             packed = session.finetune(found.policy, start="float", steps=steps)
             took = time.perf_counter() - began
             self._trained[key] = self._measured(packed), took

@@ -18,7 +18,7 @@ NAMES = {
     "uniform": "best uniform policy, QAT",
     "random": "random policy, QAT",
     "dynamic_programming": "dynamic programming on additive sensitivities, QAT",
-    "dynamic_programming_blocks": "the same policy, with the training of hq_plugin (outputs of blocks compared)",
+    "dynamic_programming_blocks": "the same policy, trained as hq_plugin trains (blocks compared, scores softened)",
     "hawq": "HAWQ-V2 traces, QAT",
     "haq": "HAQ (DDPG agent), QAT",
     "evopress": "EvoPress (level-switch evolution), QAT",
