@@ -23,12 +23,12 @@ _UsageError: Any = typer.BadParameter.__base__
 class OneLineGroup(TyperGroup):
     """Commands that answer a wrong option as `one_line_errors` answers any error: without the usage."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Runs a command and, unless `standalone_mode` is off, exits with its code."""
-        if not standalone_mode:
-            return super().main(*args, standalone_mode=False, **extra)
+        if not extra.get("standalone_mode", True):
+            return super().main(*args, **extra)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **(extra | {"standalone_mode": False}))
         except _UsageError as error:
             if error.ctx is None or error.message == error.ctx.get_help():  # no command at all was given
                 error.show()
