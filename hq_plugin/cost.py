@@ -16,10 +16,10 @@ from hq_plugin.budget import Budget, format_bytes, format_count
 from hq_plugin.errors import BudgetError
 from hq_plugin.packing import packed_bytes
 from hq_plugin.policy import HybridPolicy, LayerBits
-from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES, ZERO_BITS, step_bytes
 from hq_plugin.result import Costs, LayerReport
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
+from hq_plugin.stored_qparams import ACTIVATION_QPARAM_BYTES, ZERO_BITS, step_bytes
 
 Table = NDArray[np.float64]
 

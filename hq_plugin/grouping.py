@@ -12,14 +12,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hq_plugin.quantization import (
-    STEP_BYTES,
-    ZERO_BITS,
-    fake_quantize_weight,
-    optimal_group_qparams,
-    weight_rows,
-)
+from hq_plugin.optimal_qparams import optimal_group_qparams
+from hq_plugin.quantization import fake_quantize_weight, weight_rows
 from hq_plugin.sites import Site
+from hq_plugin.stored_qparams import STEP_BYTES, ZERO_BITS
 
 #: The largest size, of whole channels if these may be chosen, stays unless another has less than this share of its
 #: error: fewer steps are faster, and training may make up for a little.

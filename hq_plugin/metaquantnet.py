@@ -19,19 +19,18 @@ from torch.utils.checkpoint import checkpoint
 
 from hq_plugin.config import Config
 from hq_plugin.errors import PolicyError
+from hq_plugin.optimal_qparams import optimal_group_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.quantization import (
     activation_range,
     fake_quantize_activation,
     fake_quantize_weight,
-    optimal_group_qparams,
     quantize_weight,
-    stored_step,
-    stored_zero,
     weight_rows,
 )
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
+from hq_plugin.stored_qparams import stored_step, stored_zero
 
 Kind = Literal["dense", "low_rank", "table"]
 

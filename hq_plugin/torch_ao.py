@@ -29,8 +29,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from hq_plugin.errors import ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
+from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
-from hq_plugin.quantization import fake_quantize_rows, optimal_activation_qparams
+from hq_plugin.quantization import fake_quantize_rows
 from hq_plugin.sites import KINDS, foldable
 
 __all__ = [

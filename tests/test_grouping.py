@@ -9,8 +9,9 @@ import hq_plugin
 from hq_plugin import Config, ConfigError, HybridPolicy, PolicyError
 from hq_plugin.grouping import worthwhile_group_sizes
 from hq_plugin.nn import packed_modules
+from hq_plugin.optimal_qparams import optimal_weight_qparams, optimal_weight_step
 from hq_plugin.quantization import dequantize_weight as dequantize
-from hq_plugin.quantization import optimal_weight_qparams, optimal_weight_step, quantize_weight, weight_rows
+from hq_plugin.quantization import quantize_weight, weight_rows
 from hq_plugin.sites import SiteTable, find_sites
 from hq_plugin.space import SearchSpace
 

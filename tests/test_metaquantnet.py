@@ -4,7 +4,8 @@ from torch import nn
 
 from hq_plugin import Config, metaquantnet
 from hq_plugin.metaquantnet import ActivationSteps, Kind, MetaQuantNet, build_block
-from hq_plugin.quantization import fake_quantize_weight, optimal_weight_step
+from hq_plugin.optimal_qparams import optimal_weight_step
+from hq_plugin.quantization import fake_quantize_weight
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
 

@@ -3,24 +3,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hq_plugin.optimal_qparams import optimal_activation_qparams, optimal_weight_qparams, optimal_weight_step
 from hq_plugin.quantization import (
     activation_range,
     dequantize_weight,
     fake_quantize_activation,
     fake_quantize_rows,
     fake_quantize_weight,
-    load_step,
-    load_zero,
-    optimal_activation_qparams,
-    optimal_weight_qparams,
-    optimal_weight_step,
     quantize_weight,
-    step_bytes,
-    store_step,
-    store_zero,
-    stored_step,
     weight_range,
 )
+from hq_plugin.stored_qparams import load_step, load_zero, step_bytes, store_step, store_zero, stored_step
 
 
 @given(bits=st.integers(1, 8), seed=st.integers(0, 2**31), scale=st.floats(1e-6, 1e6))

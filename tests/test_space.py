@@ -5,9 +5,9 @@ from torch import nn
 
 from hq_plugin import Config, ConfigError, HybridPolicy, LayerBits, PolicyError
 from hq_plugin.cost import CostTable
-from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
+from hq_plugin.stored_qparams import ACTIVATION_QPARAM_BYTES
 from tests.conftest import SITES, TinyNet
 
 

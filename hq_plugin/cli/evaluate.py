@@ -40,18 +40,16 @@ def evaluate(
     """
     with one_line_errors(debug):
         source = load_saved(directory, model, model_arg)
-        measured = {"": _measure(source, data)}
+        name, value, count, unit = _measure(source, data)
+        found = {name: value}
         if float_model is not None:
-            measured["float "] = _measure(
-                load_trained_model(float_model, model_arg, checkpoint, pretrained, None), data
-            )
+            float_source = load_trained_model(float_model, model_arg, checkpoint, pretrained, None)
+            found[f"float_{name}"] = _measure(float_source, data)[1]
         if as_json:
-            name, value, count, unit = measured[""]
-            beside = {f"float_{name}": measured["float "][1]} if "float " in measured else {}
-            say_json({name: value, **beside, unit: count})
+            say_json({**found, unit: count})
         else:
-            for what, (name, value, count, unit) in measured.items():
-                say(f"{what}{name} {value:.4f} on {count} {unit}")
+            for what, value in found.items():
+                say(f"{what.replace('_', ' ')} {value:.4f} on {count} {unit}")
 
 
 def _measure(source: Source, data: str) -> tuple[str, float, int, str]:

@@ -19,18 +19,13 @@ from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.quantization import (
-    ZERO_BITS,
     dequantize_weight,
     fake_quantize_activation,
     fake_quantize_rows,
-    load_step,
-    load_zero,
-    step_bytes,
-    store_step,
-    store_zero,
     weight_offset,
     weight_rows,
 )
+from hq_plugin.stored_qparams import ZERO_BITS, load_step, load_zero, step_bytes, store_step, store_zero
 
 #: What no move of dtype changes. (Integers are never changed.)
 _FIXED_DTYPES = {"activation_step": torch.float32}

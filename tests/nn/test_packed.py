@@ -15,13 +15,9 @@ from hq_plugin.nn import (
     packed_type,
     share_packed_weight,
 )
+from hq_plugin.optimal_qparams import optimal_weight_step
 from hq_plugin.policy import LayerBits
-from hq_plugin.quantization import (
-    fake_quantize_activation,
-    fake_quantize_weight,
-    optimal_weight_step,
-    quantize_weight,
-)
+from hq_plugin.quantization import fake_quantize_activation, fake_quantize_weight, quantize_weight
 
 
 def pack(module: nn.Module, bits: LayerBits) -> PackedModule:

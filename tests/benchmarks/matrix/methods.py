@@ -56,7 +56,6 @@ class Runner:
         self.steps = task.steps if steps is None else steps
         self.meta = round(task.meta * self.steps / task.steps) if task.steps else 0
         self._problem: Problem | None = None
-        self._recipe: dict[str, Any] = {}
         self._trained: dict[tuple[HybridPolicy, int, bool], tuple[Row, float]] = {}
 
     @property
@@ -64,8 +63,6 @@ class Runner:
         """The session that is not meta-trained."""
         if self._problem is None:
             self._problem = untrained(self.task, self.seed)
-            config = self._problem.session.config
-            self._recipe = {"block_loss": config.block_loss, "temperature": config.temperature}
         return self._problem
 
     def row(self, method: str, budget: str) -> Row:
@@ -121,9 +118,10 @@ class Runner:
         # One policy may be the choice for several budgets or methods: it is trained once.
         if key not in self._trained:
             began = time.perf_counter()
-            usual = {"block_loss": 0.0, "temperature": 1.0}
-            session.config = replace(session.config, **(self._recipe if blocks else usual))
+            ours = session.config
+            session.config = ours if blocks else replace(ours, block_loss=0.0, temperature=1.0)
             packed = session.finetune(found.policy, start="float", steps=steps)
+            session.config = ours
             took = time.perf_counter() - began
             self._trained[key] = self._measured(packed), took
         measured, took = self._trained[key]

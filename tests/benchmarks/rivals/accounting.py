@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from hq_plugin.quantization import ACTIVATION_QPARAM_BYTES
+from hq_plugin.stored_qparams import ACTIVATION_QPARAM_BYTES
 
 FLOAT_BYTES, SCALE_BYTES = 4, 2
 
