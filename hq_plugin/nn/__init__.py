@@ -3,6 +3,8 @@
 from hq_plugin.nn.forms import with_layers_of
 from hq_plugin.nn.held import HeldWeight, with_held_weights
 from hq_plugin.nn.packed import (
+    INPUT_BUFFERS,
+    WEIGHT_BUFFERS,
     PackedConv1d,
     PackedConv2d,
     PackedEmbedding,
@@ -21,6 +23,8 @@ from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.split import SplitEmbedding, with_split_tables
 
 __all__ = [
+    "INPUT_BUFFERS",
+    "WEIGHT_BUFFERS",
     "HeldWeight",
     "PackedConv1d",
     "PackedConv2d",

@@ -27,6 +27,10 @@ from hq_plugin.quantization import (
 )
 from hq_plugin.stored_qparams import ZERO_BITS, load_step, load_zero, step_bytes, store_step, store_zero
 
+#: Buffers that hold a packed weight, shared where weights are tied, and those of a quantized input; a layer has what
+#: its widths need.
+WEIGHT_BUFFERS = ("weight_packed", "weight_step", "weight_zero")
+INPUT_BUFFERS = ("activation_step", "activation_zero_point")
 #: What no move of dtype changes. (Integers are never changed.)
 _FIXED_DTYPES = {"activation_step": torch.float32}
 
@@ -269,7 +273,7 @@ def is_plain(layer: PackedModule, base: type[nn.Module]) -> bool:
 
 def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
     """Ties `other`'s packed weight to `owner`'s: both hold the same tensors."""
-    for name in ("weight_packed", "weight_step", "weight_zero"):
+    for name in WEIGHT_BUFFERS:
         if name in owner._buffers:
             other._buffers[name] = owner._buffers[name]
     other._cached = None

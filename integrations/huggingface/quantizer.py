@@ -23,7 +23,14 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hq_plugin.errors import ArtifactError, ModelError, PolicyError
 from hq_plugin.integrations.huggingface.integrity import start_check
 from hq_plugin.integrations.huggingface.saving import bind
-from hq_plugin.nn import PackedModule, packed_modules, share_packed_weight, with_layers_of
+from hq_plugin.nn import (
+    INPUT_BUFFERS,
+    WEIGHT_BUFFERS,
+    PackedModule,
+    packed_modules,
+    share_packed_weight,
+    with_layers_of,
+)
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Result
@@ -34,8 +41,6 @@ if TYPE_CHECKING:
 METHOD, VERSION = "hq", 1
 #: What safetensors calls the dtypes of a packed layer that no cast may change.
 _DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.int32: "I32"}
-#: Buffers that tied layers share.
-_SHARED = ("weight_packed", "weight_step", "weight_zero")
 #: Buffer of a packed layer, and its name in a file.
 _STORED = {"weight_packed": "weight"}
 
@@ -208,7 +213,7 @@ class HqQuantizer(HfQuantizer):
         for name, owner in self.quantization_config.tied.items():
             if name in self._names and owner in self._names:
                 share_packed_weight(packed[self._names[owner]], packed[self._names[name]])
-                for buffer in _SHARED:
+                for buffer in WEIGHT_BUFFERS:
                     # Loaded once, for the owner; the other's are not expected in the file.
                     packed[self._names[name]]._non_persistent_buffers_set.add(buffer)
 
@@ -221,7 +226,7 @@ class HqQuantizer(HfQuantizer):
             if name in self._names and owner in self._names:
                 other = packed[self._names[name]]
                 share_packed_weight(packed[self._names[owner]], other)
-                other._non_persistent_buffers_set -= set(_SHARED)
+                other._non_persistent_buffers_set -= set(WEIGHT_BUFFERS)
         missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if missing and not getattr(model, "hf_device_map", None):
             raise ArtifactError(
@@ -237,7 +242,7 @@ class HqQuantizer(HfQuantizer):
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keeps the dtype of what is exact (packed integers, steps); other tensors take that of the model."""
         stored = str(next(iter(getattr(converter, "target_patterns", [""])), ""))
-        exact = (*_SHARED, "activation_step", "activation_zero_point")
+        exact = (*WEIGHT_BUFFERS, *INPUT_BUFFERS)
         return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
@@ -267,7 +272,7 @@ class HqQuantizer(HfQuantizer):
         """Returns what `save_pretrained` writes."""
         state = dict(model.state_dict())
         for name in self.quantization_config.tied:
-            for buffer in _SHARED:
+            for buffer in WEIGHT_BUFFERS:
                 state.pop(f"{name}.{buffer}", None)
         renamed = {}
         for name, tensor in state.items():

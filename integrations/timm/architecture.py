@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-from hq_plugin.nn import PackedModule
+from hq_plugin.nn import INPUT_BUFFERS, WEIGHT_BUFFERS, PackedModule
 
 #: Attribute in which `create_model` keeps the arguments that timm forgets.
 ARGUMENTS = "hq_timm_arguments"
@@ -52,7 +52,6 @@ _INDIFFERENT = frozenset(
 )
 #: Layers that do nothing in eval mode, so that it does not matter whether a model has them.
 _IDLE = frozenset({"Identity", "Dropout", "DropPath", "DropBlock2d"})
-_PACKED_BUFFERS = ("weight_packed", "weight_step", "activation_step", "activation_zero_point")
 
 Structure = dict[str, tuple[str, dict[str, Any]]]
 
@@ -153,7 +152,7 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             prefix = f"{name}." if name else ""
-            for buffer in _PACKED_BUFFERS:
+            for buffer in (*WEIGHT_BUFFERS, *INPUT_BUFFERS):
                 shapes.pop(prefix + buffer, None)
             shapes[prefix + "weight"] = module.weight_shape
     return shapes

@@ -87,6 +87,13 @@ def test_a_packed_model_is_described_as_its_float_model() -> None:
     )
 
 
+def test_groups_are_not_in_the_way_of_a_description() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4).eval()
+    policy = HybridPolicy({"blocks.0.mlp.fc1": LayerBits(4, 16, 64)})
+    packed = torch_ao.convert(torch_ao.prepare(model, policy))
+    assert ADAPTER.describe(packed) == ADAPTER.describe(model) is not None
+
+
 def test_the_preprocessing_is_that_of_the_saved_model() -> None:
     model = timm.create_model("resnet10t")
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": (0.1, 0.2, 0.3), "crop_pct": 0.5}
