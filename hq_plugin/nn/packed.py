@@ -27,8 +27,8 @@ from hq_plugin.quantization import (
 )
 from hq_plugin.stored_qparams import ZERO_BITS, load_step, load_zero, step_bytes, store_step, store_zero
 
-#: Buffers that hold a packed weight, shared where weights are tied, and those of a quantized input; a layer has what
-#: its widths need.
+#: Buffers that hold a packed weight, shared where weights are tied, and those of a quantized input; a layer has
+#: what its widths need.
 WEIGHT_BUFFERS = ("weight_packed", "weight_step", "weight_zero")
 INPUT_BUFFERS = ("activation_step", "activation_zero_point")
 #: What no move of dtype changes. (Integers are never changed.)
