@@ -27,6 +27,8 @@ from hq_plugin.probe import first_inputs
 from hq_plugin.storage import write_text
 from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
 
+#: Counts changes of how fast kernels are: what was measured before one is measured again.
+_VERSION = 2
 #: A kernel must be faster by this factor to be worth its memory: than the reference, and as a second one.
 _WORTH = 1.05
 
@@ -123,7 +125,7 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     others = OtherMemory(sum(layer.weight_packed.numel() for layer in layers.values()), device)
 
     def found(layer: PackedModule, x: Tensor) -> Choice:
-        key = f"{_key(layer, x)} {others.size} bytes and a twin between"
+        key = f"{_key(layer, x)} {others.size} bytes and a twin between, kernels {_VERSION}"
         if key not in known:
             known[key] = measure(layer, x, others)
         return known[key]

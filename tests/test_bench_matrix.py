@@ -125,6 +125,30 @@ def test_traces_of_class_scores_are_those_of_the_gauss_newton_matrix() -> None:
     assert found == pytest.approx(float(wanted), rel=0.06)
 
 
+def test_traces_behind_activations_without_a_second_derivative() -> None:
+    """torch has no second derivative of `hardswish`; that of 0.5 |hardswish(Wx)|² is the Gauss-Newton matrix's."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.act = nn.Linear(4, 1, bias=False), nn.Hardswish()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.layer.weight * x)
+
+    torch.manual_seed(0)
+    model, x = Net(), torch.ones(1, 4)
+    w = model.layer.weight.detach()
+    assert bool((w.abs() < 3).all())
+    wanted = float(((2 * w + 3) / 6).square().sum())
+
+    def half_squared(student: Tensor, teacher: Tensor) -> Tensor:
+        return 0.5 * (student - teacher).square().sum()
+
+    found = hessian_traces(model, ["layer"], [Batch((x,), {}, None, 1)], half_squared, probes=1)["layer"]
+    assert found == pytest.approx(wanted, rel=1e-4)
+
+
 def test_hawq_losses_fall_with_width(problem: Problem) -> None:
     losses = hawq_losses(problem.session, probes=8)
     assert losses.shape == problem.session.costs.weight_bytes.shape

@@ -30,12 +30,12 @@ from torch import Tensor, nn
 
 from hq_plugin.nn.packed import PackedModule, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS
-from hq_plugin.quantization import quantize_rows
+from hq_plugin.quantization import activation_range, quantize_rows
 
 #: The kernel that every layer has: its own forward.
 REFERENCE = "dequantized"
 #: Elements of an input that are quantized at once.
-_CHUNK = 1 << 18
+_CHUNK = 1 << 19
 
 Run = Callable[[Tensor], Tensor]
 
@@ -308,15 +308,17 @@ class _Int8MatMul(Kernel):
 def _input_quantizer(layer: PackedModule) -> tuple[Run, float, int]:
     """Returns what turns a layer's input into uint8, its step and its zero point."""
     step, zero_point = float(layer.activation_step), int(layer.activation_zero_point)
-    inverse, top = 1 / step, 2**layer.bits.activation - 1
+    low, high = (limit - zero_point for limit in activation_range(layer.bits.activation))
 
     def round_to(x: Tensor) -> Tensor:
-        return (x * inverse).round_().add_(zero_point).clamp_(0, top)
+        # Floats become 8-bit integers by way of 16 bits: torch casts to uint8 itself one element at a time.
+        whole = (x * (1 / step)).round_().clamp_(low, high).to(torch.int16)
+        return (whole.add_(zero_point) if zero_point else whole).to(torch.uint8)
 
     def quantized(x: Tensor) -> Tensor:
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
         if x.numel() <= _CHUNK or not dense:
-            return round_to(x).to(torch.uint8)
+            return round_to(x)
         # Piece by piece, so that the floats between stay in the processor's cache.
         result = torch.empty_like(x, dtype=torch.uint8)
         for source, target in zip(_in_memory(x), _in_memory(result), strict=True):

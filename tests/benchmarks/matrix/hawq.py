@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hq_plugin import torch_ao
 from hq_plugin.cost import Table
@@ -56,7 +57,7 @@ def hessian_traces(
     generator = torch.Generator().manual_seed(seed)
     traces = dict.fromkeys(names, 0.0)
     # Fused attention has no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with sdpa_kernel(SDPBackend.MATH), _Pieces():
         for number in range(probes):
             batch = batches[number % len(batches)]
             with torch.no_grad():
@@ -71,6 +72,16 @@ def hessian_traces(
                 if row is not None:
                     traces[name] += float((row * sign).sum()) / probes
     return traces
+
+
+class _Pieces(TorchFunctionMode):
+    """Computes hard sigmoid and hard swish piece by piece: torch has no second derivatives of its own functions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (F.hardsigmoid, F.hardswish):
+            gate = F.relu6(args[0] + 3) / 6
+            return gate if func is F.hardsigmoid else args[0] * gate
+        return func(*args, **(kwargs or {}))
 
 
 def twice_differentiable(loss: LossFunction) -> LossFunction:
