@@ -22,7 +22,7 @@ from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
-from hq_plugin.storage import JSON_FILE, TENSOR_FILE, read_json, read_tensors, write_directory
+from hq_plugin.storage import JSON_FILE, TENSOR_FILE, read_json, start_reading, write_directory
 from hq_plugin.untrusted import clean_errors
 
 FORMAT, VERSION = "hq_plugin model", 1
@@ -151,7 +151,11 @@ def read_info(directory: str | Path) -> SavedModel:
     Raises:
         ArtifactError: The directory holds no saved model, or a damaged or newer one.
     """
-    data = _read(directory)
+    return _info(directory, _read(directory))
+
+
+def _info(directory: str | Path, data: dict[str, Any]) -> SavedModel:
+    """Returns what a saved model's JSON says."""
     with clean_errors(directory):
         sites = []
         policy = HybridPolicy.from_json({name: site["bits"] for name, site in data["sites"].items()})
@@ -203,7 +207,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         ModelError: `model` is of another architecture.
     """
     data = _read(directory)
-    info = read_info(directory)
+    info = _info(directory, data)
     if model is None and info.architecture is None:
         raise ArtifactError(
             f"{directory} does not say how to build the model's architecture. Pass a float model of the "
@@ -211,13 +215,16 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         )
     skeleton = None if model is None else _without_values(adapters.unwrap(model).model)
     with clean_errors(directory):
-        written = read_tensors(directory, data.get("sha256"))
-        if skeleton is None:
-            assert info.architecture is not None
-            entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
-            elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
-            skeleton = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
-        skeleton = _pack_sites(skeleton, info)
+        written, check = start_reading(directory, data.get("sha256"))
+        try:
+            if skeleton is None:
+                assert info.architecture is not None
+                entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
+                elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
+                skeleton = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
+            skeleton = _pack_sites(skeleton, info)
+        finally:
+            check()  # before any tensor is used; what damage made of the rest matters less
         expected = skeleton.state_dict()
         tensors = {**written, **_constants(data, expected)}
         tied = data["tied"]

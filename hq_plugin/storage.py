@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -238,20 +239,43 @@ def read_tensors(directory: str | Path, digest: Any) -> dict[str, Tensor]:
     Raises:
         ArtifactError: The file is missing, damaged or truncated.
     """
+    tensors, check = start_reading(directory, digest)
+    check()
+    return tensors
+
+
+def start_reading(directory: str | Path, digest: Any) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """Reads the tensor part, and starts to compute its checksum beside whatever comes next.
+
+    Returns:
+        The tensors, which may be damaged, and what waits for the checksum and raises an `ArtifactError` if it is not
+        the one given.
+
+    Raises:
+        ArtifactError: The file is missing, damaged or truncated.
+    """
     path = Path(directory).expanduser() / TENSOR_FILE
     try:
         raw = read_file(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    if hashlib.sha256(raw).hexdigest() != digest:
-        raise ArtifactError(
-            f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it again."
-        )
-    with clean_errors(path):
-        try:
-            return load_tensors(raw)
-        except SafetensorError as error:
-            raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
+    # Digests of large files let other threads run.
+    executor = ThreadPoolExecutor(1)
+    found = executor.submit(lambda: hashlib.sha256(raw).hexdigest())
+    executor.shutdown(wait=False)
+
+    def check() -> None:
+        if found.result() != digest:
+            raise ArtifactError(
+                f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it again."
+            )
+
+    try:
+        with clean_errors(path):
+            return load_tensors(raw), check
+    except (SafetensorError, ArtifactError) as error:
+        check()
+        raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
 
 
 def _digest(path: Path) -> str:
