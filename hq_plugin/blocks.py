@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.distillation import tensors_of
 
 #: Modules that hold blocks and are none.

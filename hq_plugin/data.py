@@ -1,12 +1,10 @@
-"""Batches of any kind, checked, split into training and held-out data.
+"""Batches of any kind (`batch.py`), checked, split into training and held-out data.
 
-A batch may be a tensor, a tuple or a dict. Labels are recognised and kept apart; they are never
-needed, the float model is the teacher. Data that does not exist is made in `synthetic.py`.
+Data that does not exist is made in `synthetic.py`.
 """
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
@@ -18,101 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from hq_plugin.batch import Batch, Split, _tensors, batch_splitter, make_batch
 from hq_plugin.config import Config
-from hq_plugin.distribution import lost_process
-from hq_plugin.errors import DataError, HQError, HQWarning
-from hq_plugin.memory import out_of_memory
+from hq_plugin.errors import DataError, HQWarning
 
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 #: Leaders of the search are re-ranked on this many times the samples that score a candidate.
 RERANK_FACTOR = 4
 #: Samples below which what is held out says little.
 FEW = 16
-
-Split = tuple[tuple[Any, ...], dict[str, Any], Tensor | None]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One batch, ready for `model(*args, **kwargs)`.
-
-    Attributes:
-        args: Positional inputs.
-        kwargs: Keyword inputs.
-        labels: Class labels of shape `[samples]`, where there are any.
-        size: Number of samples.
-    """
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    labels: Tensor | None
-    size: int
-
-    def run(self, model: nn.Module) -> Any:
-        """Runs a model on this batch; of padded sequences the output keeps the tokens that count.
-
-        Raises:
-            DataError: The model cannot take these inputs; the message gives their shapes.
-        """
-        try:
-            return self.without_padding(model(*self.args, **self.kwargs))
-        except HQError:
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-            if out_of_memory(error) or lost_process(error):
-                raise
-            named = [*enumerate(self.args), *self.kwargs.items()]
-            shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
-            other = {str(v.dtype).removeprefix("torch.") for _, v in named if isinstance(v, Tensor)} - {"float32"}
-            of = f" and the types {', '.join(sorted(other))}" if other else ""
-            raise DataError(
-                f"The model cannot run on a batch whose inputs have the shapes {shapes}{of}: {error}. Pass batches "
-                "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
-            ) from error
-
-    @property
-    def kept(self) -> Tensor | None:
-        """Which positions of padded sequences count, bool `[samples, tokens]`; None where all do."""
-        mask = self.kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
-            return None
-        return mask.bool()
-
-    def without_padding(self, output: Any) -> Any:
-        """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
-
-        What a model says of padding is never used: a loss over it would be spent on nothing.
-        """
-        kept = self.kept
-        if kept is None:
-            return output
-
-        def of(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                return value[kept] if value.dim() > 2 and value.shape[:2] == kept.shape else value
-            if isinstance(value, Mapping):
-                return {name: of(part) for name, part in value.items()}
-            return [of(part) for part in value] if isinstance(value, (tuple, list)) else value
-
-        return of(output)
-
-    def take(self, count: int) -> Batch:
-        """Returns the first `count` samples."""
-        return self if count >= self.size else self.part(0, count)
-
-    def part(self, start: int, stop: int) -> Batch:
-        """Returns some samples: of every tensor whose first dimension is that of the samples."""
-
-        def cut(tensor: Tensor) -> Tensor:
-            return tensor[start:stop] if tensor.dim() and tensor.shape[0] == self.size else tensor
-
-        args, kwargs, labels = _map((self.args, self.kwargs, self.labels), cut)
-        return Batch(args, kwargs, labels, stop - start)
-
-    def to(self, device: torch.device) -> Batch:
-        """Returns the batch on a device."""
-        args, kwargs, labels = _map((self.args, self.kwargs, self.labels), lambda t: t.to(device))
-        return Batch(args, kwargs, labels, self.size)
 
 
 @dataclass(frozen=True)
@@ -280,96 +191,3 @@ class _Batches:
         for number, raw in enumerate(self.source):
             if number >= self.skip:
                 yield make_batch(raw, self.split)
-
-
-def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
-    """Splits and checks one batch.
-
-    Raises:
-        DataError: It holds no tensor, no sample, values that are not finite, or no values at all.
-    """
-    args, kwargs, labels = split(raw)
-    tensors = _tensors((args, kwargs))
-    if not tensors and any(
-        isinstance(part, np.ndarray) for part in (raw if isinstance(raw, (tuple, list)) else [raw])
-    ):
-        raise DataError("A batch holds numpy arrays: turn each into a tensor by torch.from_numpy.")
-    if not tensors:
-        raise DataError(
-            f"A batch of type {type(raw).__name__} holds no tensor. A batch is a tensor, a tuple of them, "
-            "or a dict of model inputs; prepare_batch=... splits any other kind."
-        )
-    for tensor in tensors:
-        if tensor.is_meta:
-            raise DataError("A batch is on the meta device, which holds no values. Load real data.")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError("A batch holds NaN or infinity. Clean the data first.")
-    size = tensors[0].shape[0] if tensors[0].dim() else 1
-    if size == 0:
-        raise DataError("A batch holds no sample (its first dimension is 0). Drop empty batches.")
-    return Batch(tuple(args), dict(kwargs), labels, size)
-
-
-def batch_splitter(model: nn.Module, config: Config) -> Callable[[Any], Split]:
-    """Returns what tells a batch's inputs from its labels: `prepare_batch`, or the usual rules."""
-    return config.prepare_batch or _Splitter(model)
-
-
-class _Splitter:
-    """Tells inputs from labels by the rules that most pipelines follow.
-
-    A dict goes in by keyword, without `labels`, `label`, `targets`, `target` and `y` unless `forward`
-    names them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it is one
-    whole number a sample while the first is floating point.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        parameters = inspect.signature(model.forward).parameters.values()
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.names = {p.name for p in parameters}
-        self.takes = sum(p.kind in positional for p in parameters)
-        self.takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
-
-    def __call__(self, raw: Any) -> Split:
-        if isinstance(raw, Tensor):
-            return (raw,), {}, None
-        if isinstance(raw, Mapping):
-            kwargs = {k: v for k, v in raw.items() if k not in LABEL_KEYS}
-            labels = next((raw[k] for k in LABEL_KEYS if isinstance(raw.get(k), Tensor)), None)
-            return (), kwargs, labels
-        if isinstance(raw, (tuple, list)):
-            args = tuple(raw)
-            if len(args) > 1 and (_is_label(args) or (len(args) > self.takes and not self.takes_any)):
-                last = args[-1]
-                return args[:-1], {}, last if _is_label(args) else None
-            return args, {}, None
-        return (raw,), {}, None
-
-
-def _is_label(args: tuple[Any, ...]) -> bool:
-    first, last = args[0], args[-1]
-    return (
-        isinstance(last, Tensor)
-        and not last.is_floating_point()
-        and last.dim() == 1
-        and isinstance(first, Tensor)
-        and (first.is_floating_point() or first.dim() > 1)
-        and first.shape[:1] == last.shape
-    )
-
-
-def _tensors(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(value, found.append)
-    return found
-
-
-def _map(value: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Applies a function to every tensor in nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)([_map(part, function) for part in value]) if type(value) in (tuple, list) else value
-    if isinstance(value, Mapping):
-        return {key: _map(part, function) for key, part in value.items()}
-    return value

@@ -23,7 +23,7 @@ from accelerate.utils import DistributedType, gather_object
 from hq_plugin.errors import ConfigError, DataError, HQError, HQWarning, TrainingError
 
 if TYPE_CHECKING:
-    from hq_plugin.data import Batch
+    from hq_plugin.batch import Batch
 
 T = TypeVar("T")
 #: Ways to run in which each process holds the whole model.

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
+from hq_plugin.batch import batch_splitter, make_batch
 from hq_plugin.config import Config
-from hq_plugin.data import batch_splitter, make_batch
 from hq_plugin.distillation import class_scores
 from hq_plugin.errors import DataError
 

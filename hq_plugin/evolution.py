@@ -14,7 +14,7 @@ import nevergrad as ng
 import numpy as np
 from nevergrad.common.errors import LossTooLargeWarning
 
-from hq_plugin.allocation import Repair, moved
+from hq_plugin.repair import Repair, moved
 from hq_plugin.space import Genome
 
 #: How often a candidate that was scored before is mutated again before it is given up.

@@ -18,12 +18,13 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, training_loss
-from hq_plugin.metaquantnet import ActivationSteps, WeightBlock
+from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.seeding import seeded
 from hq_plugin.tracking import tracking
 from hq_plugin.training import Task, train
+from hq_plugin.weight_blocks import WeightBlock
 
 
 @torch.no_grad()

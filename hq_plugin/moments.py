@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.distillation import random_probe, tensors_of
 from hq_plugin.errors import ConfigError
 from hq_plugin.precision import autocast

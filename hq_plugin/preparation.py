@@ -11,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.batch import Batch
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
-from hq_plugin.data import Batch, Data
-from hq_plugin.sites import find_sites, hold_parameters, plain_weights, split_tables, splittable
+from hq_plugin.data import Data
+from hq_plugin.rewriting import hold_parameters, plain_weights, split_tables, splittable
+from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import fingerprint
 from hq_plugin.usage import rows_by_use

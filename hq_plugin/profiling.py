@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
+from hq_plugin.batch import Batch
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
-from hq_plugin.data import Batch
 from hq_plugin.errors import ConfigError, EngineError
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule

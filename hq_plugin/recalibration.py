@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.data import Batch
-from hq_plugin.sites import foldable
+from hq_plugin.batch import Batch
+from hq_plugin.batchnorm import foldable
 
 _TINY = 1e-12
 

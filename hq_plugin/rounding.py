@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.distillation import random_probe
 from hq_plugin.nn.split import whole_name
 from hq_plugin.precision import autocast

@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hq_plugin.allocation import Repair, dynamic_programming, moved
+from hq_plugin.allocation import dynamic_programming
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.repair import Repair, moved
 from hq_plugin.space import Genome, SearchSpace
 
 #: Without a budget in sight, the ladder reaches from the smallest policy to this many effective bits above:

@@ -17,7 +17,9 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
-from hq_plugin.data import Batch, Data
+from hq_plugin.batch import Batch
+from hq_plugin.batchnorm import foldable
+from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction
 from hq_plugin.errors import HQWarning
 from hq_plugin.memory import out_of_memory
@@ -25,7 +27,6 @@ from hq_plugin.policy import HybridPolicy
 from hq_plugin.precision import autocast
 from hq_plugin.recalibration import Recalibration
 from hq_plugin.seeding import seeded
-from hq_plugin.sites import foldable
 
 #: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
 QUICK = 4

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hq_plugin.allocation import Repair, dynamic_programming
+from hq_plugin.allocation import dynamic_programming
 from hq_plugin.config import Config
 from hq_plugin.cost import Resource, Table
 from hq_plugin.errors import TrainingError
 from hq_plugin.lasting import LastingLosses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.progress import progress
+from hq_plugin.repair import Repair
 from hq_plugin.space import Genome, SearchSpace
 from hq_plugin.tracking import track, tracking
 

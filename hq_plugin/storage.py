@@ -248,8 +248,8 @@ def start_reading(directory: str | Path, digest: Any) -> tuple[dict[str, Tensor]
     """Reads the tensor part, and starts to compute its checksum beside whatever comes next.
 
     Returns:
-        The tensors, which may be damaged, and what waits for the checksum and raises an `ArtifactError` if it is not
-        the one given.
+        The tensors, which may be damaged, and what waits for the checksum and raises an `ArtifactError` if it is
+        not the one given.
 
     Raises:
         ArtifactError: The file is missing, damaged or truncated.
@@ -267,7 +267,8 @@ def start_reading(directory: str | Path, digest: Any) -> tuple[dict[str, Tensor]
     def check() -> None:
         if found.result() != digest:
             raise ArtifactError(
-                f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it again."
+                f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it "
+                "again."
             )
 
     try:

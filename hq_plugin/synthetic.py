@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
-from hq_plugin.data import Batch, Data
+from hq_plugin.batch import Batch
+from hq_plugin.batchnorm import foldable
+from hq_plugin.data import Data
 from hq_plugin.errors import DataError, HQWarning
-from hq_plugin.sites import foldable
 
 _IMAGE_SIZES = (32, 224, 64, 28)
 _SEQUENCE = 64

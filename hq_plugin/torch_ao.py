@@ -26,13 +26,15 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from hq_plugin.batchnorm import fold_batchnorm
 from hq_plugin.errors import ModelError, PolicyError
-from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet, WeightBlock
+from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
 from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
 from hq_plugin.quantization import fake_quantize_rows
-from hq_plugin.sites import KINDS, foldable
+from hq_plugin.sites import KINDS
+from hq_plugin.weight_blocks import WeightBlock
 
 __all__ = [
     "ActivationObserver",
@@ -577,40 +579,6 @@ def convert(prepared: nn.Module) -> nn.Module:
     )
     fold_batchnorm(converted)
     return converted.eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def fold_batchnorm(model: nn.Module) -> None:
-    """Turns each BatchNorm into the affine map that it is in eval mode: statistics become 0 and 1.
-
-    The layer keeps its class (timm's hold an activation as well), its scale and shift take over what the
-    statistics did, and constants cost nothing on disk.
-    """
-    for module in model.modules():
-        if foldable(module):
-            bn: Any = module
-            # Scale and shift are asked from torch's own kernel, so that the folded layer gives the same
-            # bits: a difference of one unit in the last place can flip the rounding of an activation.
-            probe = torch.zeros(1, bn.num_features, 2, 2, dtype=bn.weight.dtype, device=bn.weight.device)
-            zero = torch.zeros_like(bn.weight)
-            shift = F.batch_norm(probe, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-            scale = F.batch_norm(probe + 1, zero, bn.running_var, bn.weight, zero, eps=bn.eps)
-            shift, scale = shift[0, :, 0, 0].clone(), scale[0, :, 0, 0].clone()
-            bn.weight.copy_(scale)
-            bn.bias.copy_(shift)
-            bn.running_mean.zero_()
-            bn.running_var.fill_(_one_less(bn.eps, bn.running_var.dtype))
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.zero_()
-
-
-def _one_less(eps: float, dtype: torch.dtype) -> float:
-    """Returns the number that, plus `eps`, is exactly 1 in a dtype."""
-    value, one = torch.tensor(1 - eps, dtype=dtype), torch.tensor(1.0, dtype=dtype)
-    for candidate in (value, torch.nextafter(value, one), torch.nextafter(value, torch.zeros_like(one))):
-        if bool(candidate + eps == 1):
-            return float(candidate)
-    return float(value)
 
 
 def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:

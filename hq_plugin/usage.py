@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.probe import first_inputs
 
 #: Batches in which look-ups are counted at most: of their inputs alone, or where the model has to run for them.

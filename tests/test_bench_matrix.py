@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import Budget, Config, HybridPolicy
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.distillation import loss_function
 from tests.benchmarks.matrix import claims, evopress, haq, page, rank_correlation, rows, run
 from tests.benchmarks.matrix.allocators import ALLOCATORS, Problem

@@ -7,8 +7,9 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from hq_plugin import Config
+from hq_plugin.batch import make_batch
 from hq_plugin.blocks import BlockOutputs, find_blocks
-from hq_plugin.data import make_batch, prepare_data
+from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
 from hq_plugin.training import Task, train
 from tests.conftest import SITES, TinyNet

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hq_plugin import Config, DataError
-from hq_plugin.data import Batch, Data, prepare_data
+from hq_plugin.batch import Batch
+from hq_plugin.data import Data, prepare_data
 
 CONFIG = Config(effort="smoke", batch_size=16)
 X, Y = torch.arange(200.0).reshape(200, 1), torch.arange(200) % 3

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from hq_plugin import ConfigError, DataError, HQWarning, distribution
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.distribution import alive_together, map_split, processes, share_of_batch, warn_if_alone
 
 

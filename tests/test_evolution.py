@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from hq_plugin.allocation import Repair
 from hq_plugin.cost import Resource
 from hq_plugin.evolution import PolicyGenome, evolution
+from hq_plugin.repair import Repair
 from hq_plugin.space import Genome
 
 GROUPS, WIDTHS = 6, 4

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import Config, ConfigError
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.distillation import kl_divergence, relative_error
 from hq_plugin.meta_training import build_network
 from hq_plugin.moments import collect_moments, fisher_losses

@@ -21,7 +21,7 @@ from hq_plugin import (
     Profile,
     profiling,
 )
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
 from hq_plugin.kernels import kernel_of
 from hq_plugin.nn import packed_modules

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from hq_plugin import Config
-from hq_plugin.data import Batch, prepare_data
+from hq_plugin.batch import Batch
+from hq_plugin.data import prepare_data
 from hq_plugin.recalibration import Recalibration, batch_statistics
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from hq_plugin import HybridPolicy, LayerBits, torch_ao
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.nn import with_split_tables
 from hq_plugin.optimal_qparams import optimal_weight_qparams, optimal_weight_step
 from hq_plugin.quantization import dequantize_weight, quantize_weight, weight_range, weight_rows

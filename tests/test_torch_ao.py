@@ -11,12 +11,13 @@ from torch.ao.quantization.observer import ObserverBase
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
 from hq_plugin import Config, HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
-from hq_plugin.metaquantnet import Kind, MetaQuantNet
+from hq_plugin.metaquantnet import MetaQuantNet
 from hq_plugin.nn import packed_modules
 from hq_plugin.packing import unpack_bits
 from hq_plugin.quantization import weight_range
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
+from hq_plugin.weight_blocks import Kind
 from tests.conftest import SITES
 
 

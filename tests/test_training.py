@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from hq_plugin import Config, HQWarning, TrainingError
+from hq_plugin.batch import make_batch
 from hq_plugin.checkpoint import Checkpoint
-from hq_plugin.data import make_batch, prepare_data
+from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
 from hq_plugin.meta_training import build_network
 from hq_plugin.seeding import seeded

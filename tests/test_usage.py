@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import Config
-from hq_plugin.data import Batch, prepare_data
+from hq_plugin.batch import Batch
+from hq_plugin.data import prepare_data
 from hq_plugin.usage import rows_by_use
 
 

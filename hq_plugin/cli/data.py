@@ -73,7 +73,7 @@ def _arrays(path: Path, model: Any) -> Any:
     import torch
     from torch.utils.data import StackDataset, TensorDataset
 
-    from hq_plugin.data import LABEL_KEYS
+    from hq_plugin.batch import LABEL_KEYS
 
     names = [*inspect.signature(model.forward).parameters, *LABEL_KEYS]
     try:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
-from hq_plugin.data import LABEL_KEYS, Split
+from hq_plugin.batch import LABEL_KEYS, Split
 from hq_plugin.errors import DataError
 
 #: Fields in which rows of a data set keep their picture or sound.

@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.data import Batch
+from hq_plugin.batch import Batch
 from hq_plugin.integrations.onnxruntime.export import to_onnx
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
 from hq_plugin.nn import PackedModule

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 import hq_plugin
 from hq_plugin import HybridPolicy, LayerBits, torch_ao
 from hq_plugin.nn import HeldWeight, PackedModule, with_held_weights
-from hq_plugin.sites import find_sites, hold_parameters
+from hq_plugin.rewriting import hold_parameters
+from hq_plugin.sites import find_sites
 
 
 class Experts(nn.Module):

@@ -9,7 +9,8 @@ import hq_plugin
 from hq_plugin import Config, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.nn import SplitEmbedding, packed_modules, with_split_tables
 from hq_plugin.nn.split import _numbers, place_bytes, saved_orders, table_rows
-from hq_plugin.sites import find_sites, split_tables, splittable
+from hq_plugin.rewriting import split_tables, splittable
+from hq_plugin.sites import find_sites
 
 IDS = torch.tensor([[0, 7, 49], [21, 7, 3]])
 

@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hq_plugin import torch_ao
+from hq_plugin.batch import Batch
 from hq_plugin.cost import Table
-from hq_plugin.data import Batch
 from hq_plugin.distillation import LossFunction, class_scores
 from hq_plugin.session import Session
 

@@ -15,8 +15,9 @@ import numpy as np
 from scipy.stats import kendalltau
 
 from hq_plugin import Budget, HybridPolicy
-from hq_plugin.allocation import Repair, dynamic_programming, monotone, moved
+from hq_plugin.allocation import dynamic_programming, monotone
 from hq_plugin.cost import Table
+from hq_plugin.repair import Repair, moved
 from hq_plugin.scoring import evaluating
 from hq_plugin.session import Session
 from hq_plugin.space import Genome

@@ -1,0 +1,122 @@
+"""Rewrites a copy of a model before its sites are found.
+
+Weights that no layer holds, that a layer computes, or that are tables of many rows become layers to which
+`sites.py` can give widths of their own.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from hq_plugin.config import Config
+from hq_plugin.nn.held import held_name, with_held_weights
+from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
+from hq_plugin.nn.split import PARTS, with_split_tables
+from hq_plugin.probe import probe
+from hq_plugin.sites import KINDS
+
+#: Embeddings of fewer rows are one table.
+_SMALLEST_SPLIT = 4096
+
+#: Parameters of fewer elements are not worth a layer of their own.
+_SMALLEST_HELD = 256
+
+
+def hold_parameters(model: nn.Module, run: Callable[[nn.Module], Any]) -> nn.Module:
+    """Returns a copy of a model whose parameters that are matrices of products are layers of their own.
+
+    Layers are left as they are, since they are sites already; so is a parameter that two modules share.
+    Without any such parameter the model itself is returned.
+
+    Args:
+        model: A model; it is not changed.
+        run: Runs the model once on one batch.
+    """
+    places: dict[int, list[str]] = {}
+    parameters: dict[int, Tensor] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                layer = isinstance(module, tuple(KINDS.values())) or parametrize.is_parametrized(module)
+                places.setdefault(id(parameter), []).append("" if layer else f"{path}.{name}".lstrip("."))
+                parameters[id(parameter)] = parameter
+    watched = {
+        key: parameters[key]
+        for key, names in places.items()
+        if len(names) == 1 and names[0] and _may_be_held(parameters[key])
+    }
+    if not watched:
+        return model
+    reads = probe(model, {}, watched, run).reads
+    return with_held_weights(model, [held_name(places[key][0]) for key in watched if key in reads])
+
+
+def plain_weights(model: nn.Module, run: Callable[[nn.Module], Any], config: Config) -> nn.Module:
+    """Returns a copy of a model whose layers with a computed weight (weight norm) have its value as a parameter.
+
+    Only those that run, which will be sites: whoever loads the model knows them by that. Without any such layer, or
+    where `config` leaves them float, the model itself is returned.
+
+    Args:
+        model: A model in eval mode; it is not changed.
+        run: Runs the model once on one batch.
+        config: Says which layers stay as they are.
+    """
+    found = {
+        name: (kind, module)
+        for name, module in model.named_modules()
+        if parametrized_weight(module)
+        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.exclude)
+        and (kind := next((kind for kind, base in KINDS.items() if isinstance(module, base)), None))
+    }
+    return with_plain_weights(model, probe(model, found, {}, run).calls) if found else model
+
+
+def splittable(model: nn.Module, config: Config) -> list[str]:
+    """Returns the large embeddings that are split into tables with a width each.
+
+    Not those that subclasses of Embedding look up, that share their weight with another layer, or that an option
+    names; none where `config` asks for one table.
+
+    Args:
+        model: A model.
+        config: Gives the number of tables, and the patterns of its options.
+    """
+    parts = config.embedding_parts or 1
+    patterns = [*config.exclude, *(config.pinned or {}), *(pattern for group in config.groups for pattern in group)]
+    users: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            users[id(parameter)] = users.get(id(parameter), 0) + 1
+
+    def splits(name: str, module: nn.Module) -> bool:
+        if type(module) is not nn.Embedding or len(module.weight) < _SMALLEST_SPLIT or users[id(module.weight)] > 1:
+            return False
+        special = module.max_norm is not None or module.sparse or module.scale_grad_by_freq
+        return bool(name) and not special and not any(fnmatch.fnmatchcase(name, p) for p in patterns)
+
+    return [name for name, module in model.named_modules() if parts > 1 and splits(name, module)]
+
+
+def split_tables(model: nn.Module, config: Config, by_use: Mapping[str, Tensor]) -> nn.Module:
+    """Returns a copy of a model whose large embeddings are split; without any, the model itself.
+
+    Args:
+        model: A model; it is not changed.
+        config: Gives the number of tables.
+        by_use: The rows of each embedding that is split, by name, in the order in which they lie in the tables.
+    """
+    last = (config.embedding_parts or 1) - 1
+    return with_split_tables(model, [f"{name}.{PARTS}.{last}" for name in by_use], by_use=by_use)
+
+
+def _may_be_held(parameter: Tensor) -> bool:
+    if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
+        return False
+    # A leading 1 is the batch: position embeddings and the like.
+    return parameter.dim() > 1 and parameter.numel() >= _SMALLEST_HELD and 1 not in parameter.shape
