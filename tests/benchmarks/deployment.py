@@ -183,6 +183,9 @@ def memory(folder: Path) -> list[Row]:
     bits = round(effective_bits(hybrid), 3)
     tiny = tiny_language_model()
     for name, float_model, small in (("", model, hybrid), ("tiny ", *tiny)):
+        # It came out of a GGUF file, which transformers would write again and cannot.
+        float_model.hf_quantizer = None
+        vars(float_model.config).pop("quantization_config", None)
         float_model.save_pretrained(folder / f"{name}float")
         hq_plugin.save(small, folder / f"{name}saved")
         attach(small).save_pretrained(folder / f"{name}packed")  # type: ignore[operator]
