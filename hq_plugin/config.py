@@ -61,7 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "group_size": 0,
     "embedding_parts": 1,
     "activation_scheme": "static",
-    "sensitivities": "measured",
+    "sensitivities": "both",
     "rounding": "nearest",
     "train_float": True,
     "block_loss": 4.0,
@@ -107,8 +107,9 @@ class Config:
         groups: Lists of site names or shell patterns; the sites of one list share their widths.
         exclude: Site names or shell patterns that stay in floating point and do not count as sites.
         sensitivities: How what each width costs alone is found: `"measured"` runs the network for each;
-            `"fisher"` estimates it to second order from one backward pass, for networks of linear layers
-            that are too large for that. None means `"measured"`, or what the integration proposes.
+            `"fisher"` estimates it to second order from a few backward passes, for networks that are too large for
+            that; `"both"` measures it, and where fine-tuning follows weighs the second order as well: training
+            repairs less of it. None means `"both"`, or what the integration proposes.
         block: MetaQuantNet block of each site: `"dense"` (the paper's), `"low_rank"`, `"table"` (no
             network, the ablation), or `"auto"`: dense for small sites, low-rank for large ones.
         hidden: Hidden units of a MetaQuantNet block.
@@ -176,7 +177,7 @@ class Config:
     pinned: Mapping[str, int | tuple[int, int]] | None = None
     groups: tuple[tuple[str, ...], ...] = ()
     exclude: tuple[str, ...] = ()
-    sensitivities: Literal["measured", "fisher"] | None = None
+    sensitivities: Literal["both", "measured", "fisher"] | None = None
     block: BlockKind = "auto"
     hidden: int = 16
     rank: int = 4
@@ -214,7 +215,7 @@ class Config:
         self._check_choice("target", tuple(TARGETS))
         self._check_choice("block", ("auto", "dense", "low_rank", "table"))
         for name, choices in (
-            ("sensitivities", ("measured", "fisher")),
+            ("sensitivities", ("both", "measured", "fisher")),
             ("rounding", ("nearest", "second_order")),
             ("activation_scheme", ("static", "dynamic")),
             ("zero_points", ("fractional", "whole")),

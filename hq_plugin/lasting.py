@@ -1,9 +1,11 @@
 """What of a loss lasts after fine-tuning: additive losses as plans and the search weigh them.
 
-Sensitivities and scores are of networks that are not fine-tuned yet. Training repairs most of what rounding does to
-weights that every sample uses, and less of what it does to rows of an embedding, which it sees only when they are
-looked up: of two policies with one score, that with the wider embeddings ends closer. So what embeddings add counts
-more.
+Sensitivities and scores are of networks that are not fine-tuned yet. Training repairs some errors and not others:
+
+- It repairs most of what rounding does to weights that every sample uses, and less of what it does to rows of an
+  embedding, which it sees only when they are looked up. So what embeddings add counts more.
+- It repairs what measured losses have beyond their second order (means and scales that moved). So the second order,
+  by the Fisher information of the float model, is added to what is measured.
 """
 
 from __future__ import annotations
@@ -29,20 +31,29 @@ class LastingLosses:
         space: The search space.
         sensitivities: `[groups, weight widths, activation widths]`, what each width costs alone.
         steps: Steps of fine-tuning to come; with none, losses stay as they are.
+        second_order: `[groups, weight widths]`, what each weight width costs alone to second order; None where
+            sensitivities are that, or where it is not known. Its unit does not matter: at the narrowest widths it
+            counts as much as the sensitivities do, all groups together.
 
     Attributes:
         table: The losses by which policies are planned, falling with each width.
         plain: The sensitivities, falling with each width.
     """
 
-    def __init__(self, space: SearchSpace, sensitivities: Table, steps: int) -> None:
-        more = (EMBEDDINGS - 1) * min(1.0, steps / STEPS)
+    def __init__(
+        self, space: SearchSpace, sensitivities: Table, steps: int, second_order: Table | None = None
+    ) -> None:
+        share = min(1.0, steps / STEPS)
         lasts = np.array([1.0 if _only_looked_up(group) else 0.0 for group in space.groups])
         self.plain: Table = monotone(sensitivities)
         # Noise below 0 is no loss.
-        self._added = (
-            more * lasts[:, None, None] * np.where(np.isfinite(self.plain), np.maximum(self.plain, 0.0), 0.0)
-        )
+        loss = np.where(np.isfinite(self.plain), np.maximum(self.plain, 0.0), 0.0)
+        self._added = share * (EMBEDDINGS - 1) * lasts[:, None, None] * loss
+        if second_order is not None:
+            curved = np.where(np.isfinite(second_order), np.maximum(second_order, 0.0), 0.0)
+            measured = float(loss[np.arange(len(loss)), 0, space.top[:, 1]].sum())
+            scale = measured / max(float(curved[:, 0].sum()), 1e-30)
+            self._added = self._added + share * scale * curved[:, :, None]
         self.table: Table = self.plain + self._added
 
     def added(self, genome: Genome) -> float:

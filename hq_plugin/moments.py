@@ -28,6 +28,8 @@ from hq_plugin.space import SearchSpace
 
 #: Kinds of sites whose inputs are seen.
 KINDS = ("linear", "embedding")
+#: Gradients of weights that are taken of each batch, each over a part of it, whose sum, squared, is one draw.
+DRAWS = 16
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def collect_moments(
 
     Args:
         teacher: The float model, in eval mode; it is not changed.
-        sites: The sites; convolutions are passed over.
+        sites: The sites.
         batches: A few batches, on the model's device.
         seed: Seeds what is drawn.
 
@@ -138,9 +140,9 @@ def collect_moments(
     """
     sites, batches = list(sites), list(batches)
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
-    read = {site.name: _read_weight(teacher, site) for site in sites if site.kind == "held" or not site.called}
-    if not sums and not read:
-        return {}  # only convolutions: nothing to see, and no gradient to see it by
+    read = {site.name: _read_weight(teacher, site) for site in sites if site.name not in sums}
+    if read:
+        batches = [part for batch in batches for part in _parts(batch)]
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
     positions = 0
     lookups = _Lookups()
@@ -185,6 +187,11 @@ def collect_moments(
             found[name] = moments
     others = [replace(sum_.site, called=False) for sum_ in sums.values() if not sum_.fits]
     return found | (collect_moments(teacher, others, batches, seed) if others else {})
+
+
+def _parts(batch: Batch) -> list[Batch]:
+    size = max(1, batch.size // DRAWS)
+    return [batch.part(start, start + size) for start in range(0, batch.size, size)]
 
 
 def _read_weight(teacher: nn.Module, site: Site) -> Tensor:

@@ -33,6 +33,7 @@ class Outline:
         scored: Genomes that searches of the session scored, and their scores.
         source: Arguments of the command line that give the float model and its data; empty where none did.
         finetune_steps: Steps of fine-tuning that are to follow.
+        second_order: `[groups, weight widths]`, the same to second order, where it counts beside that.
     """
 
     model: str
@@ -43,6 +44,7 @@ class Outline:
     scored: tuple[tuple[Genome, float], ...]
     source: tuple[str, ...]
     finetune_steps: int = 0
+    second_order: Table | None = None
 
 
 def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]:
@@ -78,12 +80,13 @@ def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]
     }
 
 
-def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
+def read_outline(content: Mapping[str, Any], sensitivities: Any, second_order: Any = None) -> Outline:
     """Reads what `write_outline` wrote.
 
     Args:
         content: The outline.
         sensitivities: The session's, as `write_table` wrote them.
+        second_order: The session's, where it has one.
 
     Raises:
         ArtifactError: It is damaged.
@@ -124,7 +127,22 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any) -> Outline:
         source, steps = tuple(map(str, content["source"])), int(content.get("finetune_steps", 0))
         if steps < 0:
             raise ValueError("a negative number of steps")
-        return Outline(*texts, space, costs, losses, scored, source, steps)
+        curved = read_second_order(second_order, losses)
+        return Outline(*texts, space, costs, losses, scored, source, steps, curved)
+
+
+def read_second_order(table: Any, sensitivities: Table) -> Table | None:
+    """Returns what `write_table` wrote of the second order of losses, or None where there is none.
+
+    Raises:
+        ValueError: It is of another search space than the sensitivities.
+    """
+    if table is None:
+        return None
+    found = read_table(table)
+    if found.shape != (*sensitivities.shape[:2], 1):
+        raise ValueError("the second order of another search space")
+    return found[:, :, 0]
 
 
 def write_table(table: Table) -> list[list[list[float | None]]]:

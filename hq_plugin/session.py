@@ -35,10 +35,11 @@ from hq_plugin.kernels import choose_kernels
 from hq_plugin.lasting import LastingLosses
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
-from hq_plugin.moments import Moments, SiteMoments, collect_moments, fisher_losses
+from hq_plugin.moments import Moments, SiteMoments, fisher_losses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.preparation import (
     calibration_batches,
+    calibration_moments,
     decisive,
     device_of,
     open_checkpoint,
@@ -91,6 +92,7 @@ class Session:
         device: Where the float model was, and where packed models are returned.
         sensitivities: What each width of each group costs alone, in the float model rounded, before
             meta-training.
+        second_order: `[groups, weight widths]`, the same to second order, where it counts beside that.
         history: History of meta-training, one `{"step", "loss"}` a step.
         seconds: Wall time of the stages so far.
         memory: Most bytes in use so far at the end of each stage.
@@ -111,6 +113,7 @@ class Session:
         self.scored: list[Scored] = []
         self.source: tuple[str, ...] = ()
         self.sensitivities: Table
+        self.second_order: Table | None = None
         self.checkpoint: Checkpoint | None = None
         with torch.no_grad():
             example = data.holdout[0].to(device_of(teacher)).run(teacher)
@@ -153,10 +156,8 @@ class Session:
             with_latency(costs, budget, teacher, data.holdout[0].to(device_of(teacher)), config)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
-        moments: dict[str, Moments] = {}
-        if config.sensitivities == "fisher":
-            batches = calibration_batches(teacher, data, config)
-            moments = collect_moments(teacher, space.table, batches, config.seed)
+        fisher = config.sensitivities == "fisher"
+        moments = calibration_moments(teacher, space, data, config) if fisher else {}
         inputs = {name: seen for name, seen in moments.items() if isinstance(seen, SiteMoments)}
         importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
@@ -164,6 +165,9 @@ class Session:
         session.costs = costs
         session.checkpoint = open_checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
+        if config.sensitivities == "both" and config.steps.finetune and config.effort != "smoke":
+            moments = calibration_moments(teacher, space, data, config)
+            session.second_order = fisher_losses(network, space, moments) if moments else None
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
         session._meta_train(session._sampler(focus))
@@ -182,7 +186,7 @@ class Session:
     @property
     def losses(self) -> LastingLosses:
         """What each width costs once the network is fine-tuned, by which policies are planned and chosen."""
-        return LastingLosses(self.space, self.sensitivities, self.config.steps.finetune)
+        return LastingLosses(self.space, self.sensitivities, self.config.steps.finetune, self.second_order)
 
     def _sampler(self, focus: Sequence[Resource]) -> PolicySampler:
         """Returns the sampler of policies around limits; around the front of all budgets where there are none."""

@@ -19,7 +19,7 @@ from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
 from hq_plugin.nn.split import saved_orders
-from hq_plugin.outline import Outline, read_outline, read_table, write_outline, write_table
+from hq_plugin.outline import Outline, read_outline, read_second_order, read_table, write_outline, write_table
 from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.search import Scored
 from hq_plugin.session import Session
@@ -53,6 +53,7 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
         "seconds": session.seconds,
         "memory": session.memory,
         "sensitivities": write_table(session.sensitivities),
+        "second_order": None if session.second_order is None else write_table(session.second_order[:, :, None]),
         "tied": tied,
         "outline": write_outline(session, model_name(session.teacher), loss_name(session.loss)),
     }
@@ -98,8 +99,9 @@ def read_session(
         session.sensitivities = read_table(content["sensitivities"])
         if session.sensitivities.shape != session.costs.weight_bytes.shape:
             raise ArtifactError(f"{directory} is damaged, or an option changed its search space.")
+        session.second_order = read_second_order(content["second_order"], session.sensitivities)
         if "outline" in content:  # sessions that an earlier version saved have none
-            outline = read_outline(content["outline"], content["sensitivities"])
+            outline = read_outline(content["outline"], content["sensitivities"], content["second_order"])
             session.source = outline.source
             if outline.space.groups == space.groups:  # an option may have changed the choices
                 session.scored = [Scored(genome, score) for genome, score in outline.scored]
@@ -118,4 +120,4 @@ def read_session_outline(directory: str | Path) -> Outline:
             f"{directory} was saved by an earlier version, which kept less. Load it with its model and save it "
             "again: hq_plugin.load_session(directory, model, data).save(directory, overwrite=True)."
         )
-    return read_outline(content["outline"], content.get("sensitivities"))
+    return read_outline(content["outline"], content.get("sensitivities"), content.get("second_order"))

@@ -72,3 +72,28 @@ def test_the_search_weighs_what_lasts(session: Session) -> None:
         for name, baseline in found.baselines.items()
     }
     assert found.chosen == min(weighed, key=lambda name: weighed[name])
+
+
+def test_the_second_order_counts_as_much_as_what_is_measured_where_training_follows(session: Session) -> None:
+    plain = np.maximum(monotone(session.sensitivities), 0)
+    second_order = np.where(np.isfinite(plain[:, :, 0]), 7.0 * plain[::-1, :, 0], np.inf)  # the other way round
+    narrow = np.zeros_like(session.space.top)
+    alone, with_it = (
+        LastingLosses(session.space, session.sensitivities, STEPS, curved).added(narrow)
+        for curved in (None, second_order)
+    )
+    assert with_it - alone == pytest.approx(plain[:, 0, 0].sum())
+    assert LastingLosses(session.space, session.sensitivities, 0, second_order).added(narrow) == 0
+
+
+def test_a_model_without_a_gradient_is_planned_by_what_is_measured() -> None:
+    class Cut(Text):
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return super().forward(tokens).detach()
+
+    torch.manual_seed(0)
+    data = [torch.randint(0, 40, (8, 6)) for _ in range(6)]
+    options = {"meta_steps": 0, "finetune_steps": STEPS, "activation_bits": 16, "search_evaluations": 12}
+    with pytest.warns(hq_plugin.HQWarning, match="second order of the loss is not known"):
+        session = hq_plugin.meta_train(Cut(), data, effort="fast", progress=False, **options)
+    assert session.second_order is None

@@ -161,11 +161,25 @@ def test_it_needs_an_output_that_hangs_on_the_layers() -> None:
         collect_moments(model, find_sites(model, batch.run, 2), [batch], 0)
 
 
-def test_a_network_of_convolutions_has_no_moments() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten()).eval().requires_grad_(False)
-    batch = Batch((torch.randn(2, 1, 4, 4),), {}, None, 2)
-    table = find_sites(model, batch.run, 2)
-    assert collect_moments(model, table, [batch], seed=0) == {}
+def test_convolutions_have_the_second_order_of_what_errors_cost() -> None:
+    """The KL divergence that small random errors of a convolution make, against what its moments say."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 5)).eval()
+    model.requires_grad_(False)
+    with torch.no_grad():
+        model[3].weight.mul_(4)  # type: ignore[operator]
+    batches = [Batch((torch.randn(64, 1, 8, 8),), {}, None, 64) for _ in range(8)]
+    moments = collect_moments(model, find_sites(model, batches[0].run, 64), batches, seed=0)
+    assert set(moments) == {"0", "3"}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    predicted, measured = 0.0, 0.0
+    for _ in range(40):
+        error = 1e-2 * torch.randn(6, 1, 3, 3) * torch.rand(6, 1, 1, 1)
+        noisy = copy.deepcopy(model)
+        noisy[0].weight += error  # type: ignore[operator]
+        predicted += moments["0"].loss(error)
+        measured += sum(float(kl_divergence(batch.run(noisy), batch.run(model))) for batch in batches) / 8
+    assert predicted == pytest.approx(measured, rel=0.15)
 
 
 def test_a_model_may_change_what_a_layer_returned_in_place() -> None:

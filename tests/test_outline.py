@@ -89,6 +89,8 @@ def test_damage_is_a_clean_error(session: Session, content: dict[str, Any], dama
 def test_sensitivities_of_another_space_are_an_error(session: Session, content: dict[str, Any]) -> None:
     with pytest.raises(ArtifactError, match="another search space"):
         read_outline(content, write_table(session.sensitivities[:2]))
+    with pytest.raises(ArtifactError, match="second order of another"):
+        read_outline(content, write_table(session.sensitivities), write_table(session.sensitivities[:2, :, :1]))
 
 
 def test_scores_that_are_not_finite_are_left_out(session: Session) -> None:

@@ -12,8 +12,10 @@ from torch import nn
 
 import hq_plugin as hq
 from hq_plugin import ArtifactError, Budget, BudgetError, HybridPolicy, LayerBits, ModelError, PolicyError, Result
+from hq_plugin.explore.planner import Planner
 from hq_plugin.nn import packed_modules
 from hq_plugin.session import Session
+from hq_plugin.session_store import read_session_outline
 from hq_plugin.storage import JSON_FILE, TENSOR_FILE
 
 OPTIONS = {"meta_steps": 200, "finetune_steps": 60, "search_evaluations": 40, "holdout": 128, "effort": "smoke"}
@@ -148,10 +150,22 @@ def test_a_session_of_another_model(session: Session, trained: nn.Module, batche
         hq.load(target, trained)
 
 
+def test_the_second_order_is_saved_and_plans(trained: nn.Module, batches, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    options = {**OPTIONS, "meta_steps": 1, "effort": "fast"}
+    made = hq.meta_train(trained, batches, progress=False, **options)
+    assert made.second_order is not None
+    loaded = hq.load_session(made.save(tmp_path / "session"), trained, batches)
+    np.testing.assert_array_equal(loaded.second_order, made.second_order)
+    assert Planner(read_session_outline(tmp_path / "session"))._losses.tolist() == made.losses.table.tolist()
+    measured = hq.meta_train(trained, batches, progress=False, sensitivities="measured", **options)
+    assert measured.second_order is None
+    np.testing.assert_array_equal(measured.sensitivities, made.sensitivities)
+
+
 def test_damaged_sessions(session: Session, trained: nn.Module, batches, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     target = session.save(tmp_path / "session")
     content = json.loads((target / JSON_FILE).read_text())
-    for key in ("config", "history", "tied", "sensitivities"):
+    for key in ("config", "history", "tied", "sensitivities", "second_order"):
         (target / JSON_FILE).write_text(json.dumps({k: v for k, v in content.items() if k != key}))
         with pytest.raises(ArtifactError, match="damaged"):
             hq.load_session(target, trained, batches)

@@ -62,7 +62,7 @@ class Planner:
     def __init__(self, outline: Outline) -> None:
         self.outline, self.space, self.costs = outline, outline.space, outline.costs
         self.axes = [axis for axis in AXES if axis != "latency_ms" or self.costs.latency is not None]
-        losses = LastingLosses(self.space, outline.sensitivities, outline.finetune_steps)
+        losses = LastingLosses(self.space, outline.sensitivities, outline.finetune_steps, outline.second_order)
         self._losses, self._plain = losses.table, losses.plain
         predicted = [predicted_loss(self._plain, genome) for genome, _ in outline.scored]
         self.calibration = Calibration(predicted, [score for _, score in outline.scored])
