@@ -5,7 +5,7 @@ from torch import nn
 
 import hq_plugin
 from hq_plugin.allocation import monotone
-from hq_plugin.lasting import EMBEDDINGS, STEPS, LastingLosses
+from hq_plugin.lasting import EMBEDDINGS, SECOND_ORDER, STEPS, LastingLosses
 from hq_plugin.session import Session
 
 
@@ -74,7 +74,7 @@ def test_the_search_weighs_what_lasts(session: Session) -> None:
     assert found.chosen == min(weighed, key=lambda name: weighed[name])
 
 
-def test_the_second_order_counts_as_much_as_what_is_measured_where_training_follows(session: Session) -> None:
+def test_the_second_order_counts_beside_what_is_measured_where_training_follows(session: Session) -> None:
     plain = np.maximum(monotone(session.sensitivities), 0)
     second_order = np.where(np.isfinite(plain[:, :, 0]), 7.0 * plain[::-1, :, 0], np.inf)  # the other way round
     narrow = np.zeros_like(session.space.top)
@@ -82,7 +82,7 @@ def test_the_second_order_counts_as_much_as_what_is_measured_where_training_foll
         LastingLosses(session.space, session.sensitivities, STEPS, curved).added(narrow)
         for curved in (None, second_order)
     )
-    assert with_it - alone == pytest.approx(plain[:, 0, 0].sum())
+    assert with_it - alone == pytest.approx(SECOND_ORDER * plain[:, 0, 0].sum())
     assert LastingLosses(session.space, session.sensitivities, 0, second_order).added(narrow) == 0
 
 
