@@ -121,8 +121,8 @@ class Result:
     Attributes:
         policy: The hybrid quantization vector of the model.
         budget: The budget as text.
-        chosen: Which of the baselines the policy is: `"searched"` unless one of the others was better (what training
-            repairs less of counts more).
+        chosen: Which of the baselines the policy is: `"searched"` unless one of the others was better (what
+            training repairs less of counts more).
         costs: What the model costs.
         used: Share of each limit that is used, by limit name; never above 1.
         float_size: Bytes of the float model.
