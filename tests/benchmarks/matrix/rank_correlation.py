@@ -33,6 +33,7 @@ LOWEST, HIGHEST = 2.1, 5.0
 #: Mutations between the plan and a policy near it.
 MUTATIONS = 3
 PREDICTORS = {
+    "search": "what the search minimises: that score, and what lasts of the second order",
     "metaquantnet": "score under the MetaQuantNet",
     "rounded": "score of the rounded float network",
     "sensitivities": "sum of additive sensitivities",
@@ -87,6 +88,7 @@ def measure(problem: Problem, trained: Session, pool: str, number: int, budget: 
         "drawn": drawn,
         "drawn_budget": asked,
         "predictors": {
+            "search": generated + trained.losses.added(genome),
             "metaquantnet": generated,
             "rounded": rounded,
             "sensitivities": summed(session.sensitivities, genome),
