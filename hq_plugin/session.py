@@ -26,7 +26,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, loss_function, loss_name
-from hq_plugin.distribution import alive_together, processes
+from hq_plugin.distribution import alive_together, map_split, processes
 from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network
@@ -167,7 +167,7 @@ class Session:
         session.sensitivities = session._measure_sensitivities(moments)
         if config.sensitivities == "both" and config.steps.finetune and config.effort != "smoke":
             moments = calibration_moments(teacher, space, data, config)
-            session.second_order = fisher_losses(network, space, moments) if moments else None
+            session.second_order = session._second_order(moments)
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
         session._meta_train(session._sampler(focus))
@@ -288,6 +288,15 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
+    def _second_order(self, moments: Mapping[str, Moments]) -> Table | None:
+        """Returns what each weight width of each group costs alone to second order; None without moments."""
+
+        def losses(moments: Mapping[str, Moments]) -> Table:
+            return fisher_losses(self.network, self.space, moments)
+
+        # Those of the first process, on all: gradients may differ in their last bits, and plans must not.
+        return map_split(losses, [moments])[0] if moments else None
+
     @_stage
     def _measure_sensitivities(self, moments: Mapping[str, Moments]) -> Table:
         """Finds, on the network as it is, what each width of each group costs alone.
@@ -295,7 +304,7 @@ class Session:
         Args:
             moments: Moments of the sites, from which the weights' part is estimated; none measures it.
         """
-        weights = fisher_losses(self.network, self.space, moments) if moments else None
+        weights = self._second_order(moments)
         samples = self.scorer.quick
 
         def score(policies: Sequence[HybridPolicy]) -> list[float]:

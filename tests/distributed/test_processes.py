@@ -39,3 +39,10 @@ def test_a_process_that_dies_ends_the_job_and_a_restart_goes_on(
     again = run(torchrun(2, tmp_path))
     assert again.returncode == 0, again.stderr[-3000:]
     assert_same(reports(tmp_path, 2), alone)
+
+
+def test_processes_plan_by_the_same_losses(tmp_path: Path) -> None:
+    done = run(torchrun(2, tmp_path, module="tests.distributed.planning"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = reports(tmp_path, 2)
+    assert first == second
