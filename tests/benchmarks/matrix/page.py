@@ -42,8 +42,7 @@ allocation, with everything that it needed, and training; processor seconds and 
 rows. *Peak memory* is that of the process. *Ratio* is hq_plugin's distance over that of the best of all other
 methods at this budget: below 1 it is the closest.
 
-All rows of a model at one budget are of one version; their date is in them. Those of before 2026-11-26 (both models
-at 3 bits) have steps of two bytes and the training of then.
+All rows of a model at one budget are of one file format; their date is in them.
 """
 #: Training steps of libraries that are trained by our loop (`tests/benchmarks/rivals/hand.py`).
 RIVAL_STEPS = 300
