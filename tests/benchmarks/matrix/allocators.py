@@ -58,7 +58,7 @@ class Problem:
     @property
     def sensitivity_scores(self) -> int:
         """How many policies the additive sensitivities scored."""
-        columns = self.session.space.top if self.session.config.sensitivities == "measured" else 0
+        columns = 0 if self.session.config.sensitivities == "fisher" else self.session.space.top
         return int(np.sum(columns)) + 1
 
     def hawq(self) -> tuple[Any, float]:

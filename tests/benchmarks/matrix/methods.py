@@ -105,7 +105,7 @@ class Runner:
 
     @staticmethod
     def _sensitivity_scores(result: Result) -> int:
-        if result.config["sensitivities"] != "measured":
+        if result.config["sensitivities"] == "fisher":
             return 1
         return 1 + sum(len(s.weight_bits) + len(s.activation_bits) - 2 for s in result.sensitivities)
 
