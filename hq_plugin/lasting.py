@@ -54,10 +54,11 @@ class LastingLosses:
         loss = np.where(np.isfinite(self.plain), np.maximum(self.plain, 0.0), 0.0)
         self._added = share * (EMBEDDINGS - 1) * lasts[:, None, None] * loss
         if second_order is not None:
-            curved = np.where(np.isfinite(second_order), np.maximum(second_order, 0.0), 0.0)
+            falling = monotone(second_order[:, :, None])
+            curved = np.where(np.isfinite(falling), np.maximum(falling, 0.0), 0.0)
             measured = float(loss[np.arange(len(loss)), 0, space.top[:, 1]].sum())
             scale = SECOND_ORDER * measured / max(float(curved[:, 0].sum()), 1e-30)
-            self._added = self._added + share * scale * curved[:, :, None]
+            self._added = self._added + share * scale * curved
         self.table: Table = self.plain + self._added
 
     def added(self, genome: Genome) -> float:

@@ -97,3 +97,12 @@ def test_a_model_without_a_gradient_is_planned_by_what_is_measured() -> None:
     with pytest.warns(hq_plugin.HQWarning, match="second order of the loss is not known"):
         session = hq_plugin.meta_train(Cut(), data, effort="fast", progress=False, **options)
     assert session.second_order is None
+
+
+def test_planned_losses_fall_with_each_width_whatever_the_second_order_does(session: Session) -> None:
+    second_order = np.random.RandomState(0).rand(*session.sensitivities.shape[:2])
+    second_order[0] = np.nan
+    table = LastingLosses(session.space, session.sensitivities, STEPS, second_order).table
+    assert not np.isnan(table).any()
+    for row, (top, _) in enumerate(session.space.top):
+        assert (np.diff(table[row, : top + 1, 0]) <= 1e-12).all()
