@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from hq_plugin import Config, DataError
-from hq_plugin.batch import Batch
 from hq_plugin.data import Data, prepare_data
 
 CONFIG = Config(effort="smoke", batch_size=16)
@@ -73,27 +72,6 @@ def test_the_split_follows_the_seed() -> None:
     assert held(1) != held(2)
 
 
-@pytest.mark.parametrize(
-    ("model", "raw", "args", "kwargs", "labels"),
-    [
-        (One(), X, 1, [], False),
-        (One(), (X,), 1, [], False),
-        (One(), (X, Y), 1, [], True),
-        (One(), [X, Y], 1, [], True),
-        (Two(), (X, X), 2, [], False),
-        (Two(), (X, X, Y), 2, [], True),
-        (Named(), {"input_ids": X, "attention_mask": X}, 0, ["input_ids", "attention_mask"], False),
-        (Named(), {"input_ids": X, "attention_mask": X, "labels": Y}, 0, ["input_ids", "attention_mask"], True),
-        (One(), (X, X), 1, [], False),
-    ],
-)
-def test_inputs_and_labels_are_told_apart(model, raw, args: int, kwargs: list[str], labels: bool) -> None:  # type: ignore[no-untyped-def]
-    batch = prepare_data([raw], model, CONFIG).holdout[0]
-    assert (len(batch.args), list(batch.kwargs), batch.labels is not None) == (args, kwargs, labels)
-    assert batch.size == 200
-    batch.run(model)
-
-
 def test_prepare_batch_takes_over() -> None:
     config = Config(effort="smoke", prepare_batch=lambda raw: ((raw["image"],), {}, raw["kind"]))
     batch = prepare_data([{"image": X, "kind": Y}], One(), config).holdout[0]
@@ -138,13 +116,6 @@ def test_training_goes_on_forever_with_new_epochs() -> None:
     assert not torch.equal(first[0].args[0], second[0].args[0])
 
 
-def test_the_first_samples_of_a_batch() -> None:
-    batch = prepare_data([(X, Y)], One(), CONFIG).holdout[0].take(7)
-    assert batch.labels is not None
-    assert (batch.size, batch.args[0].shape, batch.labels.shape) == (7, (7, 1), (7,))
-    assert batch.take(100) is batch
-
-
 def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
     def first(data: Data, count: int) -> list[torch.Tensor]:
         return [batch.args[0] for batch in islice(data.forever(), count)]
@@ -162,21 +133,6 @@ def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
     assert not all(map(torch.equal, order, first(prepare(1), epochs)))
 
 
-def test_outputs_of_padded_sequences_keep_the_tokens_that_count() -> None:
-    class Tokens(nn.Module):
-        def forward(self, x: Tensor, attention_mask: Tensor) -> dict[str, Any]:
-            return {"logits": x, "pooled": x[:, 0], "states": (x, x[:1])}
-
-    x, mask = torch.randn(2, 3, 4), torch.tensor([[1, 1, 0], [1, 1, 1]])
-    found = Batch((x,), {"attention_mask": mask}, None, 2).run(Tokens())
-    assert torch.equal(found["logits"], torch.cat([x[0, :2], x[1]]))
-    assert torch.equal(found["pooled"], x[:, 0])
-    assert torch.equal(found["states"][0], found["logits"])
-    assert torch.equal(found["states"][1], x[:1])
-    whole = Batch((x,), {"attention_mask": torch.ones_like(mask)}, None, 2).run(Tokens())
-    assert whole["logits"] is x
-
-
 @pytest.mark.parametrize(
     ("data", "said"),
     [
@@ -189,9 +145,3 @@ def test_outputs_of_padded_sequences_keep_the_tokens_that_count() -> None:
 def test_what_only_looks_like_batches_gets_a_hint(data: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         prepare_data(data, One(), CONFIG)
-
-
-def test_types_that_a_model_does_not_take_are_named() -> None:
-    batch = Batch((torch.ones(2, 3, dtype=torch.uint8),), {}, None, 2)
-    with pytest.raises(DataError, match="the types uint8"):
-        batch.run(nn.Linear(3, 2))
