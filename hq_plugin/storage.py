@@ -259,13 +259,10 @@ def start_reading(directory: str | Path, digest: Any) -> tuple[dict[str, Tensor]
         raw = read_file(path)
     except OSError as error:
         raise ArtifactError(f"{path} cannot be read: {error}") from error
-    # Digests of large files let other threads run.
-    executor = ThreadPoolExecutor(1)
-    found = executor.submit(lambda: hashlib.sha256(raw).hexdigest())
-    executor.shutdown(wait=False)
+    found = beside(lambda: hashlib.sha256(raw).hexdigest())
 
     def check() -> None:
-        if found.result() != digest:
+        if found() != digest:
             raise ArtifactError(
                 f"{path} is damaged or truncated: its checksum is not the one in {JSON_FILE}. Copy or save it "
                 "again."
@@ -277,6 +274,18 @@ def start_reading(directory: str | Path, digest: Any) -> tuple[dict[str, Tensor]
     except (SafetensorError, ArtifactError) as error:
         check()
         raise ArtifactError(f"{path} is not a safetensors file: {error}") from error
+
+
+def beside(work: Callable[[], str]) -> Callable[[], str]:
+    """Starts to compute a checksum on another thread, which digests of large tensors let run.
+
+    Returns:
+        What waits for the checksum and returns it.
+    """
+    executor = ThreadPoolExecutor(1)
+    found = executor.submit(work)
+    executor.shutdown(wait=False)
+    return found.result
 
 
 def _digest(path: Path) -> str:

@@ -9,7 +9,6 @@ import hashlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from hq_plugin.errors import ArtifactError, HQWarning
-from hq_plugin.storage import JSON_LIMIT, write_text
+from hq_plugin.storage import JSON_LIMIT, beside, write_text
 from hq_plugin.untrusted import clean_errors, read_file
 
 #: Where the checksum is, in config.json.
@@ -62,14 +61,11 @@ def start_check(files: Sequence[str]) -> Callable[[], None]:
                 stacklevel=2,
             )
             return lambda: None
-    # Digests of large tensors let other threads run.
-    executor = ThreadPoolExecutor(1)
-    found = executor.submit(_checksum, config, files)
-    executor.shutdown(wait=False)
+    found = beside(lambda: _checksum(config, files))
 
     def finish() -> None:
         with clean_errors(place):
-            differs = found.result() != wanted
+            differs = found() != wanted
         if differs:
             raise ArtifactError(
                 f"{place.parent} is damaged, or was edited: its checksum is not that of config.json and the "
