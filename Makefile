@@ -57,7 +57,6 @@ package: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m tests.benchmarks
 	$(BIN)/python -m tests.benchmarks --claims search front tau
-	$(BIN)/python -m tests.benchmarks.spine
 	$(BIN)/python -m tests.benchmarks.overhead
 
 # One small network at one budget, every method: meant for 20 minutes on 2 free cores.

@@ -232,9 +232,22 @@ def test_rows_have_what_the_issue_asks_for(small: Task) -> None:
         assert "error" not in row, row["error"]
         assert row["effective_bits"] <= 4
         assert row["trained_steps"] == (0 if method == "uniform_ptq" else 4)
-        for name in ("kl", "agreement", "accuracy", "bytes", "bitops", "scored", "seconds", "peak_memory"):
+        measured = ("kl", "agreement", "accuracy", "float_accuracy", "bytes", "bitops", "scored", "seconds")
+        for name in (*measured, "peak_memory"):
             assert row[name] is not None
         json.dumps(row)
+
+
+@pytest.mark.parametrize("method", ["uniform", "dynamic_programming", "hawq", "hq_table"])
+def test_inputs_are_searched_where_bitops_are_limited(small: Task, method: str) -> None:
+    runner = Runner(small, 0)
+    plain = runner.row(method, "4bit")
+    limit = plain["bitops"] * 0.6
+    row = runner.row(method, f"4bit + {limit / 1e3:.3f}kBitOps")
+    assert "error" not in row, row["error"]
+    assert row["bitops"] <= limit
+    assert {inputs for _, inputs in plain["policy"].values()} == {8}
+    assert {inputs for _, inputs in row["policy"].values()} != {8}
 
 
 def test_rows_are_never_measured_twice(small: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +329,7 @@ def test_page_renders_means_ratios_and_failures(tmp_path: Path) -> None:
     for item in (
         row("hq_dense", 0, 0.1, total_seconds=5.0, peak_memory={"process": 1e9}),
         row("hq_dense", 1, 0.3),
-        row("uniform", 0, 0.5),
+        row("uniform", 0, 0.5, float_accuracy=0.875, trained_steps=10),
         row("uniform", 1, 0.7),
         row("hawq", 0, 0.4),
         row("hawq", 1, 0.4),
@@ -329,6 +342,7 @@ def test_page_renders_means_ratios_and_failures(tmp_path: Path) -> None:
     text = (tmp_path / "matrix.md").read_text()
     assert "0.2000 ± 0.1414" in text
     assert "**0.50**" in text
+    assert "## m, float accuracy 0.8750" in text
     assert "`ValueError: broke`" in text
     assert "modelopt" in text
     assert (tmp_path / "matrix-m.svg").read_text().startswith("<?xml")

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from torch import nn
 import hq_plugin
 from hq_plugin import Budget, HybridPolicy, Result
 from hq_plugin.memory import peak_memory
+from hq_plugin.session import BITOPS_ACTIVATION_BITS
 from tests.benchmarks.matrix.allocators import ALLOCATORS, MATCHING_BLOCKS, UNTRAINED, Allocation, Problem
 from tests.benchmarks.matrix.rows import Row
 from tests.benchmarks.matrix.tasks import Task
@@ -36,9 +38,17 @@ def methods_of(task: Task) -> list[str]:
     return [name for name in METHODS if name not in ("hq_dense", "hq_auto") or name == task.main]
 
 
-def untrained(task: Task, seed: int) -> Problem:
-    """Returns the session from which rivals start: the float model rounded, and its additive sensitivities."""
+def untrained(task: Task, seed: int, inputs: bool = False) -> Problem:
+    """Returns the session from which rivals start: the float model rounded, and its additive sensitivities.
+
+    Args:
+        task: The task.
+        seed: The seed.
+        inputs: Whether widths of inputs are searched as well, as hq_plugin does where BitOps are limited.
+    """
     config = replace(task.config, seed=seed)
+    if inputs:
+        config = replace(config, activation_bits=BITOPS_ACTIVATION_BITS)
     return Problem(task, hq_plugin.meta_train(task.model, task.data, config=config, meta_steps=0, block="table"))
 
 
@@ -55,15 +65,20 @@ class Runner:
         self.task, self.seed = task, seed
         self.steps = task.steps if steps is None else steps
         self.meta = round(task.meta * self.steps / task.steps) if task.steps else 0
-        self._problem: Problem | None = None
+        self._problems: dict[bool, Problem] = {}
         self._trained: dict[tuple[HybridPolicy, int, bool], tuple[Row, float]] = {}
 
-    @property
-    def problem(self) -> Problem:
-        """The session that is not meta-trained."""
-        if self._problem is None:
-            self._problem = untrained(self.task, self.seed)
-        return self._problem
+    @cached_property
+    def float_accuracy(self) -> float | None:
+        """The float model's own, where the test data has labels."""
+        return self.task.measure(self.task.model).get("accuracy")
+
+    def problem(self, budget: str) -> Problem:
+        """Returns the session that is not meta-trained and has the search space of a budget."""
+        inputs = Budget.parse(budget).bitops is not None
+        if inputs not in self._problems:
+            self._problems[inputs] = untrained(self.task, self.seed, inputs)
+        return self._problems[inputs]
 
     def row(self, method: str, budget: str) -> Row:
         """Measures a row; a failure is a row with its reason."""
@@ -110,9 +125,10 @@ class Runner:
         return 1 + sum(len(s.weight_bits) + len(s.activation_bits) - 2 for s in result.sensitivities)
 
     def _rival(self, method: str, budget: str) -> Row:
-        session = self.problem.session
+        problem = self.problem(budget)
+        session = problem.session
         resources = session.costs.resources(Budget.parse(budget))
-        found: Allocation = ALLOCATORS[method](self.problem, resources)
+        found: Allocation = ALLOCATORS[method](problem, resources)
         steps, blocks = 0 if method in UNTRAINED else self.steps, method in MATCHING_BLOCKS
         key = found.policy, steps, blocks
         # One policy may be the choice for several budgets or methods: it is trained once.
@@ -133,6 +149,7 @@ class Runner:
         result = cast(Result, packed.hq)
         return {
             **self.task.measure(packed),
+            "float_accuracy": self.float_accuracy,
             "effective_bits": result.effective_bits,
             "bytes": result.size,
             "bitops": result.bitops,

@@ -44,8 +44,6 @@ methods at this budget: below 1 it is the closest.
 
 All rows of a model at one budget are of one file format; their date is in them.
 """
-#: Training steps of libraries that are trained by our loop (`tests/benchmarks/rivals/hand.py`).
-RIVAL_STEPS = 300
 COMMAND = "python -m tests.benchmarks"
 
 
@@ -64,7 +62,7 @@ def write(
         text += ["## In short", "", *_summary(found), ""]
     for model in models:
         mine = [row for row in found if row["model"] == model]
-        text += [f"## {model}", ""]
+        text += [f"## {model}{_float_accuracy(mine)}", ""]
         plot = path.parent / f"matrix-{model.replace(':', '-')}.svg"
         if plots.draw(model, _runs(mine), plot, NAMES, OURS):
             text += [f"![Distance against bytes, {model}]({plot.name})", ""]
@@ -79,7 +77,8 @@ def write(
 def adapted(row: Row) -> Row:
     """Returns a row of a library in an environment of its own with the fields of the matrix.
 
-    Those that train by our loop take `RIVAL_STEPS`; the others train as they like, or not at all, and name none.
+    Those that train by our loop take `rows.RIVAL_STEPS`; the others train as they like, or not
+    at all, and name none.
     """
     more: Row = {}
     if row.get("kl") is not None:
@@ -89,7 +88,7 @@ def adapted(row: Row) -> Row:
     if row.get("seconds"):
         more["total_seconds"] = sum(row["seconds"].values())
         if "train" in row["seconds"]:
-            more["steps"] = RIVAL_STEPS
+            more["steps"] = rows.RIVAL_STEPS
     if row.get("peak_gb") is not None:
         more["peak_memory"] = {"process": row["peak_gb"] * 1e9}
     return {**more, **row}
@@ -98,6 +97,12 @@ def adapted(row: Row) -> Row:
 def _runs(found: Sequence[Row]) -> list[Row]:
     """Returns the rows that did not fail."""
     return [row for row in found if "error" not in row and row.get("distance") is not None]
+
+
+def _float_accuracy(found: Sequence[Row]) -> str:
+    """Returns the float accuracy of the matrix's own network; rivals were given another training of it."""
+    known = [row["float_accuracy"] for row in found if "trained_steps" in row and row.get("float_accuracy")]
+    return f", float accuracy {known[0]:.4f}" if known else ""
 
 
 def _steps(steps: int | None) -> str:

@@ -12,6 +12,8 @@ Row = dict[str, Any]
 
 FOLDER = Path("docs/benchmarks")
 MATRIX, CLAIMS, RIVALS = FOLDER / "matrix.jsonl", FOLDER / "claims.jsonl", FOLDER / "rivals.jsonl"
+#: Training steps of libraries that are trained by our loop (`tests/benchmarks/rivals/hand.py`).
+RIVAL_STEPS = 300
 #: What a row of the matrix is known by.
 KEY = ("model", "seed", "method", "budget", "steps")
 

@@ -24,6 +24,13 @@ from tests.benchmarks.matrix.photographs import TEST, TRAIN, crops, paths
 from tests.benchmarks.packaged import Missing, lite0, mobilenetv2
 
 BUDGETS = ("2.2bit", "2.5bit", "3bit", "3.5bit", "4.5bit")
+#: A budget that has inputs searched as well: 12.5 BitOps a multiply-accumulate; 3-bit weights and 4-bit inputs
+#: are 12.
+LIMITED = {
+    "resnet20": "3bit + 97.3MBitOps",
+    "mobilenetv3": "3bit + 24.9MBitOps",
+    "vit": "3bit + 82.5MBitOps",
+}
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ def small(name: str) -> Task:
     train_x, train_y, test_x, test_y = fashion_mnist()
     config = Config(effort="fast", batch_size=128)
     data = TensorDataset(train_x, train_y)
-    return Task(name, model, data, Classification(model, test_x, test_y), config)
+    measure, budgets = Classification(model, test_x, test_y), (*BUDGETS, LIMITED[name])
+    return Task(name, model, data, measure, config, budgets=budgets)
 
 
 def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
