@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, HQWarning
 from hq_plugin.exclusive import locked
+from hq_plugin.sharding import in_pieces_like, whole
 from hq_plugin.storage import read_json, read_sealed, read_tensors, sealed, write_directory, write_text
 from hq_plugin.untrusted import clean_errors, read_file
 
@@ -167,7 +168,11 @@ class Checkpoint:
             for name, value in state.items():
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
         content = {"stage": stage, "step": step, "history": history}
-        copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+        copies = {}
+        for name in sorted(tensors):  # a state that was restored has them in any order
+            complete = whole(tensors[name].detach())  # which takes every process; one writes
+            if is_first():
+                copies[name] = complete.to("cpu", copy=True)
         try:
             write_directory(self._place(stage), FORMAT, VERSION, content, copies, overwrite=True)
         except ArtifactPathError as error:
@@ -206,13 +211,15 @@ class Checkpoint:
                 raise ValueError("it is of another network")
             with torch.no_grad():
                 for name, tensor in own.items():
-                    tensor.copy_(kept[name])
+                    tensor.copy_(in_pieces_like(kept[name], tensor))
             state = optimizer.state_dict()
             state["state"] = {}
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             for name, tensor in tensors.items():
                 if name.startswith("optimizer."):
                     _, index, field = name.split(".", 2)
-                    state["state"].setdefault(int(index), {})[field] = tensor
+                    moment = tensor if tensor.dim() == 0 else in_pieces_like(tensor, parameters[int(index)])
+                    state["state"].setdefault(int(index), {})[field] = moment
             optimizer.load_state_dict(state)
             return int(content["step"]), list(content["history"])
 

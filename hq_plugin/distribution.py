@@ -10,6 +10,7 @@ import functools
 import itertools
 import os
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from hq_plugin.batch import Batch
 
 T = TypeVar("T")
-#: Ways to run in which each process holds the whole model.
+#: Ways to run in which each process holds the whole model. Where it is in pieces, FSDP2 is the one that can be had.
 _WHOLE = {kind for kind in DistributedType if kind.value.startswith(("NO", "MULTI_"))}
 #: What collectives say when the process at the other end is gone.
 _GONE = re.compile(r"gloo|nccl|ProcessGroup|connection (closed|reset) by (remote )?peer|broken pipe", re.IGNORECASE)
@@ -36,13 +37,25 @@ def processes() -> tuple[int, int]:
     """Returns the number of this process and how many there are."""
     # Not PartialState, which does not read ACCELERATE_USE_CPU by itself.
     accelerator = Accelerator()
-    if accelerator.distributed_type not in _WHOLE:
+    if accelerator.distributed_type not in _WHOLE and not accelerator.is_fsdp2:
         raise ConfigError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which splits a model over "
-            "processes. hq_plugin needs the whole model in each: the search scores another policy in every "
-            "process. Configure data-parallel training (MULTI_GPU or MULTI_CPU), or use a device with more memory."
+            f"accelerate is configured for {accelerator.distributed_type.value}, which hq_plugin does not know. "
+            "Configure data-parallel training (MULTI_GPU or MULTI_CPU), or, for a model that no device holds "
+            "whole, FSDP with fsdp_version: 2."
+        )
+    if accelerator.is_fsdp2 and accelerator.state.fsdp_plugin.cpu_ram_efficient_loading:
+        raise ConfigError(
+            "accelerate is configured to load a model in the first process only (fsdp_cpu_ram_efficient_loading). "
+            "hq_plugin plans with the whole model in each process's memory: set it to false."
         )
     return accelerator.process_index, accelerator.num_processes
+
+
+def in_pieces(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is spread over processes (a DTensor)."""
+    # Its module takes a second to import, and whoever has one has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def is_first() -> bool:
@@ -101,17 +114,21 @@ def share_of_batch(batch: Batch) -> tuple[Batch, float]:
     return batch.part(start, stop), (stop - start) * count / batch.size
 
 
-def map_split(function: Callable[[T], Any], items: Sequence[T]) -> list[Any]:
+def map_split(function: Callable[[T], Any], items: Sequence[T], evenly: bool = False) -> list[Any]:
     """Applies a function to every item, each process to its own, and returns all results to all, in order.
 
     Args:
         function: Its results are sent between processes: plain data.
         items: The same on every process.
+        evenly: Whether every process must call it as often as the others, because it gathers what they have: one
+            that has too few items does some of the others' again.
     """
     index, count = processes()
     if count == 1:
         return [function(item) for item in items]
     mine = [(number, function(item)) for number, item in enumerate(items) if number % count == index]
+    if evenly and len(items) % count and index >= len(items) % count:
+        function(items[-1])
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 

@@ -101,7 +101,7 @@ def meta_train_network(
         final_rate=FINAL_RATE,
         # A table generates nothing: the weights are all that it can train.
         base_rate=1.0 if config.block == "table" else BASE_RATE,
-        before_step=lambda step: torch_ao.apply_policy(network, sampler(step)),
+        before_step=lambda running, step: torch_ao.apply_policy(running, sampler(step)),
         checkpoint=checkpoint,
         stage="meta-training",
         show=config.progress,

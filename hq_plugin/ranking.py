@@ -17,6 +17,7 @@ from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline
 from hq_plugin.scoring import Scorer
 from hq_plugin.search import Scored
+from hq_plugin.sharding import sharded
 from hq_plugin.space import Genome
 
 
@@ -49,7 +50,7 @@ def distances(
         return scored[item[0]]
 
     try:
-        found = dict(zip([name for name, _ in new], map_split(distance, new), strict=True))
+        found = dict(zip([name for name, _ in new], map_split(distance, new, evenly=sharded()), strict=True))
     except KeyboardInterrupt:
         if checkpoint is not None:
             checkpoint.add_scores(scored)

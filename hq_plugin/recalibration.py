@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hq_plugin.batch import Batch
 from hq_plugin.batchnorm import foldable
+from hq_plugin.sharding import runnable
 
 _TINY = 1e-12
 
@@ -76,7 +77,7 @@ class Recalibration:
             name: Statistics(layer.running_mean.clone(), layer.running_var.clone())
             for name, layer in _batchnorms(teacher).items()
         }
-        self._sampled = batch_statistics(copy.deepcopy(teacher), self.batches) if self._known else {}
+        self._sampled = batch_statistics(runnable(copy.deepcopy(teacher)), self.batches) if self._known else {}
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> None:

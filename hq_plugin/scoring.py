@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ from hq_plugin.policy import HybridPolicy
 from hq_plugin.precision import autocast
 from hq_plugin.recalibration import Recalibration
 from hq_plugin.seeding import seeded
+from hq_plugin.sharding import placed, runnable, sharded
 
 #: Sensitivities, of which there are many, are measured on this fraction of the samples of a candidate.
 QUICK = 4
@@ -48,7 +50,10 @@ class Scorer:
         self, teacher: nn.Module, data: Data, loss: LossFunction, samples: int, recalibration: int, seed: int = 0
     ) -> None:
         self.teacher, self.loss = teacher, loss
+        self._running: nn.Module | None = None
         self.device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+        if sharded():
+            self.device = Accelerator().device
         self.samples, self.quick = samples, max(samples // QUICK, 1)
         self.batches = [batch.to(self.device) for batch in data.holdout]
         self.recalibration = recalibration
@@ -96,7 +101,7 @@ class Scorer:
                 break
             with autocast():
                 output = self._run(network, batch)
-                target = self._targets[number] if number in self._targets else self._run(self.teacher, batch)
+                target = self._target(number, batch)
             if seen < self.samples:
                 self._targets[number] = target
             fidelity.update(output, target, batch.labels, batch.size)
@@ -109,6 +114,15 @@ class Scorer:
         Of a language model they are as large as its weights.
         """
         self._targets.clear()
+        self._running = None
+
+    def _target(self, number: int, batch: Batch) -> Any:
+        """Returns the float model's output for one of the batches."""
+        if number in self._targets:
+            return self._targets[number]
+        if self._running is None:
+            self._running = runnable(self.teacher)
+        return self._run(self._running, batch)
 
     def _run(self, model: nn.Module, batch: Batch) -> Any:
         """Runs a model on a batch; where memory is too little, in smaller parts from then on.
@@ -121,7 +135,8 @@ class Scorer:
                 parts = [batch.part(at, min(at + size, batch.size)) for at in range(0, batch.size, size)]
                 return parts[0].run(model) if len(parts) == 1 else _joined([part.run(model) for part in parts])
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or self._parts >= batch.size:
+                # Where each forward takes all processes, one cannot have more of them than the others.
+                if not out_of_memory(error) or self._parts >= batch.size or sharded():
                     raise
             clear_device_cache(garbage_collection=True)
             if self._parts == 1:
@@ -162,13 +177,20 @@ def _joined(outputs: list[Any]) -> Any:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Inside, generated weights are cached; afterwards the BatchNorm statistics are as before."""
+def evaluating(network: nn.Module) -> Iterator[nn.Module]:
+    """Gives what is to be scored in place of a network; afterwards its BatchNorm statistics are as before.
+
+    Generated weights are cached, unless they are in pieces.
+    """
+    if sharded():
+        with placed(network) as shell:
+            yield shell
+        return
     layers = [module for module in network.modules() if foldable(module)]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     try:
         with torch_ao.cached_weights(network):
-            yield
+            yield network
     finally:
         for buffer, before in kept:
             buffer.copy_(before)

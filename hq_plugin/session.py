@@ -25,7 +25,7 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
-from hq_plugin.distillation import LossFunction, loss_function, loss_name
+from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
 from hq_plugin.distribution import alive_together, map_split, processes
 from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
@@ -54,6 +54,7 @@ from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.seeding import seeded
+from hq_plugin.sharding import placed
 from hq_plugin.space import SearchSpace
 from hq_plugin.tracking import track, tracking
 
@@ -227,15 +228,15 @@ class Session:
         """
         resources, losses = self._resources(budget), self.losses
         began = time.perf_counter()
-        with evaluating(self.network):
+        with evaluating(self.network) as network:
             samples = self.scorer.samples
 
             def score(policies: Sequence[HybridPolicy]) -> list[float]:
-                return distances(self.scorer, self.network, policies, samples, "search", self.checkpoint)
+                return distances(self.scorer, network, policies, samples, "search", self.checkpoint)
 
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, losses, score, self.config, uniform)
-            ranked = rerank(self.scorer, self.network, self.costs, losses, found.leaders, found.seeds)
+            ranked = rerank(self.scorer, network, self.costs, losses, found.leaders, found.seeds)
         self.scored += found.evaluations
         genomes = {name: self.space.genome(baseline.policy) for name, baseline in ranked.items()}
         chosen = min(ranked, key=lambda name: ranked[name].kl + losses.added(genomes[name]))
@@ -306,11 +307,11 @@ class Session:
         """
         weights = self._second_order(moments)
         samples = self.scorer.quick
+        with evaluating(self.network) as network:
 
-        def score(policies: Sequence[HybridPolicy]) -> list[float]:
-            return distances(self.scorer, self.network, policies, samples, "sensitivities", self.checkpoint)
+            def score(policies: Sequence[HybridPolicy]) -> list[float]:
+                return distances(self.scorer, network, policies, samples, "sensitivities", self.checkpoint)
 
-        with evaluating(self.network):
             narrowest = self.config.effort == "smoke"
             return additive_sensitivities(self.space, score, self.config.progress, weights, narrowest=narrowest)
 
@@ -385,13 +386,13 @@ class Session:
         )
         began = time.perf_counter()
         network = self._start(found.policy, config)
-        untrained = self.scorer.measure(network)
+        untrained = self._measured(network)
         self.scorer.forget_targets()
         stage = f"fine-tuning of {found.policy.to_json()} by {decisive(config)}"
         history = finetune_network(
             network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
         )
-        fidelity = self.scorer.measure(network)
+        fidelity = self._measured(network)
         if not fidelity.distance <= untrained.distance:
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
             # would cost as much memory as the model.
@@ -412,7 +413,7 @@ class Session:
             "convert": time.perf_counter() - tuned,
         }
         labelled = any(batch.labels is not None for batch in self.scorer.batches)
-        float_accuracy = self.scorer.measure(self.teacher).accuracy if labelled else None
+        float_accuracy = self._measured(self.teacher).accuracy if labelled else None
         packed.hq = Result(  # type: ignore[assignment]
             policy=found.policy,
             budget=str(budget) if budget is not None else "given policy",
@@ -461,8 +462,14 @@ class Session:
         if config.rounding == "second_order":
             batches = calibration_batches(self.teacher, self.data, config)
             start_from_good_integers(network, batches)
-        self.scorer.recalibrate(network, RECALIBRATION_FACTOR * self.scorer.recalibration)
+        with placed(network, keep=True) as running:
+            self.scorer.recalibrate(running, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network
+
+    def _measured(self, model: nn.Module) -> Fidelity:
+        """Measures a model with the teacher's inputs and outputs on all held-out samples."""
+        with placed(model) as running:
+            return self.scorer.measure(running)
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Path:
         """Saves the session; `hq_plugin.load_session(directory, model)` reads it back.

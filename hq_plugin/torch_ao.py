@@ -27,6 +27,7 @@ from torch.ao.quantization.observer import ObserverBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hq_plugin.batchnorm import fold_batchnorm
+from hq_plugin.distribution import in_pieces
 from hq_plugin.errors import ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
@@ -260,8 +261,9 @@ class QATMixin(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The fake-quantized weight."""
-        weight: Tensor = self.weight_fake_quant(self._parameters["weight"])  # type: ignore[attr-defined]
+        """The fake-quantized weight; the parameter itself where it is in pieces, which FSDP reads by its name."""
+        parameter: Any = self._parameters["weight"]
+        weight: Tensor = parameter if in_pieces(parameter) else self.weight_fake_quant(parameter)
         return weight
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:

@@ -25,6 +25,7 @@ from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.interruption import Interruption, deferred, interrupted
 from hq_plugin.modes import KeptValues, set_training_modes
 from hq_plugin.progress import progress
+from hq_plugin.sharding import placed, sharded
 from hq_plugin.tracking import track
 
 #: Share of the steps over which the learning rate rises, and how often a good state is kept.
@@ -68,7 +69,7 @@ class Task:
         batch_statistics: Whether BatchNorm normalises by each batch's own statistics, as weights that change
             from step to step need it. Else it keeps its running statistics: the loss is then that of the
             network as it will run, without the noise of the batches' statistics.
-        before_step: Called with each step's number before its forward.
+        before_step: Called with the network that runs and each step's number before its forward.
         checkpoint: Where the state is kept and found again; None keeps nothing.
         stage: Name of the stage there.
         show: Whether to show a progress bar; None on a terminal only.
@@ -90,7 +91,7 @@ class Task:
     final_rate: float = 0.0
     base_rate: float = 1.0
     batch_statistics: bool = True
-    before_step: Callable[[int], None] = lambda step: None
+    before_step: Callable[[nn.Module, int], None] = lambda network, step: None
     checkpoint: Checkpoint | None = None
     stage: str = ""
     show: bool | None = None
@@ -108,15 +109,27 @@ def train(task: Task) -> None:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     accelerator = Accelerator(kwargs_handlers=[unused])
     warn_if_alone()
-    network, teacher = task.network.to(accelerator.device), task.teacher.to(accelerator.device)
+    with (
+        placed(task.network, keep=True, device=accelerator.device) as network,
+        placed(task.teacher, device=accelerator.device) as teacher,
+    ):
+        _train(task, accelerator, network, teacher)
+
+
+def _train(task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module) -> None:
+    """Trains what runs in place of the task's network."""
     set_training_modes(network, task.batch_statistics)
     kept = KeptValues(network)
-    groups = _parameter_groups(task)
+    groups = _parameter_groups(task, network)
     # One pass over weights and moments in place of a dozen, where torch has the kernel.
-    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for group in groups for p in group["params"])
+    trained = [p for group in groups for p in group["params"]]
+    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not sharded()
     optimizer = torch.optim.Adam(groups, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
-    wrapped, optimizer = accelerator.prepare(network, optimizer)
+    if sharded():
+        wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
+    else:
+        wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     # Batches of a step, as accelerate is configured.
     batches, accumulated = task.data.forever(), accelerator.gradient_accumulation_steps
@@ -144,7 +157,7 @@ def train(task: Task) -> None:
             if step and step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, _state(network))
-            task.before_step(step)
+            task.before_step(network, step)
             block_loss = task.block_loss * (1 - (1 - task.final_block_loss) * step / task.steps)
             value = 0.0
             for part in range(accumulated):
@@ -209,21 +222,24 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in [*trained.items(), *network.named_buffers()]}
 
 
-def _parameter_groups(task: Task) -> list[dict[str, Any]]:
+def _parameter_groups(task: Task, network: nn.Module) -> list[dict[str, Any]]:
+    """Returns the parameters of what runs in place of the task's network, with their learning rates."""
+    running = dict(network.named_parameters())
     named = [(name, p) for name, p in task.network.named_parameters() if p.requires_grad]
-    steps = [p for name, p in named if name.endswith(_STEP_PARAMETERS)]
+    steps = [running[name] for name, _ in named if name.endswith(_STEP_PARAMETERS)]
     rest = [(name, p) for name, p in named if not name.endswith(_STEP_PARAMETERS)]
-    generators = [p for name, p in rest if _GENERATOR in name]
-    own = [p for name, p in rest if _GENERATOR not in name]
+    generators = [running[name] for name, _ in rest if _GENERATOR in name]
+    own = [(running[name], p) for name, p in rest if _GENERATOR not in name]
     rate = task.learning_rate
     groups = [
         {"params": generators, "lr": GENERATOR_RATE if rate is None else rate},
         {"params": steps, "lr": task.step_learning_rate},
     ]
     if rate is None:
-        groups += [{"params": [p], "lr": _relative_rate(p, task.width) * task.base_rate} for p in own]
+        # From the weight as a whole, which may run in pieces.
+        groups += [{"params": [p], "lr": _relative_rate(full, task.width) * task.base_rate} for p, full in own]
     else:
-        groups.append({"params": own, "lr": rate * task.base_rate})
+        groups.append({"params": [p for p, _ in own], "lr": rate * task.base_rate})
     return [group for group in groups if group["params"]]
 
 

@@ -1,11 +1,13 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 from hq_plugin import ConfigError, DataError, HQWarning, distribution
 from hq_plugin.batch import Batch
@@ -57,11 +59,34 @@ def test_a_launch_that_started_one_process_is_noticed(tmp_path: Path, monkeypatc
         warn_if_alone()
 
 
-@pytest.mark.parametrize("kind", [DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM])
-def test_ways_that_split_the_model_are_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM, DistributedType.XLA])
+def test_other_ways_to_split_work_are_refused(kind: DistributedType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Accelerator, "distributed_type", kind)
-    with pytest.raises(ConfigError, match=f"configured for {kind.value}.*data-parallel"):
+    with pytest.raises(ConfigError, match=f"configured for {kind.value}.*data-parallel.*fsdp_version: 2"):
         processes()
+
+
+def sharding(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """Lets accelerate's state say that parameters are sharded."""
+    Accelerator()
+    plugin = FullyShardedDataParallelPlugin(**options)
+    for state in (PartialState._shared_state, AcceleratorState._shared_state):
+        monkeypatch.setitem(state, "distributed_type", DistributedType.FSDP)
+        monkeypatch.setitem(state, "fsdp_plugin", plugin)
+
+
+def test_the_first_fsdp_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding(monkeypatch, fsdp_version=1, cpu_ram_efficient_loading=False)
+    with pytest.raises(ConfigError, match=r"configured for FSDP.*fsdp_version: 2"):
+        processes()
+
+
+def test_weights_in_the_first_process_alone_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharding(monkeypatch, fsdp_version=2, cpu_ram_efficient_loading=True)
+    with pytest.raises(ConfigError, match=r"cpu_ram_efficient_loading.*set it to false"):
+        processes()
+    sharding(monkeypatch, fsdp_version=2, cpu_ram_efficient_loading=False)
+    assert processes() == (0, 1)
 
 
 def test_one_process_has_nobody_to_lose() -> None:

@@ -97,7 +97,7 @@ def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batch
     network = build_network(trained, space, data, Config(block="dense"))
     job = Task("test", network, trained, data, torch.nn.functional.mse_loss, 1, 1e-3, 5e-3, base_rate=0.1)
     names = {id(p): name for name, p in network.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
+    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network) for p in group["params"]}
     assert rates["stem.weight"] == rates["bn1.bias"] == pytest.approx(1e-4)
     assert rates["stem.weight_fake_quant.block.outer.weight"] == 1e-3
     assert rates["stem.weight_fake_quant.block.log_step"] == 5e-3
@@ -112,11 +112,11 @@ def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) 
         tiny.bn1.bias.zero_()
     job = Task("test", tiny, tiny, None, None, 1, None, 5e-3, base_rate=0.5)  # type: ignore[arg-type]
     names = {id(p): name for name, p in tiny.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
+    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network) for p in group["params"]}
     assert rates["stem.weight"] == pytest.approx(0.5 * 1e-3)
     assert rates["head.weight"] == pytest.approx(0.5 * 5e-3)
     job.width = 4.0
-    wide = {names[id(p)]: group["lr"] for group in _parameter_groups(job) for p in group["params"]}
+    wide = {names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network) for p in group["params"]}
     assert wide["head.weight"] == pytest.approx(rates["head.weight"] / 2)
     assert wide["bn1.weight"] == rates["bn1.weight"]
     assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
@@ -139,7 +139,7 @@ def test_only_batchnorm_may_train_in_its_training_mode(batches, batch_statistics
     torch.manual_seed(0)
     job = task(Noisy().eval(), batches, steps=2, batch_statistics=batch_statistics)
     modes = []
-    job.before_step = lambda step: modes.append({name: m.training for name, m in job.network.named_children()})
+    job.before_step = lambda network, step: modes.append({name: m.training for name, m in network.named_children()})
     before = job.network.bn.running_mean.clone()
     train(job)
     expected = {"conv": False, "bn": batch_statistics, "dropout": False, "head": False}
@@ -196,7 +196,7 @@ def test_accumulated_batches_are_passed_over_when_going_on(tmp_path: Path, monke
         for stop in stops:
             torch.manual_seed(0)
             job = task(model, data, steps=6, checkpoint=Checkpoint(tmp_path / str(len(stops)), {}, 0))
-            job.before_step = lambda step, stop=stop: _stop(step == stop)
+            job.before_step = lambda network, step, stop=stop: _stop(step == stop)
             with contextlib.suppress(ZeroDivisionError):
                 train(job)
         states.append(job.network.state_dict())

@@ -63,7 +63,7 @@ def ratios(name: str) -> dict[str, tuple[float, float]]:
 
     def meta_training() -> None:
         task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, 1e-6, 1e-6)
-        task.before_step = lambda step: torch_ao.apply_policy(session.network, sampler(step))
+        task.before_step = lambda network, step: torch_ao.apply_policy(network, sampler(step))
         train(task)
 
     pairs = [(seconds(meta_training), seconds(lambda: float_training(plain, batches))) for _ in range(ROUNDS)]

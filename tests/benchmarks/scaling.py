@@ -86,7 +86,7 @@ def measure(width: int, layers: int, bits: tuple[int, ...]) -> dict[str, Any]:
     def step() -> float:
         task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, 1e-9, 1e-9)
         task.blocks, task.block_loss = session.blocks, 0.3
-        task.before_step = lambda n: torch_ao.apply_policy(session.network, sampler(n))
+        task.before_step = lambda network, n: torch_ao.apply_policy(network, sampler(n))
         began = time.perf_counter()
         train(task)
         return (time.perf_counter() - began) / STEPS

@@ -24,10 +24,11 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.hidden, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(512, 32), nn.Linear(32, 10)
+        self.conv, self.head = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(32, 10)
+        self.body = nn.Sequential(nn.Flatten(1), nn.Linear(512, 32), nn.ReLU())
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(torch.relu(self.hidden(torch.relu(self.conv(x)).flatten(1))))
+        return self.head(self.body(torch.relu(self.conv(x))))
 
 
 class Loss:

@@ -46,3 +46,31 @@ def test_processes_plan_by_the_same_losses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = reports(tmp_path, 2)
     assert first == second
+
+
+def test_parameters_in_pieces_reach_what_one_process_reaches(alone: dict[str, Any], tmp_path: Path) -> None:
+    done = run(torchrun(2, tmp_path, module="tests.distributed.sharded"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(reports(tmp_path, 2), alone)
+    loaded = hq.load(tmp_path / "model", Plain())
+    assert loaded.hq.policy.to_json() == alone["policy"]  # type: ignore[union-attr]
+
+
+def test_parameters_in_pieces_survive_a_kill(alone: dict[str, Any], tmp_path: Path) -> None:
+    done = run(torchrun(2, tmp_path, 20, module="tests.distributed.sharded", monitor_interval=10))
+    assert done.returncode != 0
+    assert "TrainingError: Another of the 2 processes has ended" in done.stderr
+    again = run(torchrun(2, tmp_path, module="tests.distributed.sharded"))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert_same(reports(tmp_path, 2), alone)
+
+
+def test_what_is_in_pieces(tmp_path: Path) -> None:
+    done = run(torchrun(2, tmp_path, module="tests.distributed.pieces"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for report in reports(tmp_path, 2):
+        assert report.pop("held") == pytest.approx(0.5, abs=0.01)
+        assert report.pop("results") == [10, 20, 30]
+        assert report.pop("calls") == 2
+        assert "Scalar cannot be sharded" in report.pop("refused")
+        assert all(value is True for value in report.values()), report
