@@ -61,12 +61,14 @@ def dynamic_programming(loss: Table, resources: Sequence[Resource]) -> Genome:
             else:
                 low = middle
         prices[worst] = high
-    exceeded = [resource.name for resource in resources if resource.used(genome) > 1]
+    exceeded = [resource for resource in resources if resource.used(genome) > 1]
     if exceeded:
         names = " and ".join(resource.name for resource in resources)
+        # Rounded up, so that asking for as much works.
+        least = [f"{r.name} takes {math.ceil(1000 * r.used(genome)) / 1000:.3f} times its limit" for r in exceeded]
         raise BudgetError(
-            f"No policy was found that keeps {names} at once: where the others are kept, {', '.join(exceeded)} is "
-            "exceeded. Widths that are fast are not always those that are small; ask for more of one of them."
+            f"No policy was found that keeps {names} at once: where the others are kept, {' and '.join(least)} at "
+            "least. Ask for that much of it, or for more of the others."
         )
     return genome
 

@@ -14,12 +14,14 @@ from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import EngineError, ModelError
+from hq_plugin.metric import EvalFunction, measured
+from hq_plugin.modes import gradients
 from hq_plugin.nn import packed_modules
 from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.profiles import Profile
 from hq_plugin.profiling import measure_profile
 from hq_plugin.seeding import seeded
-from hq_plugin.session import EvalFunction, Session
+from hq_plugin.session import Session
 from hq_plugin.synthetic import synthetic_data
 from hq_plugin.tracking import tracking
 
@@ -43,7 +45,8 @@ def quantize(
             size), `"1.5GBitOps"`, several joined by `+`, or a `Budget`. Never exceeded.
         data: Batches (tensor, tuple or dict) in anything that can be iterated more than once, a
             DataLoader or a Dataset; labels are not needed. None makes synthetic batches up.
-        eval_fn: Called with a model, returns a number that is reported for the float and the final one.
+        eval_fn: Called with a model in eval mode, returns a number that is reported for the float model, which it
+            sees first, for the baselines and for the result.
         config: Options.
         **options: Any field of `Config`, in place of the one in `config`.
 
@@ -60,7 +63,9 @@ def quantize(
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
     with tracking(config):
+        float_metric = None if eval_fn is None else measured(eval_fn, wrapper.model)
         session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
+        session.float_metric = float_metric
         packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
     return packed
 
@@ -120,7 +125,7 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
         config = _config(wrapper, stored, {})
         return config, _data(wrapper.model, data, config)
 
-    with seeded(0):
+    with seeded(0), gradients():
         return read_session(directory, wrapper.model, prepare, options)
 
 
@@ -215,7 +220,7 @@ def _check_model(model: Any) -> None:
 
 
 def _data(model: nn.Module, data: Any, config: Config) -> Data:
-    with seeded(config.seed):
+    with seeded(config.seed), gradients():
         return _prepared(model, data, config)
 
 
@@ -235,4 +240,5 @@ def _prepared(model: nn.Module, data: Any, config: Config) -> Data:
         held=1 if smoke else min(held, 8),
         seed=config.seed,
         steps=4 if smoke else 60,
+        show=config.progress,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import Any
 
 from hq_plugin.errors import BudgetError
@@ -63,7 +64,7 @@ class Budget:
         for name, value in limits.items():
             if value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise BudgetError(f"Budget {name}={value!r} is not a finite number.")
             if value <= 0:
                 raise BudgetError(f"Budget {name}={value!r} is not positive. Ask for more than nothing.")

@@ -6,7 +6,7 @@ Data that does not exist is made in `synthetic.py`.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, Subset
+from torch.utils.data.distributed import DistributedSampler
 
 from hq_plugin.batch import Batch, Split, _tensors, batch_splitter, make_batch
 from hq_plugin.config import Config
@@ -91,7 +92,7 @@ def _read(data: Any, model: nn.Module, config: Config) -> Data:
     split = batch_splitter(model, config)
     wanted = config.steps.holdout * RERANK_FACTOR
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
-        if data.batch_size is None:
+        if data.batch_size is None or (_chooses(data) and _length(data.sampler) is None):
             return _from_batches(data, split, wanted)
         return _from_dataset(data.dataset, data.batch_size, split, wanted, config.seed, data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -124,16 +125,25 @@ def _from_dataset(
     seed: int,
     like: DataLoader | None,
 ) -> Data:
-    total = len(dataset)
-    if total == 0:
-        raise DataError("data is empty: the Dataset has no samples.")
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
-    held = min(wanted, total // 4)
+    total = _length(dataset)
+    if total is None:
+        raise DataError(f"{type(dataset).__name__} has no length. Give it __len__, or make it an IterableDataset.")
+    # What a sampler draws, as often as it draws it; no sample that it leaves out is ever read.
+    drawn = list(range(total)) if like is None or not _chooses(like) else [int(i) for i in like.sampler]
+    samples = list(dict.fromkeys(drawn))
+    if not samples:
+        raise DataError("data is empty: the Dataset has no samples, or its sampler draws none.")
+    shuffled = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
+    order = [samples[i] for i in shuffled]
+    held = min(wanted, len(samples) // 4)
     options: dict[str, Any] = {"batch_size": batch_size}
     if like is not None:
         options |= {"collate_fn": like.collate_fn, "num_workers": like.num_workers}
         options |= {"worker_init_fn": like.worker_init_fn}
     train_order = order[held:]
+    if len(drawn) > len(samples):
+        kept_back = set(order[:held])
+        train_order = [i for i in drawn if i not in kept_back]
     generator = torch.Generator()
     loader = DataLoader(
         Subset(dataset, train_order),
@@ -148,8 +158,22 @@ def _from_dataset(
     return Data(_Batches(loader, split, shuffle=(generator, seed)), holdout, shared=held == 0)
 
 
+def _chooses(loader: DataLoader) -> bool:
+    """Whether a loader's sampler is more than an order of all samples; each process has all, whatever it says."""
+    return not isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler))
+
+
+def _length(data: Any) -> int | None:
+    """Returns the length of what has one; a DataLoader of a stream has the method, and fails in it."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None
+
+
 def _from_batches(data: Iterable[Any], split: Callable[[Any], Split], wanted: int) -> Data:
-    limit = max(len(data) // 4, 1) if isinstance(data, Sized) else None
+    length = _length(data)
+    limit = None if length is None else max(length // 4, 1)
     holdout: list[Batch] = []
     more = False
     for raw in data:
@@ -160,6 +184,9 @@ def _from_batches(data: Iterable[Any], split: Callable[[Any], Split], wanted: in
         holdout.append(make_batch(raw, split))
     if not holdout:
         raise DataError("data is empty: it gave no batch.")
+    if not more and length is None and len(holdout) > 1:
+        # It ended before enough was held out, which nobody could know: a part of it is, then.
+        holdout, more = holdout[: max(len(holdout) // 4, 1)], True
     skip = len(holdout) if more else 0
     return Data(_Batches(data, split, skip), holdout, shared=not more)
 

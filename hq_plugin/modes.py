@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+
+@contextmanager
+def gradients() -> Iterator[None]:
+    """Inside, gradients are computed, whatever the caller's own mode is: evaluation code likes `torch.no_grad`."""
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def set_training_modes(network: nn.Module, batch_statistics: bool) -> None:

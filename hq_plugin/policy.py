@@ -37,9 +37,9 @@ class LayerBits:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight not in WEIGHT_BITS or isinstance(self.weight, bool):
+        if self.weight not in WEIGHT_BITS or not isinstance(self.weight, int) or isinstance(self.weight, bool):
             raise PolicyError(f"Weight width {self.weight!r} is not possible: weights take 1 to 8 bits.")
-        if self.activation not in ACTIVATION_BITS:
+        if self.activation not in ACTIVATION_BITS or not isinstance(self.activation, int):
             raise PolicyError(
                 f"Activation width {self.activation!r} is not possible: activations take 2 to 8 bits, "
                 f"or {FLOAT_BITS} to stay in floating point."

@@ -164,9 +164,8 @@ class _FakeQuantizeActivation(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-        scale, zero = float(step), round(float(zero_point))
-        low, high = (limit - zero for limit in activation_range(bits))
-        out = (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+        scale, low, high = input_levels(step, zero_point, bits)
+        out = round_to_levels(x, scale, low, high)
         ctx.save_for_backward(x, out)
         ctx.scale, ctx.low, ctx.high = scale, low * scale, high * scale
         return out
@@ -183,6 +182,18 @@ class _FakeQuantizeActivation(torch.autograd.Function):
         return grad_x, grad_step.reshape(()), grad_zero.reshape(()), None
 
 
+def input_levels(step: Tensor, zero_point: Tensor, bits: int) -> tuple[float, int, int]:
+    """Returns an activation's step, and its smallest and largest integer without the zero point."""
+    zero = round(float(zero_point))
+    low, high = activation_range(bits)
+    return float(step), low - zero, high - zero
+
+
+def round_to_levels(x: Tensor, scale: float, low: int, high: int) -> Tensor:
+    """Quantizes and dequantizes an activation with what `input_levels` gives, without a gradient."""
+    return (x * (1 / scale)).round_().clamp_(low, high).mul_(scale)
+
+
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     return torch.dot(a.reshape(-1), b.reshape(-1))
 
@@ -196,7 +207,8 @@ def fake_quantize_activation(x: Tensor, step: Tensor, zero_point: Tensor, bits: 
         zero_point: Float scalar tensor; it is rounded to an integer.
         bits: 2 to 8.
     """
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, step, zero_point))
+    if torch.compiler.is_compiling() and not trains:
         # Reading the step as a number, as below, would cut a compiled graph in two.
         zero = zero_point.round()
         low, high = (limit - zero for limit in activation_range(bits))

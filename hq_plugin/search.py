@@ -168,8 +168,10 @@ def genetic_search(
 
     population = min(config.population, max(2, budget // 3))
     optimizer = evolution(planned, repair, known, rng, population, config.crossover, budget)
-    # Uniform policies enter filled up; as they are, they are baselines, which the caller measures.
-    starts = [planned, *(repair(genome) for genome in uniform)]
+    # They enter filled up, for several limits at once leave a plan room; as they are, uniform policies and the plan
+    # are baselines, which the caller measures.
+    filled = Repair(losses.table, resources, space.top, np.random.RandomState(config.seed))(planned)
+    starts = [filled, *(repair(genome) for genome in uniform)]
     for genome in reversed(starts):
         optimizer.suggest(genome.astype(float))
 

@@ -35,6 +35,8 @@ from hq_plugin.kernels import choose_kernels
 from hq_plugin.lasting import LastingLosses
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
+from hq_plugin.metric import EvalFunction, measured, measured_if_possible
+from hq_plugin.modes import gradients
 from hq_plugin.moments import Moments, SiteMoments, fisher_losses
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.preparation import (
@@ -48,7 +50,7 @@ from hq_plugin.preparation import (
 )
 from hq_plugin.profiling import first_samples, with_latency
 from hq_plugin.ranking import distances, rerank
-from hq_plugin.result import Result, versions
+from hq_plugin.result import Baseline, Result, versions
 from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
@@ -58,7 +60,6 @@ from hq_plugin.sharding import placed
 from hq_plugin.space import SearchSpace
 from hq_plugin.tracking import track, tracking
 
-EvalFunction = Callable[[nn.Module], float]
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -75,7 +76,7 @@ def _stage(method: Callable[Concatenate[Session, P], T]) -> Callable[Concatenate
     @functools.wraps(method)
     def stage(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> T:
         kept = self.checkpoint.held() if self.checkpoint else nullcontext()
-        with seeded(self.config.seed), alive_together(), kept:
+        with seeded(self.config.seed), gradients(), alive_together(), kept:
             return method(self, *args, **kwargs)
 
     return stage
@@ -116,6 +117,8 @@ class Session:
         self.sensitivities: Table
         self.second_order: Table | None = None
         self.checkpoint: Checkpoint | None = None
+        #: What `eval_fn` said of the float model, while a call that has one runs.
+        self.float_metric: float | None = None
         with torch.no_grad():
             example = data.holdout[0].to(device_of(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
@@ -139,7 +142,7 @@ class Session:
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
         """
-        with seeded(config.seed):
+        with seeded(config.seed), gradients():
             return cls._created(model, data, config, budget, share)
 
     @classmethod
@@ -217,11 +220,12 @@ class Session:
         return self._sampler(focus)
 
     @_stage
-    def search(self, budget: str | Budget) -> Found:
+    def search(self, budget: str | Budget, *, eval_fn: EvalFunction | None = None) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
         Args:
             budget: As for `hq_plugin.quantize`.
+            eval_fn: As for `quantize`; what it says of the best policy of each kind is in the baselines.
 
         Raises:
             BudgetError: The budget cannot be read or met.
@@ -237,6 +241,8 @@ class Session:
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, losses, score, self.config, uniform)
             ranked = rerank(self.scorer, network, self.costs, losses, found.leaders, found.seeds)
+            if eval_fn is not None:
+                ranked = {name: self._with_metric(baseline, network, eval_fn) for name, baseline in ranked.items()}
         self.scored += found.evaluations
         genomes = {name: self.space.genome(baseline.policy) for name, baseline in ranked.items()}
         chosen = min(ranked, key=lambda name: ranked[name].kl + losses.added(genomes[name]))
@@ -258,6 +264,13 @@ class Session:
             memory={"search": peak_memory()},
             front=predicted_front(self.costs, self.sensitivities, losses, resources[0].cost),
         )
+
+    def _with_metric(self, baseline: Baseline, network: nn.Module, eval_fn: EvalFunction) -> Baseline:
+        """Returns a baseline with what `eval_fn` says of the network that is generated for it."""
+        torch_ao.apply_policy(network, baseline.policy)
+        self.scorer.recalibrate(network)
+        metric = measured_if_possible(eval_fn, network, f"the {baseline.name} policy before fine-tuning")
+        return replace(baseline, metric=metric)
 
     def _resources(self, budget: str | Budget) -> list[Resource]:
         """Turns a budget into limits; measures the machine first, where latency is limited."""
@@ -333,7 +346,8 @@ class Session:
 
         Args:
             budget: As for `hq_plugin.quantize`.
-            eval_fn: Called with a model, returns a number to report; higher or lower, it decides nothing.
+            eval_fn: Called with a model in eval mode, returns a number to report; higher or lower, it decides
+                nothing. It sees the float model first, then the baselines, and the result.
 
         Returns:
             The packed model, with `.hq` (a `Result`).
@@ -343,7 +357,12 @@ class Session:
         """
         budget = Budget.parse(budget)
         with tracking(self.config):
-            return self.finetune(self.search(budget), budget=budget, eval_fn=eval_fn)
+            if eval_fn is not None and self.float_metric is None:
+                self.float_metric = measured(eval_fn, self.teacher)
+            try:
+                return self.finetune(self.search(budget, eval_fn=eval_fn), budget=budget, eval_fn=eval_fn)
+            finally:
+                self.float_metric = None  # of this function, and not of the next call's
 
     @_stage
     def finetune(
@@ -384,6 +403,9 @@ class Session:
             finetune_from=start or self.config.finetune_from,
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
+        float_metric = self.float_metric
+        if eval_fn is not None and float_metric is None:
+            float_metric = measured(eval_fn, self.teacher)
         began = time.perf_counter()
         network = self._start(found.policy, config)
         untrained = self._measured(network)
@@ -425,8 +447,8 @@ class Session:
             agreement=fidelity.agreement,
             accuracy=fidelity.accuracy,
             float_accuracy=float_accuracy,
-            metric=None if eval_fn is None else float(eval_fn(packed)),
-            float_metric=None if eval_fn is None else float(eval_fn(self.teacher)),
+            metric=measured_if_possible(eval_fn, packed, "the result"),
+            float_metric=float_metric,
             baselines=found.baselines,
             layers=with_activations(self.costs.layers(found.policy), packed),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],

@@ -15,7 +15,7 @@ from torch import nn
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import loss_name
-from hq_plugin.errors import ArtifactError, ModelError
+from hq_plugin.errors import ArtifactError, ConfigError, ModelError
 from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
 from hq_plugin.nn.split import saved_orders
@@ -60,6 +60,23 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
     return write_directory(directory, FORMAT, VERSION, content, tensors, overwrite=overwrite)
 
 
+#: Options that the MetaQuantNet's shape follows from.
+_SHAPING = (
+    "weight_bits",
+    "activation_bits",
+    "activation_scheme",
+    "embedding_bits",
+    "embedding_parts",
+    "group_size",
+    "zero_points",
+    "exclude",
+    "block",
+    "hidden",
+    "rank",
+    "dense_limit",
+)
+
+
 def read_session(
     directory: str | Path,
     model: nn.Module,
@@ -77,8 +94,14 @@ def read_session(
     Raises:
         ArtifactError: The directory holds no session, or a damaged or newer one.
         ModelError: The session is for another model.
+        ConfigError: An option shapes the MetaQuantNet, and cannot change.
     """
     content = read_json(directory, FORMAT, VERSION)
+    if fixed := [name for name in _SHAPING if name in options]:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a session: its MetaQuantNet was trained for what it was. Leave "
+            "that out, and give hq_plugin.meta_train other widths, layers or blocks."
+        )
     tensors = read_tensors(directory, content.get("sha256"))
     with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))

@@ -57,6 +57,8 @@ def write_directory(
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
     target = Path(directory).expanduser()
+    if target.is_symlink():
+        target = target.resolve()  # what it points to is replaced, and not the link
     if not is_first():
         wait_for_all()
         return target

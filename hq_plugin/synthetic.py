@@ -20,12 +20,22 @@ from hq_plugin.batch import Batch
 from hq_plugin.batchnorm import foldable
 from hq_plugin.data import Data
 from hq_plugin.errors import DataError, HQWarning
+from hq_plugin.progress import progress
 
 _IMAGE_SIZES = (32, 224, 64, 28)
 _SEQUENCE = 64
 
 
-def synthetic_data(model: nn.Module, *, batch_size: int, batches: int, held: int, seed: int, steps: int) -> Data:
+def synthetic_data(
+    model: nn.Module,
+    *,
+    batch_size: int,
+    batches: int,
+    held: int,
+    seed: int,
+    steps: int,
+    show: bool | None = False,
+) -> Data:
     """Makes training and held-out batches for a model.
 
     Args:
@@ -35,6 +45,7 @@ def synthetic_data(model: nn.Module, *, batch_size: int, batches: int, held: int
         held: Held-out batches.
         seed: Seeds the noise.
         steps: Optimizer steps that fit each batch to the BatchNorm statistics.
+        show: Whether to show a progress bar; None on a terminal only.
 
     Raises:
         DataError: The shape of the model's inputs cannot be found out.
@@ -49,12 +60,27 @@ def synthetic_data(model: nn.Module, *, batch_size: int, batches: int, held: int
         stacklevel=4,
     )
     made = []
-    for _ in range(batches + held):
-        inputs = [_noise_like(value, batch_size, generator, model) for value in (*args, *kwargs.values())]
-        _match_batchnorm(model, inputs, list(kwargs), len(args), steps)
-        keyed = dict(zip(kwargs, inputs[len(args) :], strict=True))
-        made.append(Batch(tuple(inputs[: len(args)]), keyed, None, batch_size))
+    with progress(show) as bars:
+        bar = bars.task("synthetic data", total=batches + held)
+        for _ in range(batches + held):
+            made.append(_batch(model, args, kwargs, batch_size, generator, steps))
+            bar.advance()
     return Data(made[held:], made[:held], synthetic=True)
+
+
+def _batch(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    batch_size: int,
+    generator: torch.Generator,
+    steps: int,
+) -> Batch:
+    """Makes one batch in the image of an example."""
+    inputs = [_noise_like(value, batch_size, generator, model) for value in (*args, *kwargs.values())]
+    _match_batchnorm(model, inputs, list(kwargs), len(args), steps)
+    keyed = dict(zip(kwargs, inputs[len(args) :], strict=True))
+    return Batch(tuple(inputs[: len(args)]), keyed, None, batch_size)
 
 
 def _example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -28,7 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hq_plugin.batchnorm import fold_batchnorm
 from hq_plugin.distribution import in_pieces
-from hq_plugin.errors import ModelError, PolicyError
+from hq_plugin.errors import HQWarning, ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
 from hq_plugin.optimal_qparams import optimal_activation_qparams
@@ -344,7 +344,14 @@ def prepare(
 
     Raises:
         PolicyError: The policy names a layer that the model lacks or that cannot be quantized.
+        ModelError: The model is prepared or packed already.
     """
+    if not isinstance(policy, HybridPolicy):
+        raise PolicyError(
+            f"prepare takes a HybridPolicy, not a {type(policy).__name__}: HybridPolicy.from_json(...)."
+        )
+    if any(isinstance(module, (QATMixin, PackedModule)) for module in model.modules()):
+        raise ModelError("The model is prepared or packed already. Give the float model that it was made from.")
     model = with_layers_of(copy.deepcopy(model), policy, inplace=True)
     modules = dict(model.named_modules())
     blocks: dict[int, WeightBlock] = {}
@@ -535,7 +542,7 @@ class _SwapToPacked:
     def _from_graph(self, module: Any) -> nn.Module:
         """Packs a QAT layer that torch.ao's graph mode made: its BatchNorm is folded, its ReLU follows."""
         weight, bias = module.weight.detach(), module.bias
-        float_type = nn.Linear if isinstance(module, nn.Linear) else nn.Conv2d
+        float_type = next(base for base in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, base))
         if hasattr(module, "bn"):
             bn = module.bn
             weight, bias = fuse_conv_bn_weights(
@@ -548,8 +555,8 @@ class _SwapToPacked:
         return nn.Sequential(packed, nn.ReLU()) if type(module) in _GRAPH_RELU else packed
 
 
-_GRAPH_RELU = (nniqat.LinearReLU, nniqat.ConvReLU2d, nniqat.ConvBnReLU2d)
-_GRAPH = (nnqat.Linear, nnqat.Conv2d, nniqat.ConvBn2d, *_GRAPH_RELU)
+_GRAPH_RELU = (nniqat.LinearReLU, nniqat.ConvReLU2d, nniqat.ConvBnReLU1d, nniqat.ConvBnReLU2d)
+_GRAPH = (nnqat.Linear, nnqat.Conv1d, nnqat.Conv2d, nniqat.ConvBn1d, nniqat.ConvBn2d, *_GRAPH_RELU)
 
 
 def convert(prepared: nn.Module) -> nn.Module:
@@ -567,8 +574,9 @@ def convert(prepared: nn.Module) -> nn.Module:
         The converted model in eval mode, without gradients.
 
     Raises:
-        ModelError: The model holds no layer that `prepare` made.
+        ModelError: The model holds no layer that `prepare` made, or no input of one was ever seen.
     """
+    _check_calibrated(prepared)
     converted = copy.deepcopy(prepared).eval()
     types = {type(m) for m in converted.modules() if isinstance(m, (QATMixin, *_GRAPH))}
     if not types:
@@ -581,6 +589,29 @@ def convert(prepared: nn.Module) -> nn.Module:
     )
     fold_batchnorm(converted)
     return converted.eval().requires_grad_(False)
+
+
+def _check_calibrated(prepared: nn.Module) -> None:
+    """Checks that steps of inputs come from inputs: those of a model that has never run are made up."""
+    static = {
+        name: layer.activation_fake_quant
+        for name, layer in qat_layers(prepared).items()
+        if isinstance(layer.activation_fake_quant, HybridActivationFakeQuantize)
+        and layer.activation_fake_quant.bits != FLOAT_BITS
+        and not layer.activation_fake_quant.is_dynamic
+    }
+    unseen = [name for name, quantizer in static.items() if not bool(quantizer.steps.calibrated)]
+    if unseen and len(unseen) == len(static):
+        raise ModelError(
+            f"The inputs of {', '.join(unseen[:5])} have no steps yet. Run the prepared model on a batch, or on "
+            "several inside hq_plugin.torch_ao.calibrate(prepared), before it is converted."
+        )
+    if unseen:
+        warnings.warn(
+            f"The prepared model never ran {', '.join(unseen[:5])}: the steps of their inputs are made up.",
+            HQWarning,
+            stacklevel=3,
+        )
 
 
 def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:

@@ -154,7 +154,7 @@ def _train(task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)
         for step in range(first, task.steps):
-            if step and step % every == 0:
+            if step == first or step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, _state(network))
             task.before_step(network, step)
@@ -176,7 +176,7 @@ def _train(task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn
                     if math.isfinite(value):
                         _backward(accelerator, loss)  # which divides by `accumulated`
             if not math.isfinite(value):
-                _stop_at(task, step, value, network, good)
+                _stop_at(task, step, value, network, good if step else None)
                 break
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
@@ -207,6 +207,11 @@ def _backward(accelerator: Accelerator, loss: Tensor) -> None:
     try:
         accelerator.backward(loss)
     except RuntimeError as error:
+        if "does not require grad" in str(error):
+            raise TrainingError(
+                "The model's output has no gradient: its forward runs under torch.no_grad or detaches what it "
+                "computes. Take that away for training."
+            ) from error
         if "backward through the graph a second time" not in str(error):
             raise
         raise TrainingError(

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import hq_plugin as hq
 from hq_plugin import BudgetError, Config, ConfigError, DataError, HQWarning, LayerBits, ModelError, TrainingError
 from hq_plugin.nn import packed_modules
+from hq_plugin.session import Session
 from tests.conftest import SITES, TinyNet, digits_batches
 
 SMOKE = Config(effort="smoke", meta_steps=3, finetune_steps=2, search_evaluations=6, holdout=32)
@@ -260,3 +261,73 @@ def test_little_data_warns(trained: nn.Module, batches) -> None:  # type: ignore
 def test_options_that_cannot_be(trained: nn.Module, batches, options, said: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match=said):
         hq.quantize(trained, "3bit", batches, **{"effort": "smoke", **options})
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_code_may_call_it(mode, trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    expected = hq.quantize(trained, "4bit", batches, config=SMOKE)
+    with mode():
+        small = hq.quantize(trained, "4bit", batches, config=SMOKE)
+        found = small(batches[0][0])
+    torch.testing.assert_close(found, expected(batches[0][0]), rtol=0, atol=0)
+
+
+def test_without_data_it_works_there_as_well(trained: nn.Module) -> None:
+    with torch.no_grad(), pytest.warns(HQWarning, match="No data"):
+        assert hq.quantize(trained, "4bit", config=SMOKE).hq.kl >= 0  # type: ignore[union-attr]
+
+
+def test_eval_fn_is_tried_before_any_work(trained: nn.Module, batches, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(Session, "create", lambda *_, **__: pytest.fail("it worked first"))
+
+    def broken(model: nn.Module) -> float:
+        raise KeyError("top1")
+
+    with pytest.raises(KeyError, match="top1"):
+        hq.quantize(trained, "4bit", batches, config=SMOKE, eval_fn=broken)
+    for wrong, says in ((3, "must be a function"), (lambda model: {"a": 1}, "returned a dict")):
+        with pytest.raises(ConfigError, match=says):
+            hq.quantize(trained, "4bit", batches, config=SMOKE, eval_fn=wrong)  # type: ignore[arg-type]
+
+
+def test_eval_fn_measures_float_model_baselines_and_result(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    modes = []
+
+    def metric(model: nn.Module) -> torch.Tensor:
+        modes.append(model.training)
+        model.train()
+        with torch.no_grad():
+            return model.eval()(batches[0][0]).abs().mean() if len(modes) < 99 else torch.tensor(0.0)
+
+    trained.train()
+    small = hq.quantize(trained, "4bit", batches, config=SMOKE, eval_fn=metric)  # type: ignore[arg-type]
+    assert trained.training
+    assert not small.training
+    assert not any(modes)
+    trained.eval()
+    result: hq.Result = small.hq  # type: ignore[assignment]
+    assert result.float_metric == pytest.approx(float(metric(trained)))
+    assert result.metric == pytest.approx(float(metric(small)))
+    assert set(result.baselines) >= {"searched", "dynamic_programming"}
+    found = [baseline.metric for baseline in result.baselines.values()]
+    assert all(value is not None and value != result.float_metric for value in found)
+
+
+def test_a_result_survives_its_eval_fn(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    def picky(model: nn.Module) -> float:
+        if packed_modules(model):
+            raise ValueError("no packed layers, please")
+        return 1.0
+
+    with pytest.warns(HQWarning, match="eval_fn failed on the result.*no packed layers"):
+        small = hq.quantize(trained, "4bit", batches, config=SMOKE, eval_fn=picky)
+    result: hq.Result = small.hq  # type: ignore[assignment]
+    assert (result.metric, result.float_metric) == (None, 1.0)
+
+
+@pytest.mark.parametrize("shown", [None, True, False])
+def test_what_takes_less_than_half_a_minute_is_silent(shown, trained, batches, capfd) -> None:  # type: ignore[no-untyped-def]
+    hq.quantize(trained, "4bit", batches, config=SMOKE, progress=shown)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert ("fine-tuning" in err) == (shown is True), "bars where they are asked for, without a terminal none"

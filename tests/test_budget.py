@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from hq_plugin import Budget, BudgetError
@@ -35,6 +36,10 @@ def test_what_cannot_be_read_says_what_can(text: str) -> None:
 def test_not_positive(text: str) -> None:
     with pytest.raises(BudgetError, match="not positive"):
         Budget.parse(text)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    assert Budget(size=np.int64(3000), weight_bits=np.float32(3)) == Budget(size=3000, weight_bits=3)
 
 
 def test_other_mistakes() -> None:

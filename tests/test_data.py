@@ -5,7 +5,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
+from torch.utils.data.distributed import DistributedSampler
 
 from hq_plugin import Config, DataError
 from hq_plugin.data import Data, prepare_data
@@ -145,3 +154,76 @@ def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
 def test_what_only_looks_like_batches_gets_a_hint(data: Any, said: str) -> None:
     with pytest.raises(DataError, match=said):
         prepare_data(data, One(), CONFIG)
+
+
+class Recorded(Dataset[Tensor]):
+    """Notes which samples are read."""
+
+    def __init__(self) -> None:
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return 200
+
+    def __getitem__(self, index: int) -> Tensor:
+        self.read.append(index)
+        return X[index]
+
+
+def test_samples_that_a_sampler_leaves_out_are_never_read() -> None:
+    source = Recorded()
+    loader = DataLoader(source, batch_size=8, sampler=SubsetRandomSampler(range(100)))
+    data = prepare_data(loader, One(), CONFIG)
+    held, trained = values(data.holdout), values(data.train)
+    assert held | trained <= set(map(float, range(100)))
+    assert not held & trained
+    assert max(source.read) < 100
+    assert len(held) == 25
+
+
+def test_samples_are_trained_on_as_often_as_a_sampler_draws_them() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [1.0] * 100 + [9.0] * 100
+    sampler = WeightedRandomSampler(weights, 1000, generator=generator)
+    data = prepare_data(DataLoader(Recorded(), batch_size=8, sampler=sampler), One(), CONFIG)
+    seen = [float(v) for batch in data.train for v in batch.args[0].flatten()]
+    assert not set(seen) & values(data.holdout)
+    assert 0.8 < sum(value >= 100 for value in seen) / len(seen) < 0.97
+
+
+@pytest.mark.parametrize("sampler", [RandomSampler, lambda data: DistributedSampler(data, 2, 0)])
+def test_every_process_splits_all_samples(sampler: Any) -> None:
+    source = Recorded()
+    data = prepare_data(DataLoader(source, batch_size=8, sampler=sampler(source)), One(), CONFIG)
+    assert len(values(data.holdout)) == 50
+    assert len(values(data.train)) == 144, "150, without the last, smaller batch"
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        yield from X
+
+
+def test_a_stream_has_no_length() -> None:
+    data = prepare_data(DataLoader(Stream(), batch_size=10), One(), CONFIG)
+    assert not values(data.holdout) & values(data.train)
+    assert values(data.holdout) | values(data.train) == set(range(200))
+    assert not data.shared
+
+
+def test_a_short_stream_still_holds_something_out() -> None:
+    class Few:
+        def __iter__(self) -> Any:
+            return iter(X[:40].split(10))
+
+    data = prepare_data(Few(), One(), replace(CONFIG, holdout=512))
+    assert (len(values(data.holdout)), len(values(data.train)), data.shared) == (10, 30, False)
+
+
+def test_a_dataset_without_a_length_says_so() -> None:
+    class Endless(Dataset[Tensor]):
+        def __getitem__(self, index: int) -> Tensor:
+            return X[0]
+
+    with pytest.raises(DataError, match="Endless has no length"):
+        prepare_data(Endless(), One(), CONFIG)

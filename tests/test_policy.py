@@ -31,13 +31,13 @@ def test_dynamic_activations_have_a_width() -> None:
         HybridPolicy.from_json({"a": [4, 8, 0, 2]})
 
 
-@pytest.mark.parametrize("weight", [0, 9, -1, 2.5, True, None])
+@pytest.mark.parametrize("weight", [4.0, 0, 9, -1, 2.5, True, None])
 def test_impossible_weight_widths(weight: object) -> None:
     with pytest.raises(PolicyError, match="1 to 8"):
         LayerBits(weight)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("activation", [0, 1, 9, 32])
+@pytest.mark.parametrize("activation", [8.0, 0, 1, 9, 32])
 def test_impossible_activation_widths(activation: int) -> None:
     with pytest.raises(PolicyError, match="2 to 8"):
         LayerBits(4, activation)

@@ -1,5 +1,6 @@
 """Repair of any genome into any limits."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -73,8 +74,13 @@ def test_limits_that_pull_in_different_directions(seed: int, shares: tuple[float
     resources = [limit(name, rng.rand(*table.shape), share) for name, share in zip("ab", shares, strict=True)]
     possible = any(all(r.used(g) <= 1 for r in resources) for g in every_genome(space))
     if not possible:
-        with pytest.raises(BudgetError, match="a and b at once"):
+        with pytest.raises(BudgetError, match="a and b at once") as raised:
             dynamic_programming(table, resources)
+        (name, factor), *_ = re.findall(r"(a|b) takes ([0-9.]+) times its limit", str(raised.value))
+        assert float(factor) > 1
+        # What the message says can be had.
+        more = [replace(r, capacity=r.capacity * float(factor)) if r.name == name else r for r in resources]
+        assert any(all(r.used(g) <= 1 for r in more) for g in every_genome(space))
         return
     try:
         planned = dynamic_programming(table, resources)

@@ -41,6 +41,10 @@ def test_without_a_budget_the_stream_runs_along_the_front() -> None:
     mean = np.mean(drawn, axis=0)
     assert mean[0, 0] > mean[-1, 0] + 0.5
     assert any((genome == space.top).all() for genome in drawn)
+    assert any((genome == 0).all() for genome in drawn)
+    # Uniform ones of the widths between are drawn more often than chance would: 30 groups rarely agree.
+    between = [g for g in drawn if len(set(g[:, 0])) == 1 and 0 < g[0, 0] < space.top[0, 0]]
+    assert len(between) > len(drawn) / 50
     # Where activations may choose, they do.
     assert 0.1 < mean[:, 1].mean() < 0.9
 

@@ -273,3 +273,12 @@ def test_a_read_only_disk(small: nn.Module, tmp_path: Path) -> None:
             hq.quantize(model(), "4bit", batches(), checkpoint_dir=disk / "ck", **OPTIONS)  # type: ignore[arg-type]
     finally:
         os.system(f"umount {disk}")
+
+
+def test_a_link_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    for value in (1, 2):
+        save(tmp_path / "link", value)
+        assert (tmp_path / "link").is_symlink()
+        assert value_of(tmp_path / "real") == value

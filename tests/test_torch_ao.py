@@ -10,8 +10,8 @@ from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.ao.quantization.quantize_fx import prepare_qat_fx
 
-from hq_plugin import Config, HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
-from hq_plugin.metaquantnet import MetaQuantNet
+from hq_plugin import Config, HQWarning, HybridPolicy, LayerBits, ModelError, PolicyError, torch_ao
+from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import packed_modules
 from hq_plugin.packing import unpack_bits
 from hq_plugin.quantization import weight_range
@@ -215,6 +215,56 @@ def test_a_policy_for_another_model(tiny: nn.Module) -> None:
         torch_ao.prepare(tiny, HybridPolicy({"layer1.conv": LayerBits(3)}))
     with pytest.raises(PolicyError, match="BatchNorm2d"):
         torch_ao.prepare(tiny, HybridPolicy({"bn1": LayerBits(3)}))
+
+
+def test_a_model_that_never_ran_has_no_steps(tiny: nn.Module) -> None:
+    x = torch.randn(4, 1, 8, 8)
+    prepared = torch_ao.prepare(tiny, random_policy(tiny, x, 3))
+    for layer in torch_ao.qat_layers(prepared).values():
+        layer.activation_fake_quant.bits = 8  # type: ignore[union-attr]
+        layer.activation_fake_quant.steps = ActivationSteps((8,))  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match=r"inputs of .* have no steps yet"):
+        torch_ao.convert(prepared)
+    prepared(x)
+    check_converted(prepared.eval(), x)
+
+
+def test_a_layer_that_never_ran_is_named() -> None:
+    class Bypassed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.idle = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    prepared = torch_ao.prepare(Bypassed().eval(), HybridPolicy({"used": LayerBits(4, 8), "idle": LayerBits(4, 8)}))
+    prepared(torch.randn(3, 4))
+    with pytest.warns(HQWarning, match="never ran idle"):
+        torch_ao.convert(prepared)
+
+
+def test_what_cannot_be_prepared(tiny: nn.Module) -> None:
+    x = torch.randn(4, 1, 8, 8)
+    policy = random_policy(tiny, x)
+    prepared = torch_ao.prepare(tiny, policy)
+    prepared(x)
+    for model in (prepared, torch_ao.convert(prepared)):
+        with pytest.raises(ModelError, match="prepared or packed already"):
+            torch_ao.prepare(model, policy)
+    with pytest.raises(PolicyError, match="takes a HybridPolicy, not a dict"):
+        torch_ao.prepare(tiny, {"conv1": (3, 8)})  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("norm", [nn.Identity(), nn.BatchNorm1d(3)], ids=["plain", "batchnorm"])
+def test_graph_mode_of_one_dimension(norm: nn.Module) -> None:
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(18, 4)).train()
+    policy = HybridPolicy({"0": LayerBits(4, 8), "4": LayerBits(4, 8)})
+    x = torch.randn(6, 2, 8)
+    prepared = prepare_qat_fx(copy.deepcopy(model), torch_ao.get_qconfig_mapping(policy), (x,))
+    converted = check_converted(train_a_little(prepared, x), x)
+    assert len(packed_modules(converted)) == 2
 
 
 def test_convert_wants_a_prepared_model(tiny: nn.Module) -> None:

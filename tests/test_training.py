@@ -69,6 +69,28 @@ def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Mo
     assert all(torch.isfinite(value).all() for value in job.network.state_dict().values())
 
 
+def test_an_early_nan_costs_no_more_than_training(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    kl = loss_function("kl", torch.randn(2, 10))
+    calls = []
+
+    def breaking(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return kl(student, teacher) * (math.nan if len(calls) > 3 else 1.0)
+
+    job = task(trained, batches, steps=2000, loss=breaking)
+    before = {name: value.clone() for name, value in job.network.state_dict().items()}
+    with pytest.warns(HQWarning, match=r"became nan at step 3 of 2000.*state of step 0"):
+        train(job)
+    assert all(torch.equal(before[name], p) for name, p in job.network.named_parameters())
+
+
+def test_an_output_without_a_gradient_says_why(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    kl = loss_function("kl", torch.randn(2, 10))
+    job = task(trained, batches, steps=3, loss=lambda student, teacher: kl(student.detach(), teacher))
+    with pytest.raises(TrainingError, match=r"no gradient: its forward runs under torch\.no_grad"):
+        train(job)
+
+
 def test_a_loss_that_starts_as_nan_raises(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
     job = task(trained, batches, loss=lambda s, t: (s - t).sum() * math.inf)
     with pytest.raises(TrainingError, match="at step 0"):

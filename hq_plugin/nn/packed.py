@@ -13,7 +13,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.fx import Proxy
 
 from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
@@ -22,10 +23,16 @@ from hq_plugin.quantization import (
     dequantize_weight,
     fake_quantize_activation,
     fake_quantize_rows,
+    input_levels,
+    round_to_levels,
     weight_offset,
     weight_rows,
 )
 from hq_plugin.stored_qparams import ZERO_BITS, load_step, load_zero, step_bytes, store_step, store_zero
+
+# In a graph that torch.fx traces they are nodes: whether they quantize must not be decided while it traces.
+fx.wrap("fake_quantize_activation")
+fx.wrap("fake_quantize_rows")
 
 #: Buffers that hold a packed weight, shared where weights are tied, and those of a quantized input; a layer has
 #: what its widths need.
@@ -77,6 +84,8 @@ class PackedModule(nn.Module):
     _cache_enabled: bool
     _cached: Tensor | None
     _kernel: Any
+    #: Identity and version of the steps of the input, and the numbers that they are.
+    _levels: tuple[list[tuple[int, int]], tuple[float, int, int]] | None = None
 
     @classmethod
     def skeleton(
@@ -201,11 +210,25 @@ class PackedModule(nn.Module):
         self._kernel, self._cached = kernel, None
 
     def _quantize_input(self, x: Any) -> Any:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
+        traced = isinstance(x, Proxy)
+        if not traced and (not isinstance(x, Tensor) or not x.is_floating_point()):
             return x
+        bits = self.bits.activation
         if self.bits.dynamic:
-            return fake_quantize_rows(x, self.bits.activation)
-        return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, self.bits.activation)
+            return fake_quantize_rows(x, bits)
+        if traced or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+            return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, bits)
+        return round_to_levels(x, *self._input_levels())
+
+    def _input_levels(self) -> tuple[float, int, int]:
+        """Returns what the input is rounded to, as numbers: reading them from tensors takes as long as rounding."""
+        step, zero_point = (self._buffers[name] for name in INPUT_BUFFERS)  # quicker than as attributes
+        assert step is not None
+        assert zero_point is not None
+        now = [(id(t), 0 if t.is_inference() else t._version) for t in (step, zero_point)]
+        if self._levels is None or self._levels[0] != now:
+            self._levels = now, input_levels(step, zero_point, self.bits.activation)
+        return self._levels[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Moves of device and dtype come through here. What is exact stays exact: steps keep their dtype.
@@ -226,7 +249,7 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_kernel": None}
+        return {**self.__dict__, "_cached": None, "_kernel": None, "_levels": None}
 
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""

@@ -3,7 +3,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from hq_plugin.artifact import read_info
 from hq_plugin.cli.output import print_result
@@ -48,9 +47,3 @@ def test_kernels(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     data = json.loads(call(*arguments, "--json").stdout)
     assert data["layers"].keys() == {"stem", "depthwise", "pointwise", "head"}
     assert all(layer["kernel"] in layer["milliseconds"] for layer in data["layers"].values())
-
-
-def test_progress_stays_off_without_a_terminal(saved: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    call("inspect", saved)
-    assert capfd.readouterr().err == ""
-    assert torch.is_grad_enabled()

@@ -154,3 +154,33 @@ def test_torch_compile_makes_one_graph_of_every_width(cached: bool) -> None:
         found = compiled(x)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     assert all((layer._cached is not None) == cached for layer in packed_modules(model).values())
+
+
+@pytest.mark.parametrize("activation", [2, 8])
+def test_traces_and_transforms_quantize_inputs(activation: int) -> None:
+    layers = [nn.Conv2d(2, 4, 3), nn.Conv2d(4, 3, 3)]
+    model = nn.Sequential(*(pack(layer, LayerBits(4, activation)) for layer in layers)).requires_grad_(False)
+    x = torch.randn(5, 2, 8, 8)
+    expected = model(x)
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), expected)
+    assert torch.equal(torch.vmap(lambda one: model(one[None])[0])(x), expected)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), expected, rtol=0, atol=1e-6)
+
+
+def test_new_steps_of_an_input_count_at_once() -> None:
+    layer, x = pack(nn.Linear(6, 4), LayerBits(8, 4)), torch.randn(3, 6)
+    before = layer(x)
+    layer.activation_step.mul_(3)
+    assert not torch.equal(layer(x), before)
+    layer.activation_step = layer.activation_step / 3
+    torch.testing.assert_close(layer(x), before)
+    layer.load_state_dict({**layer.state_dict(), "activation_zero_point": torch.tensor(9, dtype=torch.int32)})
+    assert not torch.allclose(layer(x), before)
+
+
+def test_gradients_reach_the_input() -> None:
+    layer, x = pack(nn.Linear(6, 4), LayerBits(8, 8)), torch.rand(3, 6, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert float(x.grad.abs().sum()) > 0
