@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -163,17 +164,22 @@ def page(rows: list[dict[str, Any]]) -> str:
         f"{TRAINING_STEPS} steps of {STEP_TOKENS:,} tokens and {CANDIDATES} candidates of {CANDIDATE_TOKENS:,} "
         f"(effort `balanced`, at a batch that fills {GPUS} GPUs), split over {GPUS} GPUs that reach "
         f"{GPU_FLOPS:.0e} operations a second each. Preparation (moments, groups) is not in it. "
-        "Training is data-parallel: every GPU holds all of it.",
+        "Data-parallel, every GPU holds all of it; in pieces (FSDP2) each holds its share, and one block. "
+        "What crosses between GPUs is not in the hours. The host holds the float model, the network and its "
+        "generators whole, once a process: at least 8 bytes a parameter each.",
         "",
-        f"| model | memory of each GPU | fits in {GPU_BYTES / 1e9:.0f} GB | hours on {GPUS} GPUs |",
-        "|---|---|---|---|",
+        f"| model | memory of each GPU | in pieces | {GPU_BYTES / 1e9:.0f} GB are enough | hours on {GPUS} GPUs |",
+        "|---|---|---|---|---|",
     ]
     for name, parameters in ASKED.items():
         forwards = TRAINING_STEPS * STEP_TOKENS * step + CANDIDATES * CANDIDATE_TOKENS * candidate
         hours = forwards * 2 * parameters / (GPUS * GPU_FLOPS) / 3600
         memory = slope * parameters + base
-        fits = "yes" if memory < GPU_BYTES else "no"
-        lines.append(f"| {name} | {memory / 1e9:.0f} GB | {fits} | {hours:.2f} |")
+        pieces = slope * parameters / GPUS + base
+        fits = "yes" if memory < GPU_BYTES else "in pieces"
+        if pieces >= GPU_BYTES:
+            fits = f"in pieces over {math.ceil(slope * parameters / (GPU_BYTES - base))} GPUs"
+        lines.append(f"| {name} | {memory / 1e9:.0f} GB | {pieces / 1e9:.0f} GB | {fits} | {hours:.2f} |")
     return "\n".join(lines) + "\n"
 
 
