@@ -17,7 +17,7 @@ from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from hq_plugin import adapters, torch_ao
+from hq_plugin import adapters, lasting, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming
 from hq_plugin.blocks import find_blocks
 from hq_plugin.budget import Budget
@@ -169,7 +169,7 @@ class Session:
         session.costs = costs
         session.checkpoint = open_checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
-        if config.sensitivities == "both" and config.steps.finetune and config.effort != "smoke":
+        if lasting.counts_second_order(space, config):
             moments = calibration_moments(teacher, space, data, config)
             session.second_order = session._second_order(moments)
         measured = time.perf_counter()

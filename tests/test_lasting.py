@@ -1,12 +1,17 @@
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import hq_plugin
+from hq_plugin import Config
 from hq_plugin.allocation import monotone
-from hq_plugin.lasting import EMBEDDINGS, SECOND_ORDER, STEPS, LastingLosses
+from hq_plugin.lasting import EMBEDDINGS, SECOND_ORDER, STEPS, LastingLosses, counts_second_order
 from hq_plugin.session import Session
+from hq_plugin.space import SearchSpace
 
 
 class Text(nn.Module):
@@ -106,3 +111,21 @@ def test_planned_losses_fall_with_each_width_whatever_the_second_order_does(sess
     assert not np.isnan(table).any()
     for row, (top, _) in enumerate(session.space.top):
         assert (np.diff(table[row, : top + 1, 0]) <= 1e-12).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "counts"),
+    [
+        ({}, True),
+        ({"activation_bits": (4, 8)}, False),
+        ({"sensitivities": "measured"}, False),
+        ({"finetune_steps": 0}, False),
+        ({"effort": "smoke"}, False),
+    ],
+)
+def test_the_second_order_counts_where_weights_alone_choose_and_train(
+    session: Session, options: dict[str, Any], counts: bool
+) -> None:
+    config = Config(**{"effort": "fast", **options}).filled()
+    space = SearchSpace.build(session.space.table, replace(config, activation_bits=config.activation_bits or 8))
+    assert counts_second_order(space, config) is counts
