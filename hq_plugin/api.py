@@ -13,7 +13,7 @@ from hq_plugin import adapters
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
-from hq_plugin.errors import EngineError, ModelError
+from hq_plugin.errors import ConfigError, EngineError, ModelError
 from hq_plugin.metric import EvalFunction, measured
 from hq_plugin.modes import gradients
 from hq_plugin.nn import packed_modules
@@ -188,6 +188,8 @@ def export(model: nn.Module, path: str | Path, example_inputs: Any = None, **opt
 
 def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[str, Any]) -> Config:
     _check_model(wrapper.model)
+    if config is not None and not isinstance(config, Config):
+        raise ConfigError(f"config is a {type(config).__name__}, not a Config. Options may be given as keywords.")
     config = (config or Config()).with_options(options)
     if config.processor is None:
         config = replace(config, processor=wrapper.processor)
@@ -209,6 +211,8 @@ def _check_model(model: Any) -> None:
         )
     if packed_modules(model):
         raise ModelError("model is quantized already. Give the float model that it was made from.")
+    if any(p.is_meta for p in model.parameters()):
+        raise ModelError("The model is on the meta device, without weights. Load it with its weights.")
     adapter = adapters.find(model)
     if adapter is None or adapter.name != "huggingface":  # whose own check knows about devices
         half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})

@@ -113,7 +113,13 @@ def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
     Raises:
         DataError: It holds no tensor, no sample, values that are not finite, or no values at all.
     """
-    args, kwargs, labels = split(raw)
+    parts = split(raw)
+    if not isinstance(parts, tuple) or len(parts) != 3:
+        raise DataError(
+            f"prepare_batch returned a {type(parts).__name__}. It must return three things: the model's inputs as "
+            "a tuple, its named inputs as a dict, and the labels or None."
+        )
+    args, kwargs, labels = parts
     tensors = _tensors((args, kwargs))
     if not tensors and any(
         isinstance(part, np.ndarray) for part in (raw if isinstance(raw, (tuple, list)) else [raw])
@@ -128,7 +134,10 @@ def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
         if tensor.is_meta:
             raise DataError("A batch is on the meta device, which holds no values. Load real data.")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise DataError("A batch holds NaN or infinity. Clean the data first.")
+            bad = ~torch.isfinite(tensor)
+            first = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else int(bad.nonzero()[0])
+            where = f"sample {first} of an input of shape {tuple(tensor.shape)}"
+            raise DataError(f"A batch holds NaN or infinity: {where}. Clean the data first.")
     size = tensors[0].shape[0] if tensors[0].dim() else 1
     if size == 0:
         raise DataError("A batch holds no sample (its first dimension is 0). Drop empty batches.")

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from hq_plugin.batchnorm import foldable
@@ -239,7 +238,7 @@ def _kind_of(name: str, module: nn.Module, exclude: Sequence[str]) -> tuple[str 
         return None, "excluded by the configuration"
     kind = next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
     if kind is None:
-        if isinstance(module, _BatchNorm):
+        if foldable(module):
             return None, "BatchNorm: folded into one scale and one shift a channel at convert"
         return None, f"{type(module).__name__} is not a Linear, Conv1d, Conv2d or Embedding"
     if parametrize.is_parametrized(module):

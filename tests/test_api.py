@@ -277,6 +277,13 @@ def test_without_data_it_works_there_as_well(trained: nn.Module) -> None:
         assert hq.quantize(trained, "4bit", config=SMOKE).hq.kl >= 0  # type: ignore[union-attr]
 
 
+def test_models_and_options_of_a_wrong_kind(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ModelError, match="meta device, without weights"):
+        hq.quantize(TinyNet().to("meta"), "4bit", batches, config=SMOKE)
+    with pytest.raises(ConfigError, match="config is a dict, not a Config"):
+        hq.quantize(trained, "4bit", batches, config={"seed": 1})  # type: ignore[arg-type]
+
+
 def test_eval_fn_is_tried_before_any_work(trained: nn.Module, batches, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setattr(Session, "create", lambda *_, **__: pytest.fail("it worked first"))
 

@@ -81,6 +81,11 @@ def test_the_split_follows_the_seed() -> None:
     assert held(1) != held(2)
 
 
+def test_prepare_batch_must_give_three_things() -> None:
+    with pytest.raises(DataError, match="prepare_batch returned a Tensor"):
+        prepare_data([X], One(), replace(CONFIG, prepare_batch=lambda raw: raw))  # type: ignore[arg-type, return-value]
+
+
 def test_prepare_batch_takes_over() -> None:
     config = Config(effort="smoke", prepare_batch=lambda raw: ((raw["image"],), {}, raw["kind"]))
     batch = prepare_data([{"image": X, "kind": Y}], One(), config).holdout[0]
@@ -97,6 +102,8 @@ def test_prepare_batch_takes_over() -> None:
         ("file.csv", "not batches"),
         (3, "not batches"),
         ([torch.full((4, 1), float("nan"))], "NaN"),
+        ([torch.tensor([[1.0], [2.0], [float("nan")]])], "sample 2 of an input of shape"),
+        ([torch.tensor([1.0, float("inf")])], "sample 1 of an input of shape"),
         ([torch.full((4, 1), float("inf"))], "NaN"),
         ([X[:0]], "no sample"),
         (["text"], "holds no tensor"),

@@ -1,6 +1,7 @@
 """What the method costs beside float training and a float forward, as ratios.
 
     python -m tests.benchmarks.overhead [--model resnet20]
+    python -m tests.benchmarks.overhead --packed    # the forward of packed networks of several kinds and batches
 
 Times are taken in turn in one process, and medians of the ratios are printed; memory is the peak of
 two fresh processes above what they hold before the work starts.
@@ -13,9 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -113,6 +115,45 @@ def ratios(name: str) -> dict[str, tuple[float, float]]:
     }
 
 
+def packed_networks() -> Iterator[tuple[str, nn.Module, torch.Tensor]]:
+    """Yields networks of random weights, and inputs: what a packed forward adds hangs on what a layer takes."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(784, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)]
+    mlp = nn.Sequential(*layers).eval()
+    for batch in (1, 128):
+        yield f"784-256-256-10, batch {batch}", mlp, torch.randn(batch, 784)
+    for name, size, batch in (
+        ("mobilenetv3_small_050", 224, 1),
+        ("mobilenetv2_035", 224, 8),
+        ("resnet18", 64, 4),
+        ("resnet18", 224, 1),
+        ("vit_tiny_patch16_224", 224, 1),
+    ):
+        yield (
+            f"{name}, {size} pixels, batch {batch}",
+            timm.create_model(name).eval(),
+            torch.randn(batch, 3, size, size),
+        )
+
+
+def packed_forwards() -> Iterator[tuple[str, float, float]]:
+    """Yields each network's packed forward over the float one, as it is and with kernels chosen."""
+    for name, model, x in packed_networks():
+        config = Config(effort="smoke", meta_steps=0, finetune_steps=0, search_evaluations=2, progress=False)
+        packed = hq_plugin.quantize(model, "4bit", [torch.randn(8, *x.shape[1:]) for _ in range(3)], config=config)
+        yield name, _forward_ratio(packed, model, x), _forward_ratio(hq_plugin.choose_kernels(packed, x), model, x)
+
+
+@torch.no_grad()
+def _forward_ratio(packed: nn.Module, model: nn.Module, x: torch.Tensor) -> float:
+    for _ in range(3):
+        packed(x), model(x)
+    return statistics.median(
+        seconds(lambda: [packed(x) for _ in range(3)]) / seconds(lambda: [model(x) for _ in range(3)])
+        for _ in range(8 * ROUNDS)
+    )
+
+
 def peak(name: str, work: str) -> float:
     """Returns the peak memory of a fresh process above its start, in bytes."""
     out = subprocess.run(
@@ -150,9 +191,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--work", choices=["float", "quantize"])
+    parser.add_argument("--packed", action="store_true")
     options = parser.parse_args()
     if options.work:
         work(options.model, options.work)
+        return
+    if options.packed:
+        print("| network | packed / float | with kernels chosen |\n|---|---|---|")
+        for name, plain, chosen in packed_forwards():
+            print(f"| {name} | {plain:.2f} | {chosen:.2f} |", flush=True)
         return
     print(f"| {options.model} | measured | target |\n|---|---|---|")
     for name, (value, target) in ratios(options.model).items():
