@@ -71,7 +71,7 @@ def runnable(model: nn.Module) -> nn.Module:
     # What is shared stays shared. Buffers are copied: what runs in the shell must not write into the model.
     memo: dict[int, Any] = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     shell = copy.deepcopy(model, memo)
-    plugin = Accelerator().state.fsdp_plugin
+    plugin = copy.copy(Accelerator().state.fsdp_plugin)  # which would keep the classes of this model for the next
     # All in the parameters' own precision: a quantization step is learned as a logarithm, of which half precision
     # leaves too little. Mixed precision is autocast's, as without FSDP.
     try:
@@ -79,7 +79,7 @@ def runnable(model: nn.Module) -> nn.Module:
         for unit in _units(shell, plugin.auto_wrap_policy):
             fully_shard(unit, reshard_after_forward=plugin.reshard_after_forward, offload_policy=plugin.cpu_offload)
         fully_shard(shell, offload_policy=plugin.cpu_offload)
-    except (ValueError, AssertionError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, AssertionError, NotImplementedError, RuntimeError) as error:
         raise ModelError(f"{type(model).__name__} cannot be sharded by FSDP: {error}") from error
     return shell
 
