@@ -568,7 +568,7 @@ def convert(prepared: nn.Module) -> nn.Module:
     activations stay in its graph.
 
     Args:
-        prepared: What `prepare` returned, trained or not; it is not changed.
+        prepared: What `prepare` returned, trained or not, after a batch at least; it is not changed.
 
     Returns:
         The converted model in eval mode, without gradients.
