@@ -14,7 +14,7 @@ from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR, Data, prepare_data
 from hq_plugin.errors import ConfigError, EngineError, ModelError
-from hq_plugin.metric import EvalFunction, measured
+from hq_plugin.metric import EvalFunction, Metric
 from hq_plugin.modes import gradients
 from hq_plugin.nn import packed_modules
 from hq_plugin.preparation import search_space, teacher_of
@@ -63,10 +63,9 @@ def quantize(
     wrapper, budget = adapters.unwrap(model), Budget.parse(budget)
     config = _config(wrapper, config, options)
     with tracking(config):
-        float_metric = None if eval_fn is None else measured(eval_fn, wrapper.model)
+        metric = Metric.tried(eval_fn, wrapper.model)
         session = Session.create(wrapper.model, _data(wrapper.model, data, config), config, budget, share=True)
-        session.float_metric = float_metric
-        packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=eval_fn))
+        packed: nn.Module = wrapper.wrap(session.quantize(budget, eval_fn=metric))
     return packed
 
 

@@ -17,6 +17,30 @@ from hq_plugin.errors import ConfigError, HQWarning
 EvalFunction = Callable[[nn.Module], float]
 
 
+class Metric:
+    """An `eval_fn`, with what it says of the float model; it can be passed on as an `eval_fn`.
+
+    Args:
+        eval_fn: The function.
+        float_model: The float model, on which it is tried.
+
+    Raises:
+        ConfigError: `eval_fn` cannot be called, or did not return one number.
+    """
+
+    def __init__(self, eval_fn: EvalFunction, float_model: nn.Module) -> None:
+        self._eval_fn, self.of_float = eval_fn, measured(eval_fn, float_model)
+
+    def __call__(self, model: nn.Module) -> float:
+        """Calls the function."""
+        return self._eval_fn(model)
+
+    @classmethod
+    def tried(cls, eval_fn: EvalFunction | None, float_model: nn.Module) -> Metric | None:
+        """Returns the metric of an `eval_fn`, which is not tried again if it is one already; None of none."""
+        return eval_fn if eval_fn is None or isinstance(eval_fn, cls) else cls(eval_fn, float_model)
+
+
 def measured(eval_fn: EvalFunction, model: nn.Module) -> float:
     """Returns what `eval_fn` says of a model, which is in eval mode for it and afterwards as it was.
 

@@ -35,7 +35,7 @@ from hq_plugin.kernels import choose_kernels
 from hq_plugin.lasting import LastingLosses
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
-from hq_plugin.metric import EvalFunction, measured, measured_if_possible
+from hq_plugin.metric import EvalFunction, Metric, measured_if_possible
 from hq_plugin.modes import gradients
 from hq_plugin.moments import Moments, SiteMoments, fisher_losses
 from hq_plugin.policy import HybridPolicy
@@ -117,8 +117,6 @@ class Session:
         self.sensitivities: Table
         self.second_order: Table | None = None
         self.checkpoint: Checkpoint | None = None
-        #: What `eval_fn` said of the float model, while a call that has one runs.
-        self.float_metric: float | None = None
         with torch.no_grad():
             example = data.holdout[0].to(device_of(teacher)).run(teacher)
         self.loss: LossFunction = loss_function(config.loss, example)
@@ -357,12 +355,8 @@ class Session:
         """
         budget = Budget.parse(budget)
         with tracking(self.config):
-            if eval_fn is not None and self.float_metric is None:
-                self.float_metric = measured(eval_fn, self.teacher)
-            try:
-                return self.finetune(self.search(budget, eval_fn=eval_fn), budget=budget, eval_fn=eval_fn)
-            finally:
-                self.float_metric = None  # of this function, and not of the next call's
+            metric = Metric.tried(eval_fn, self.teacher)
+            return self.finetune(self.search(budget, eval_fn=metric), budget=budget, eval_fn=metric)
 
     @_stage
     def finetune(
@@ -403,9 +397,7 @@ class Session:
             finetune_from=start or self.config.finetune_from,
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
-        float_metric = self.float_metric
-        if eval_fn is not None and float_metric is None:
-            float_metric = measured(eval_fn, self.teacher)
+        metric = Metric.tried(eval_fn, self.teacher)
         began = time.perf_counter()
         network = self._start(found.policy, config)
         untrained = self._measured(network)
@@ -447,8 +439,8 @@ class Session:
             agreement=fidelity.agreement,
             accuracy=fidelity.accuracy,
             float_accuracy=float_accuracy,
-            metric=measured_if_possible(eval_fn, packed, "the result"),
-            float_metric=float_metric,
+            metric=measured_if_possible(metric, packed, "the result"),
+            float_metric=None if metric is None else metric.of_float,
             baselines=found.baselines,
             layers=with_activations(self.costs.layers(found.policy), packed),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],

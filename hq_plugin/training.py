@@ -122,11 +122,11 @@ def _train(task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn
     kept = KeptValues(network)
     groups = _parameter_groups(task, network)
     # One pass over weights and moments in place of a dozen, where torch has the kernel.
-    trained = [p for group in groups for p in group["params"]]
-    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not sharded()
+    trained, pieces = [p for group in groups for p in group["params"]], sharded()
+    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not pieces
     optimizer = torch.optim.Adam(groups, fused=fused)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
-    if sharded():
+    if pieces:
         wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
     else:
         wrapped, optimizer = accelerator.prepare(network, optimizer)

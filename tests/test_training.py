@@ -2,6 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from hq_plugin import Config, HQWarning, TrainingError
 from hq_plugin.batch import make_batch
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import prepare_data
-from hq_plugin.distillation import loss_function
+from hq_plugin.distillation import LossFunction, loss_function
 from hq_plugin.meta_training import build_network
 from hq_plugin.seeding import seeded
 from hq_plugin.sites import find_sites
@@ -53,16 +54,15 @@ def test_the_same_seed_gives_the_same_network(trained: nn.Module, batches) -> No
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
 
 
+def breaking_after(steps: int) -> LossFunction:
+    """Returns a loss that is not a number any more after some steps."""
+    kl, calls = loss_function("kl", torch.randn(2, 10)), count()
+    return lambda student, teacher: kl(student, teacher) * (1.0 if next(calls) < steps else math.nan)
+
+
 def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    kl = loss_function("kl", torch.randn(2, 10))
-    calls = []
-
-    def breaking(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return kl(student, teacher) * (math.nan if len(calls) > 30 else 1.0)
-
-    job = task(trained, batches, steps=40, loss=breaking)
+    job = task(trained, batches, steps=40, loss=breaking_after(30))
     with pytest.warns(HQWarning, match=r"became nan at step 30 of 40.*state of step 30"):
         train(job)
     assert len(job.history) == 30
@@ -70,14 +70,7 @@ def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Mo
 
 
 def test_an_early_nan_costs_no_more_than_training(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
-    kl = loss_function("kl", torch.randn(2, 10))
-    calls = []
-
-    def breaking(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return kl(student, teacher) * (math.nan if len(calls) > 3 else 1.0)
-
-    job = task(trained, batches, steps=2000, loss=breaking)
+    job = task(trained, batches, steps=2000, loss=breaking_after(3))
     before = {name: value.clone() for name, value in job.network.state_dict().items()}
     with pytest.warns(HQWarning, match=r"became nan at step 3 of 2000.*state of step 0"):
         train(job)

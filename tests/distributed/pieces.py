@@ -53,10 +53,8 @@ def main(out: Path) -> None:
     with torch.no_grad(), placed(model) as shell:
         pieces = [p for p in shell.parameters() if isinstance(p, DTensor)]
         report["all in pieces"] = len(pieces) == len(list(model.parameters()))
-        report["units"] = [name for name, part in shell.named_modules() if isinstance(part, FSDPModule)] == [
-            "",
-            "block",
-        ]
+        units = [name for name, part in shell.named_modules() if isinstance(part, FSDPModule)]
+        report["units"] = units == ["", "block"]
         report["held"] = sum(p.to_local().numel() for p in pieces) / sum(p.numel() for p in model.parameters())
         report["same output"] = torch.allclose(shell(x), model(x), atol=1e-6)
         shell.reshard()  # type: ignore[operator]
