@@ -28,8 +28,9 @@ def torchrun(count: int, *arguments: object, module: str = MODULE, **options: ob
     return [sys.executable, "-m", "torch.distributed.run", *flags, "-m", module, *map(str, arguments)]
 
 
-def run(command: list[str], limit: float = 280) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=limit)
+def run(command: list[str], limit: float = 280, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = ENVIRONMENT | environment
+    return subprocess.run(command, capture_output=True, text=True, env=env, timeout=limit)
 
 
 def reports(out: Path, count: int) -> list[dict[str, Any]]:
