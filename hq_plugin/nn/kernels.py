@@ -35,7 +35,10 @@ from hq_plugin.quantization import activation_range, quantize_rows
 #: The kernel that every layer has: its own forward.
 REFERENCE = "dequantized"
 #: Elements of an input that are quantized at once.
-_CHUNK = 1 << 19
+_CHUNK = 1 << 17
+#: A float32 of this size has no bits for a fraction: what is added to it is rounded, half to even, and stands as an
+#: integer in the last bits of the sum.
+_WHOLE = 1.5 * 2**23
 
 Run = Callable[[Tensor], Tensor]
 
@@ -308,12 +311,13 @@ class _Int8MatMul(Kernel):
 def _input_quantizer(layer: PackedModule) -> tuple[Run, float, int]:
     """Returns what turns a layer's input into uint8, its step and its zero point."""
     step, zero_point = float(layer.activation_step), int(layer.activation_zero_point)
-    low, high = (limit - zero_point for limit in activation_range(layer.bits.activation))
+    low, high = (_WHOLE + limit for limit in activation_range(layer.bits.activation))
+    origin = torch.tensor(_WHOLE + zero_point)
 
     def round_to(x: Tensor) -> Tensor:
-        # Floats become 8-bit integers by way of 16 bits: torch casts to uint8 itself one element at a time.
-        whole = (x * (1 / step)).round_().clamp_(low, high).to(torch.int16)
-        return (whole.add_(zero_point) if zero_point else whole).to(torch.uint8)
+        # Two passes and a cast that is vectorized, which that of floats to uint8 is not.
+        whole = torch.add(origin, x.float(), alpha=1 / step).clamp_(low, high)
+        return whole.view(torch.int32).to(torch.uint8)
 
     def quantized(x: Tensor) -> Tensor:
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
