@@ -20,7 +20,7 @@ from hq_plugin.integrations.timm.demo_data import fashion_mnist
 from tests.benchmarks import language, sentences
 from tests.benchmarks.float_models import float_model
 from tests.benchmarks.matrix.measures import Classification, Language, Measure, Sentences
-from tests.benchmarks.matrix.photographs import TEST, TRAIN, crops, paths
+from tests.benchmarks.matrix.pictures import held_out_pictures, training_pictures
 from tests.benchmarks.packaged import Missing, lite0, mobilenetv2
 
 BUDGETS = ("2.2bit", "2.5bit", "3bit", "3.5bit", "4.5bit")
@@ -77,9 +77,8 @@ def small(name: str) -> Task:
 def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
     """An ImageNet network, by its fidelity on photographs."""
     model = build().to(memory_format=torch.channels_last)
-    train, test = paths()
-    data = TensorDataset(crops(train, TRAIN, 0, model))
-    measure = Classification(model, crops(test, TEST, 1, model), batch=60)
+    data = TensorDataset(training_pictures(model))
+    measure = Classification(model, held_out_pictures(model), batch=60)
     config = Config(effort="fast", batch_size=16, holdout=48)
     work: dict[str, Any] = {"steps": 120, "meta": 12, "evaluations": 60, "episodes": 120}
     return Task(name, model, data, measure, config, main="hq_auto", **work)
