@@ -619,7 +619,8 @@ def get_qconfig_mapping(policy: HybridPolicy) -> tq.QConfigMapping:
 
     For `prepare_qat_fx(model, get_qconfig_mapping(policy), example_inputs)`. Steps start on the first
     batch, so run one forward before you make the optimizer; `hq_plugin.torch_ao.convert` packs the
-    result. In graph mode torch.ao may quantize a layer's input at its producer's width.
+    result. In graph mode torch.ao may quantize a layer's input at its producer's width, and it refuses
+    embeddings: leave them out of the policy.
 
     Args:
         policy: Widths of the layers; others stay float.

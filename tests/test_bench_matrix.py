@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from hq_plugin import Budget, Config, HybridPolicy
 from hq_plugin.batch import Batch
 from hq_plugin.distillation import loss_function
-from tests.benchmarks.matrix import claims, evopress, haq, page, rank_correlation, rows, run
+from tests.benchmarks.matrix import claims, evopress, haq, page, pictures, rank_correlation, rows, run
 from tests.benchmarks.matrix.allocators import ALLOCATORS, Problem
 from tests.benchmarks.matrix.budget_moves import filled, keeps, lowered, random_genome
 from tests.benchmarks.matrix.ddpg import Agent
@@ -305,6 +307,29 @@ def test_draws_of_the_rank_correlation(problem: Problem) -> None:
         assert costs.costs(problem.session.space.genome(policy)).weight_bits <= 4
     across = [rank_correlation.draw(problem, "across", number, BUDGET)[2] for number in range(6)]
     assert len(set(across)) > 3
+    assert problem.session.baselines(BUDGET)["dynamic_programming"] not in within
+
+
+def test_training_pictures_are_stamps_on_photographs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(pretrained_cfg={"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)})
+    monkeypatch.setattr(pictures, "STAMPS", tmp_path)
+    with pytest.raises(Missing, match="tuxpaint-stamps-default"):
+        pictures.training_pictures(model, 1)
+    (tmp_path / pictures.SIGNS).mkdir()
+    Image.new("RGBA", (8, 8), (0, 255, 0, 255)).save(tmp_path / pictures.SIGNS / "letter.png")
+    red = Image.new("RGBA", (40, 30), (255, 0, 0, 255))
+    red.paste((0, 0, 0, 0), (0, 0, 10, 30))  # a transparent quarter
+    red.save(tmp_path / "thing.png")
+    monkeypatch.setattr(pictures, "photographs", lambda package: [torch.full((3, 50, 60), 0.25)])
+    made = pictures.training_pictures(model, 6, size=32)
+    assert made.shape == (6, 3, 32, 32)
+    covered = (made[:, 0] > 0.95).float().mean((1, 2))
+    assert (covered > 0.1).all()
+    assert (covered < 0.8).all()
+    assert (made[:, 1] < 0).all(), "no sign"
+    # What no stamp covers is the photograph.
+    assert torch.isclose(made[:, 0], torch.tensor(-0.5), atol=1e-3).float().mean() > 0.2
+    assert torch.equal(made, pictures.training_pictures(model, 6, size=32))
 
 
 def test_claims_are_resumable_and_shown(small: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,8 +30,8 @@ POOLS = ("across", "within")
 POLICIES, TAU_STEPS = 32, 100
 #: Bits between which budgets of the pool `across` are drawn.
 LOWEST, HIGHEST = 2.1, 5.0
-#: Mutations between the plan and a policy near it.
-MUTATIONS = 3
+#: Mutations between the plan and a policy near it, and how many are tried where they lead back to the plan.
+MUTATIONS, MOST_MUTATIONS = 3, 30
 PREDICTORS = {
     "search": "what the search minimises: that score, and what lasts of the second order",
     "metaquantnet": "score under the MetaQuantNet",
@@ -63,10 +63,12 @@ def draw(problem: Problem, pool: str, number: int, budget: str) -> tuple[HybridP
         return session.space.policy(random_genome(session.space, resources, rng)), "random", budget
     losses = monotone(session.sensitivities)
     repair = Repair(losses, resources, session.space.top, rng)
-    genome: Genome = dynamic_programming(losses, resources)
-    for _ in range(MUTATIONS):
-        genome = repair(moved(genome, session.space.top, rng))
-    return session.space.policy(genome), "near the plan", budget
+    plan: Genome = dynamic_programming(losses, resources)
+    near, moves = plan, 0
+    # The repair may undo what a mutation did: a pool full of the plan itself would rank nothing.
+    while moves < MUTATIONS or (np.array_equal(near, plan) and moves < MOST_MUTATIONS):
+        near, moves = repair(moved(near, session.space.top, rng)), moves + 1
+    return session.space.policy(near), "near the plan", budget
 
 
 def summed(losses: Table, genome: Genome) -> float:
