@@ -66,7 +66,6 @@ DEFAULTS: dict[str, Any] = {
     "train_float": True,
     "block_loss": 4.0,
     "temperature": 2.0,
-    "step_learning_rate": 2e-3,
     "calibration_batches": 4,
     "self_written": 0.0,
 }
@@ -128,9 +127,10 @@ class Config:
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
         learning_rate: Adam's peak rate in meta-training and fine-tuning, the same for all weights. None takes
             what the integration proposes, or else gives each weight 1 % of its root mean square, and less at wide
-            policies, so that small and large ones move by as many quantization steps.
-        step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes 2e-3, or
-            what the integration proposes.
+            policies, so that small and large ones move by as many quantization steps; and less for steps of fewer
+            than 128 samples, by the root of how many they are.
+        step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes what the
+            integration proposes, or else 2e-3, and less for steps of fewer than 128 samples.
         rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each
             linear layer column by column and makes up for the error (GPTQ). None means `"nearest"`, or what
             the integration proposes.

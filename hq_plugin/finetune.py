@@ -94,7 +94,6 @@ def finetune_network(
     Returns:
         One `{"step", "loss"}` for each step.
     """
-    assert config.step_learning_rate is not None
     assert config.block_loss is not None
     assert config.temperature is not None
     task = Task(

@@ -105,18 +105,25 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
 
 
+def rates_of(job: Task) -> dict[str, float]:
+    """Returns the peak rate of each parameter, for steps of many samples."""
+    names = {id(p): name for name, p in job.network.named_parameters()}
+    return {
+        names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network, 1.0) for p in group["params"]
+    }
+
+
 def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
     x = torch.randn(2, 1, 8, 8)
     data = prepare_data(batches, trained, Config(effort="smoke"))
     space = SearchSpace.build(find_sites(trained, lambda m: m(x), 2), Config())
     network = build_network(trained, space, data, Config(block="dense"))
     job = Task("test", network, trained, data, torch.nn.functional.mse_loss, 1, 1e-3, 5e-3, base_rate=0.1)
-    names = {id(p): name for name, p in network.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network) for p in group["params"]}
+    rates = rates_of(job)
     assert rates["stem.weight"] == rates["bn1.bias"] == pytest.approx(1e-4)
     assert rates["stem.weight_fake_quant.block.outer.weight"] == 1e-3
     assert rates["stem.weight_fake_quant.block.log_step"] == 5e-3
-    assert len(rates) == len(names)
+    assert len(rates) == len(list(network.parameters()))
 
 
 def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) -> None:
@@ -126,15 +133,29 @@ def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) 
         tiny.bn1.weight.fill_(1.0)
         tiny.bn1.bias.zero_()
     job = Task("test", tiny, tiny, None, None, 1, None, 5e-3, base_rate=0.5)  # type: ignore[arg-type]
-    names = {id(p): name for name, p in tiny.named_parameters()}
-    rates = {names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network) for p in group["params"]}
+    rates = rates_of(job)
     assert rates["stem.weight"] == pytest.approx(0.5 * 1e-3)
     assert rates["head.weight"] == pytest.approx(0.5 * 5e-3)
     job.width = 4.0
-    wide = {names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network) for p in group["params"]}
+    wide = rates_of(job)
     assert wide["head.weight"] == pytest.approx(rates["head.weight"] / 2)
     assert wide["bn1.weight"] == rates["bn1.weight"]
     assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
+
+
+@pytest.mark.parametrize("rate", [None, 1e-3])
+def test_steps_of_few_samples_move_less_where_nobody_gave_a_rate(tiny: nn.Module, rate: float | None) -> None:
+    moved = []
+    for samples in (8, 32):
+        data = [(torch.randn(samples, 1, 8, 8), None) for _ in range(6)]
+        torch.manual_seed(0)  # for the same weights, by whose size they move
+        job = task(tiny, data, steps=1)
+        job.learning_rate = rate
+        before = job.network.head.weight.detach().clone()
+        train(job)
+        # The first step of Adam is as long as its rate, whatever the gradient.
+        moved.append(float((job.network.head.weight.detach() - before).abs().max()))  # type: ignore[union-attr]
+    assert moved[1] == pytest.approx(moved[0] * (2 if rate is None else 1), rel=0.01)
 
 
 class Noisy(nn.Module):
