@@ -7,6 +7,7 @@ is the default here, and from the float weights an option.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, training_loss
+from hq_plugin.errors import HQWarning
 from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.scoring import calibrate_activations
@@ -118,6 +120,17 @@ def finetune_network(
     with seeded(config.seed + 1), tracking(config):
         train(task)
     return task.history
+
+
+def warn_of_no_gain(steps: int, before: float, after: float) -> None:
+    """Says that fine-tuning ended further from the float model than it began, so that it is not taken."""
+    warnings.warn(
+        f"{steps} steps of fine-tuning ended at a distance of {after:.4g} from the float model on held-out data, "
+        f"and began at {before:.4g}: they are not taken. More and more various data, larger batches, or a lower "
+        "learning_rate may help.",
+        HQWarning,
+        stacklevel=4,
+    )
 
 
 def _mean_width(network: nn.Module) -> float:

@@ -3,6 +3,7 @@
 import copy
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,17 @@ import torch
 from torch import nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, Budget, BudgetError, HybridPolicy, LayerBits, ModelError, PolicyError, Result
+from hq_plugin import (
+    ArtifactError,
+    Budget,
+    BudgetError,
+    HQWarning,
+    HybridPolicy,
+    LayerBits,
+    ModelError,
+    PolicyError,
+    Result,
+)
 from hq_plugin.explore.planner import Planner
 from hq_plugin.nn import packed_modules
 from hq_plugin.session import Session
@@ -64,6 +75,17 @@ def test_the_result_is_never_worse_than_a_baseline(session: Session) -> None:
     assert found.policy == found.baselines[found.chosen].policy
     assert all(b.costs.weight_bits <= 3 for b in found.baselines.values())
     assert len(found.history) <= 40
+
+
+def test_fine_tuning_that_leads_away_is_not_taken(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = session.baselines("3bit")["dynamic_programming"]
+    untrained = session.finetune(policy, steps=0)
+    monkeypatch.setattr(session, "config", replace(session.config, learning_rate=3.0))
+    with pytest.warns(HQWarning, match="20 steps of fine-tuning ended at a distance of .* they are not taken"):
+        packed = session.finetune(policy, steps=20)
+    assert packed.hq.kl == untrained.hq.kl  # type: ignore[union-attr]
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(packed(x), untrained(x))
 
 
 def test_searching_trains_and_changes_nothing(session: Session) -> None:
