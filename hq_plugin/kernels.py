@@ -28,7 +28,7 @@ from hq_plugin.storage import write_text
 from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
 
 #: Counts changes of how fast kernels are: what was measured before one is measured again.
-_VERSION = 2
+_VERSION = 3
 #: A kernel must be faster by this factor to be worth its memory: than the reference, and as a second one.
 _WORTH = 1.05
 
