@@ -118,12 +118,16 @@ def train(task: Task) -> None:
     with (
         placed(task.network, keep=True, device=accelerator.device) as network,
         placed(task.teacher, device=accelerator.device) as teacher,
+        # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
+        nullcontext(Interruption()) if task.checkpoint is None else deferred() as stop,
     ):
-        _train(task, accelerator, network, teacher)
+        _train(task, accelerator, network, teacher, stop)
 
 
-def _train(task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module) -> None:
-    """Trains what runs in place of the task's network."""
+def _train(
+    task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module, stop: Interruption
+) -> None:
+    """Trains what runs in place of the task's network, until it is done or asked to stop."""
     set_training_modes(network, task.batch_statistics)
     kept = KeptValues(network)
     # Batches of a step, as accelerate is configured.
@@ -155,10 +159,8 @@ def _train(task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
     watched = BlockOutputs(task.blocks if task.block_loss else ())
-    # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
     with (
         progress(task.show) as bars,
-        nullcontext(Interruption()) if keep is None else deferred() as stop,
         watched.watching(network, teacher, task.data.holdout[0].to(accelerator.device)) as blocks,
     ):
         bar = bars.task(task.name, total=task.steps)

@@ -311,13 +311,12 @@ class _Int8MatMul(Kernel):
 def _input_quantizer(layer: PackedModule) -> tuple[Run, float, int]:
     """Returns what turns a layer's input into uint8, its step and its zero point."""
     step, zero_point = float(layer.activation_step), int(layer.activation_zero_point)
-    low, high = (_WHOLE + limit for limit in activation_range(layer.bits.activation))
-    origin = torch.tensor(_WHOLE + zero_point)
+    low, high = (_WHOLE + limit - zero_point for limit in activation_range(layer.bits.activation))
 
     def round_to(x: Tensor) -> Tensor:
-        # Two passes and a cast that is vectorized, which that of floats to uint8 is not.
-        whole = torch.add(origin, x.float(), alpha=1 / step).clamp_(low, high)
-        return whole.view(torch.int32).to(torch.uint8)
+        # The cast of integers is vectorized, which that of floats to uint8 is not; it keeps the last 8 bits.
+        whole = (x * (1 / step)).float().add_(_WHOLE).clamp_(low, high).view(torch.int32).to(torch.uint8)
+        return whole.add_(zero_point) if zero_point else whole
 
     def quantized(x: Tensor) -> Tensor:
         dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
