@@ -28,6 +28,9 @@ from hq_plugin.tracking import tracking
 from hq_plugin.training import Task, train
 from hq_plugin.weight_blocks import WeightBlock
 
+#: Steps of fine-tuning from which it is worth a warning that they gained nothing.
+MANY_STEPS = 20
+
 
 @torch.no_grad()
 def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
@@ -123,7 +126,9 @@ def finetune_network(
 
 
 def warn_of_no_gain(steps: int, before: float, after: float) -> None:
-    """Says that fine-tuning ended further from the float model than it began, so that it is not taken."""
+    """Says that fine-tuning ended further from the float model than it began, unless its steps were a handful."""
+    if steps < MANY_STEPS:
+        return
     warnings.warn(
         f"{steps} steps of fine-tuning ended at a distance of {after:.4g} from the float model on held-out data, "
         f"and began at {before:.4g}: they are not taken. More and more various data, larger batches, or a lower "

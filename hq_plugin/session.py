@@ -66,8 +66,6 @@ T = TypeVar("T")
 #: BatchNorm statistics are re-estimated on this many times the samples of a candidate before fine-tuning, which
 #: keeps them.
 RECALIBRATION_FACTOR = 16
-#: Steps of fine-tuning from which it is worth a warning that they gained nothing.
-MANY_STEPS = 20
 #: Activation widths of the search where a budget limits BitOps and the user named none.
 BITOPS_ACTIVATION_BITS = (2, 3, 4, 5, 6, 8)
 
@@ -412,8 +410,7 @@ class Session:
         if not fidelity.distance <= untrained.distance:
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
             # would cost as much memory as the model.
-            if config.steps.finetune >= MANY_STEPS:
-                warn_of_no_gain(config.steps.finetune, untrained.distance, fidelity.distance)
+            warn_of_no_gain(config.steps.finetune, untrained.distance, fidelity.distance)
             network = self._start(found.policy, config)
             fidelity = untrained
         tuned = time.perf_counter()

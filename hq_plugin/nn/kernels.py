@@ -28,17 +28,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hq_plugin.nn.integer_inputs import input_quantizer
 from hq_plugin.nn.packed import PackedModule, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS
-from hq_plugin.quantization import activation_range, quantize_rows
+from hq_plugin.quantization import quantize_rows
 
 #: The kernel that every layer has: its own forward.
 REFERENCE = "dequantized"
-#: Elements of an input that are quantized at once.
-_CHUNK = 1 << 17
-#: A float32 of this size has no bits for a fraction: what is added to it is rounded, half to even, and stands as an
-#: integer in the last bits of the sum.
-_WHOLE = 1.5 * 2**23
 
 Run = Callable[[Tensor], Tensor]
 
@@ -232,7 +228,7 @@ class _Int8(Kernel):
 
     def bind(self, layer: PackedModule) -> Run:
         integers, scale = _whole(layer)
-        quantized, step, zero_point = _input_quantizer(layer)
+        quantized, step, zero_point = input_quantizer(layer)
         zeros = torch.zeros(layer.weight_shape[0], dtype=torch.int32)
         bias = _bias(layer)
         bias = None if bias is None else bias.float()
@@ -299,41 +295,13 @@ class _Int8MatMul(Kernel):
                 return biased((product(found) - zero.to(torch.int32) * sums) * (step * scale), x)
 
             return run_dynamic
-        quantized, step, zero_point = _input_quantizer(layer)
+        quantized, step, zero_point = input_quantizer(layer)
         factor, shift = scale * step, zero_point * sums
 
         def run(x: Tensor) -> Tensor:
             return biased((product(quantized(x).reshape(-1, inputs)) - shift) * factor, x)
 
         return run
-
-
-def _input_quantizer(layer: PackedModule) -> tuple[Run, float, int]:
-    """Returns what turns a layer's input into uint8, its step and its zero point."""
-    step, zero_point = float(layer.activation_step), int(layer.activation_zero_point)
-    low, high = (_WHOLE + limit - zero_point for limit in activation_range(layer.bits.activation))
-
-    def round_to(x: Tensor) -> Tensor:
-        # The cast of integers is vectorized, which that of floats to uint8 is not; it keeps the last 8 bits.
-        whole = (x * (1 / step)).float().add_(_WHOLE).clamp_(low, high).view(torch.int32).to(torch.uint8)
-        return whole.add_(zero_point) if zero_point else whole
-
-    def quantized(x: Tensor) -> Tensor:
-        dense = x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
-        if x.numel() <= _CHUNK or not dense:
-            return round_to(x)
-        # Piece by piece, so that the floats between stay in the processor's cache.
-        result = torch.empty_like(x, dtype=torch.uint8)
-        for source, target in zip(_in_memory(x), _in_memory(result), strict=True):
-            target.copy_(round_to(source))
-        return result
-
-    return quantized, step, zero_point
-
-
-def _in_memory(x: Tensor) -> tuple[Tensor, ...]:
-    """Returns a dense tensor's elements in the order in which they lie in memory, in pieces."""
-    return x.as_strided((x.numel(),), (1,)).split(_CHUNK)
 
 
 def _whole(layer: PackedModule) -> tuple[Tensor, Tensor]:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.distributed.launching import MODULE, reports, run
+from tests.distributed import launching
+from tests.distributed.launching import reports, run
 
 
 @pytest.fixture(scope="package")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("one")
-    done = run([sys.executable, "-m", MODULE, str(out)])
+    done = run(launching.alone(out))
     assert done.returncode == 0, done.stderr[-3000:]
     return reports(out, 1)[0]
 

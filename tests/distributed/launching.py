@@ -21,6 +21,11 @@ def free_port() -> int:
         return port
 
 
+def alone(*arguments: object) -> list[str]:
+    """Returns the command that runs the job in one process."""
+    return [sys.executable, "-m", MODULE, *map(str, arguments)]
+
+
 def torchrun(count: int, *arguments: object, module: str = MODULE, **options: object) -> list[str]:
     """Returns the command that starts processes; options are torchrun's."""
     named = {"nproc_per_node": count, "master_port": free_port(), **options}

@@ -1,7 +1,7 @@
 """Real processes over gloo, against one process."""
 
-import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import hq_plugin as hq
+from tests.distributed import launching
 from tests.distributed.conftest import assert_same
 from tests.distributed.job import Plain
-from tests.distributed.launching import MODULE, reports, run, torchrun
+from tests.distributed.launching import reports, run, torchrun
 
 
 @pytest.mark.parametrize("count", [2, 4])
@@ -27,12 +28,11 @@ def test_processes_reach_what_one_reaches(count: int, alone: dict[str, Any], tmp
 
 def test_accumulated_gradients_are_those_of_one_process(alone: dict[str, Any], tmp_path: Path) -> None:
     found = []
-    for count, out in ((1, tmp_path / "one"), (2, tmp_path / "two")):
+    for out, command in ((tmp_path / "one", launching.alone), (tmp_path / "two", partial(torchrun, 2))):
         out.mkdir()
-        command = [sys.executable, "-m", MODULE, str(out)] if count == 1 else torchrun(count, out)
-        done = run(command, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
+        done = run(command(out), ACCELERATE_GRADIENT_ACCUMULATION_STEPS="2")
         assert done.returncode == 0, done.stderr[-3000:]
-        found.append(reports(out, count)[0])
+        found += reports(out, 1)
     one, two = found
     # The first steps: later Adam makes a step of full length of a gradient that is 0 but for the order of its sum.
     np.testing.assert_allclose(two["meta"][:3], one["meta"][:3], rtol=0, atol=1e-5)

@@ -8,7 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hq_plugin import LayerBits
 from hq_plugin.kernels import relative_error
 from hq_plugin.nn import PackedModule
-from hq_plugin.nn.kernels import _CHUNK, KERNELS, Bound, ByRows
+from hq_plugin.nn.integer_inputs import CHUNK
+from hq_plugin.nn.kernels import KERNELS, Bound, ByRows
 from hq_plugin.quantization import weight_range, weight_rows
 
 #: Rows and inputs of weights: round ones, odd ones, single ones.
@@ -123,7 +124,7 @@ def test_integer_convolutions_equal_the_reference(bits: int, activation: int) ->
 def test_large_inputs_are_quantized_in_pieces(memory_format: torch.memory_format) -> None:
     layer = packed(nn.Conv2d(8, 4, 1), LayerBits(4, 8))
     x = torch.randn(3, 8, 150, 150).to(memory_format=memory_format)
-    assert x.numel() > _CHUNK
+    assert x.numel() > CHUNK
     assert error(layer, "int8", x) < 1e-5
     wide = torch.randn(3, 8, 150, 300)[..., ::2]
     assert error(layer, "int8", wide) < 1e-5

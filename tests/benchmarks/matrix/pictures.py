@@ -75,13 +75,13 @@ def training_pictures(model: Any, count: int = TRAIN, seed: int = 0, size: int =
     for number in torch.randperm(len(paths), generator=generator).repeat(-(-count // len(paths)))[:count].tolist():
         picture = _crop(grounds[len(made) % len(grounds)], size, generator)
         made.append(_stamped(picture, _read(paths[number]), generator))
-    return _normalised(made, model, generator)
+    return _shuffled(made, model, generator)
 
 
 def held_out_pictures(model: Any, count: int = TEST, seed: int = 1, size: int = SIZE) -> Tensor:
     """Returns crops of photographs that training does not see; arguments and result as `training_pictures`."""
     images, generator = photographs("foolbox"), torch.Generator().manual_seed(seed)
-    return _normalised([_crop(images[n % len(images)], size, generator) for n in range(count)], model, generator)
+    return _shuffled([_crop(images[n % len(images)], size, generator) for n in range(count)], model, generator)
 
 
 def _crop(image: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -111,7 +111,8 @@ def _resized(image: Tensor, size: Sequence[int]) -> Tensor:
     return made[0].clamp(0, 1)
 
 
-def _normalised(pictures: Sequence[Tensor], model: Any, generator: torch.Generator) -> Tensor:
+def _shuffled(pictures: Sequence[Tensor], model: Any, generator: torch.Generator) -> Tensor:
+    """Returns pictures in random order, normalised as the model wants them."""
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ("mean", "std"))
     return (torch.stack(list(pictures))[torch.randperm(len(pictures), generator=generator)] - mean) / std
 
