@@ -16,6 +16,9 @@ _WARM_UP, _REPEATS, _MOST_REPEATS = 3, 15, 200
 #: Seconds for which short calls are repeated: of one of many layers, and of a whole model. Of the latter's medians
 #: the standard deviation was 36 % after 0.02 s on a machine that did something else as well, and 6 % after 0.3 s.
 _SECONDS, MODEL_SECONDS = 0.02, 0.3
+#: Instructions that Linux may say a processor has, and kernels for few bits ask for. Hosts rent out processors of
+#: several generations under one name ("AMD EPYC"), on which the same kernel differs by a factor.
+_INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm", "sve")
 #: Bytes, beyond which a cache is as empty as it gets.
 _MOST_OTHER = 1 << 26
 
@@ -69,7 +72,7 @@ def _wait() -> None:
 
 
 def machine() -> str:
-    """Returns what a measurement is for: processor, threads and version of torch."""
+    """Returns what a measurement is for: processor and its instructions, threads and version of torch."""
     return f"{platform.machine()}, {_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -83,4 +86,15 @@ def _cpu() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.platform()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return cpu_name(lines)
+
+
+def cpu_name(lines: list[str]) -> str:
+    """Returns the name of the first processor of Linux's cpuinfo, and its instructions for few bits.
+
+    On Arm there is no name, and "flags" are called "Features".
+    """
+    said = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    has = {*said.get("flags", []), *said.get("Features", [])}
+    found = [*said.get("model name", []), *(name for name in _INSTRUCTIONS if name in has)]
+    return " ".join(found)

@@ -47,29 +47,35 @@ GOALS = [
 ]
 
 
-def rows() -> dict[tuple[str, str], Row]:
-    """Returns the last row of each model and case."""
-    read = [json.loads(line) for line in ROWS.read_text().splitlines()]
-    return {(row["model"], row["case"]): row for row in read}
+def rows() -> dict[str, dict[tuple[str, str], Row]]:
+    """Returns for each machine the last row of each model and case; the machine measured last is the first."""
+    found: dict[str, dict[tuple[str, str], Row]] = {}
+    for line in ROWS.read_text().splitlines():
+        row = json.loads(line)
+        of_machine = found.pop(row["machine"], {})
+        found[row["machine"]] = {**of_machine, (row["model"], row["case"]): row}
+    return dict(reversed(found.items()))
 
 
 def write_page() -> None:
     """Writes the page and the plot."""
-    found = rows()
-    _plot(found)
+    machines = rows()
+    _plot(machines)
     parts: list[Callable[[dict[tuple[str, str], Row]], list[str]]] = [_speed, _goals, _loading, _latency]
     text = [
         "# Hybrid models in PyTorch and in ONNX Runtime",
         "",
-        "Written by `python -m tests.benchmarks.deployment`, from the last row of each case in deployment.jsonl.",
-        "What is compared, and how, is in that file and in [deployment.md](../deployment.md).",
+        "Written by `python -m tests.benchmarks.deployment`, from the last row of each machine and case in",
+        "deployment.jsonl. What is compared, and how, is in that file and in [deployment.md](../deployment.md).",
         "",
         f"![Speed, relative to the float model in PyTorch]({PLOT.name})",
     ]
-    for part in parts:
-        text += ["", *part(found)]
-    text += ["", "Measured on:", ""]
-    text += sorted({f"- {row['machine']}, {row['date']}" for row in found.values()})
+    for machine, found in machines.items():
+        dates = sorted({row["date"] for row in found.values()})
+        text += ["", f"## {machine}", "", f"Measured on {', '.join(dates)}."]
+        for part in parts:
+            body = part(found)
+            text += ["", *body] if body else []
     PAGE.write_text("\n".join(text) + "\n")
 
 
@@ -97,7 +103,9 @@ def _speed(found: dict[tuple[str, str], Row]) -> list[str]:
         "PyTorch hybrid against float",
         "ONNX Runtime hybrid against PyTorch float, its own",
     ]
-    return ["## Speed", "", "Medians; ratios are medians of those inside a round.", "", *_table(header, body)]
+    if not body:
+        return []
+    return ["### Speed", "", "Medians; ratios are medians of those inside a round.", "", *_table(header, body)]
 
 
 def _goals(found: dict[tuple[str, str], Row]) -> list[str]:
@@ -130,7 +138,7 @@ def _goals(found: dict[tuple[str, str], Row]) -> list[str]:
                 "yes" if kept else "**no**",
             ]
         )
-    return ["## What it was to reach", "", *_table(["", "wanted", "seen", "reached"], body)]
+    return ["### What it was to reach", "", *_table(["", "wanted", "seen", "reached"], body)]
 
 
 def _loading(found: dict[tuple[str, str], Row]) -> list[str]:
@@ -148,7 +156,9 @@ def _loading(found: dict[tuple[str, str], Row]) -> list[str]:
         "weights, once loaded; `cpu` is seconds of the processors. Resident memory is that after one forward, in",
         "MB, with `cache_weights(model, False)`.",
     ]
-    return ["## Memory and loading", "", *text, "", *_table(["", "MB", *columns], body)]
+    if not body:
+        return []
+    return ["### Memory and loading", "", *text, "", *_table(["", "MB", *columns], body)]
 
 
 def _latency(found: dict[tuple[str, str], Row]) -> list[str]:
@@ -160,11 +170,7 @@ def _latency(found: dict[tuple[str, str], Row]) -> list[str]:
             numbers = [f"{row[name]:.4g}" for name in columns]
             body.append([f"{model}, {case.removeprefix('latency, ')}", ends, *numbers])
     if not body:
-        return [
-            "## Latency as a budget",
-            "",
-            "No rows yet; earlier figures are in [deployment.md](../deployment.md).",
-        ]
+        return []
     header = ["", "fastest and widest policy", *columns]
     text = [
         "Milliseconds of one sample. Weights of 4 or 8 bits, inputs of 8 bits or float; budgets lie between the",
@@ -172,30 +178,36 @@ def _latency(found: dict[tuple[str, str], Row]) -> list[str]:
         "the profile and the measurement: what the machine did, and not the promise. `error` is what the profile",
         "says of itself: by how much layers' times did not add up to the model's. Above 0.15 it warns.",
     ]
-    return ["## Latency as a budget", "", *text, "", *_table(header, body)]
+    return ["### Latency as a budget", "", *text, "", *_table(header, body)]
 
 
-def _plot(found: dict[tuple[str, str], Row]) -> None:
+def _plot(machines: dict[str, dict[tuple[str, str], Row]]) -> None:
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "deployment"  # the same rows give the same file
     from matplotlib import pyplot
 
-    cases = [case for case in SPEED if case in found]
-    figure, axes = pyplot.subplots(figsize=(9, 4.2), layout="constrained")
+    timed = {name: found for name, found in machines.items() if any(case in found for case in SPEED)}
+    figure, every = pyplot.subplots(
+        len(timed), figsize=(9, 3.8 * len(timed)), layout="constrained", squeeze=False, sharex=True
+    )
     width = 0.8 / len(CONTESTANTS)
-    for number, name in enumerate(CONTESTANTS):
-        speeds = [found[case]["times"]["PyTorch float"][name] for case in cases]
-        places = [at + (number - (len(CONTESTANTS) - 1) / 2) * width for at in range(len(cases))]
-        colour = ("#9ecae1", "#08519c", "#fdae6b", "#d94801")[number]
-        bars = axes.bar(places, speeds, width, label=name, color=colour)
-        axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
-    axes.axhline(1, color="black", linewidth=0.6)
-    axes.set_xticks(range(len(cases)), [f"{model}\n{case}" for model, case in cases], fontsize=8)
-    axes.set_ylabel("times as fast as float32 PyTorch")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8, ncols=2)
+    for (machine, found), axes in zip(timed.items(), every[:, 0], strict=True):
+        for number, name in enumerate(CONTESTANTS):
+            speeds = {
+                at: found[case]["times"]["PyTorch float"][name] for at, case in enumerate(SPEED) if case in found
+            }
+            places = [at + (number - (len(CONTESTANTS) - 1) / 2) * width for at in speeds]
+            colour = ("#9ecae1", "#08519c", "#fdae6b", "#d94801")[number]
+            bars = axes.bar(places, list(speeds.values()), width, label=name, color=colour)
+            axes.bar_label(bars, fmt="%.1f", fontsize=7, padding=1)
+        axes.axhline(1, color="black", linewidth=0.6)
+        axes.set_title(machine, fontsize=8)
+        axes.set_xticks(range(len(SPEED)), [f"{model}\n{case}" for model, case in SPEED], fontsize=8)
+        axes.set_ylabel("times as fast as float32 PyTorch")
+        axes.spines[["top", "right"]].set_visible(False)
+    every[0, 0].legend(frameon=False, fontsize=8, ncols=2)
     figure.savefig(PLOT, metadata={"Date": None})
     pyplot.close(figure)
 
