@@ -151,6 +151,25 @@ def test_traces_behind_activations_without_a_second_derivative() -> None:
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
+def test_an_embedding_that_no_token_reads_has_no_trace() -> None:
+    """Parts of a split embedding may be read by no token of a batch; torch fails on their second derivative."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.unread = nn.Embedding(4, 3), nn.Embedding(4, 3)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.cat([self.read(ids), self.unread(ids[:0])])
+
+    def half_squared(student: Tensor, teacher: Tensor) -> Tensor:
+        return 0.5 * student.square().sum()
+
+    batch = Batch((torch.tensor([0, 2]),), {}, None, 2)
+    found = hessian_traces(Parts(), ["read", "unread"], [batch], half_squared, probes=1)
+    assert found == {"read": pytest.approx(6.0), "unread": 0.0}
+
+
 def test_hawq_losses_fall_with_width(problem: Problem) -> None:
     losses = hawq_losses(problem.session, probes=8)
     assert losses.shape == problem.session.costs.weight_bytes.shape

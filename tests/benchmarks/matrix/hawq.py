@@ -75,12 +75,14 @@ def hessian_traces(
 
 
 class _Pieces(TorchFunctionMode):
-    """Computes hard sigmoid and hard swish piece by piece: torch has no second derivatives of its own functions."""
+    """Computes otherwise what torch has no second derivative of: hard sigmoid and swish, embeddings of no token."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (F.hardsigmoid, F.hardswish):
             gate = F.relu6(args[0] + 3) / 6
             return gate if func is F.hardsigmoid else args[0] * gate
+        if func is F.embedding and args[0].numel() == 0:
+            return args[1].index_select(0, args[0].reshape(-1)).reshape(*args[0].shape, args[1].shape[1])
         return func(*args, **(kwargs or {}))
 
 
