@@ -13,7 +13,8 @@ kernel          devices   layers                                   computes in  
 `int4`          CPU, CUDA Linear, float input, weights up to 4 bit bfloat16              rounded to bfloat16
 `int8_weight`   CPU, CUDA Linear, float input, whole channels      bfloat16              rounded to bfloat16
 `int8`          CPU       Linear and Conv2d, static input steps,   8-bit integers        equal up to float rounding
-                          whole channels
+                          whole channels; where x86 lacks VNNI,
+                          not 8-bit weights and inputs together
 `int8_matmul`   CPU, CUDA Linear, quantized input, whole channels  8-bit integers        equal up to float rounding
 =============== ========= ======================================== ===================== ==========================
 """
@@ -30,6 +31,7 @@ from torch import Tensor, nn
 
 from hq_plugin.nn.integer_inputs import input_quantizer
 from hq_plugin.nn.packed import PackedModule, affine_weight, is_plain
+from hq_plugin.nn.saturation import may_clip, saturates
 from hq_plugin.policy import FLOAT_BITS
 from hq_plugin.quantization import quantize_rows
 
@@ -224,6 +226,8 @@ class _Int8(Kernel):
             return "its padding is not a number of zeros"
         if layer.weight_packed.device.type != "cpu" or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
             return "it is for CPUs with oneDNN"
+        if may_clip(layer.bits.weight, layer.bits.activation) and saturates():
+            return "this processor, which has no VNNI, clips sums of 8-bit inputs times 8-bit weights"
         return None
 
     def bind(self, layer: PackedModule) -> Run:

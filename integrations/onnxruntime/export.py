@@ -24,9 +24,11 @@ from hq_plugin.integrations.onnxruntime import graph
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
 from hq_plugin.integrations.onnxruntime.dynamic import OPSET
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
+from hq_plugin.integrations.onnxruntime.sessions import EXACT_SUMS
 from hq_plugin.integrations.onnxruntime.verify import difference
 from hq_plugin.nn import packed_modules
-from hq_plugin.policy import LayerBits
+from hq_plugin.nn.saturation import may_clip, saturates
+from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.storage import write_bytes
 
 #: Files above this size cannot be one protobuf message.
@@ -74,6 +76,20 @@ class Exported:
         """The layers whose integers are wider in the file than in the policy."""
         return tuple(layer for layer in self.layers if layer.width != layer.bits.weight)
 
+    @property
+    def clipped(self) -> tuple[ExportedLayer, ...]:
+        """The layers whose sums ONNX Runtime clips on x86 without VNNI, unless a session asks for exact ones.
+
+        Their weights and inputs both have 8 bits, and are multiplied as integers.
+        """
+        return tuple(
+            layer
+            for layer in self.layers
+            if layer.bits.activation != FLOAT_BITS
+            and may_clip(layer.bits.weight, layer.bits.activation)
+            and not layer.bits.group_size
+        )
+
     def __str__(self) -> str:
         rows = [f"{self.path}: {self.size:,} bytes, {len(self.layers)} packed layers"]
         if self.difference is not None:
@@ -82,6 +98,8 @@ class Exported:
             f"  {layer.name}: {layer.bits.weight} bits, {layer.width} in the file ({layer.operator})"
             for layer in self.layers
         ]
+        if self.clipped:
+            rows.append(f"  {_clipping(self.clipped)}")
         return "\n".join(rows)
 
 
@@ -140,7 +158,20 @@ def export(
         _write(written, target)
         found = _verified(target, made, args, kwargs)
     wait_for_all()
-    return Exported(target, target.stat().st_size, layers, found)
+    exported = Exported(target, target.stat().st_size, layers, found)
+    if exported.clipped and is_first() and saturates():
+        warnings.warn(f"This processor has no VNNI. {_clipping(exported.clipped)}", HQWarning, stacklevel=3)
+    return exported
+
+
+def _clipping(layers: tuple[ExportedLayer, ...]) -> str:
+    more = f" and {len(layers) - 1} more" if len(layers) > 1 else ""
+    name, value = EXACT_SUMS
+    return (
+        f"Weights and inputs of 8 bits ({layers[0].name}{more}): on x86 without VNNI, ONNX Runtime clips sums of "
+        f'their products unless the session\'s options have add_session_config_entry("{name}", "{value}"). '
+        "Weights of up to 7 bits are not concerned."
+    )
 
 
 def _verified(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
@@ -185,6 +216,7 @@ def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
     graph.fold_affine(written)
     graph.quantize_before_clip(written)
     graph.integer_products(written)
+    graph.separate_zeros(written)
     graph.narrow_integers(written)
     return written
 

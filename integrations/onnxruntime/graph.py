@@ -20,6 +20,27 @@ def strip(model: onnx.ModelProto) -> None:
     del model.graph.value_info[:]
 
 
+def separate_zeros(model: onnx.ModelProto) -> None:
+    """Gives every dequantized weight zero points of its own, which torch's exporter merges where they are equal.
+
+    ONNX Runtime (1.32) fails to open a file with merged ones where it is to compute exact sums: it makes unsigned
+    integers of weights and of their zero points, and cannot make the same ones twice.
+    """
+    graph = model.graph
+    values = {tensor.name: tensor for tensor in graph.initializer}
+    readers: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear" or node.input[0] not in values or len(node.input) < 3:
+            continue
+        name = node.input[2]
+        readers[name] = readers.get(name, 0) + 1
+        if readers[name] > 1:
+            copied = onnx.TensorProto()
+            copied.CopyFrom(values[name])
+            copied.name = node.input[2] = f"{name}.{readers[name]}"
+            graph.initializer.append(copied)
+
+
 def narrow_integers(model: onnx.ModelProto) -> None:
     """Stores integers of 4 bits as such; a cast, which the runtime does once on loading, widens them again."""
     graph = model.graph

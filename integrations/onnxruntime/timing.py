@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hq_plugin.batch import Batch
 from hq_plugin.integrations.onnxruntime.export import to_onnx
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
+from hq_plugin.integrations.onnxruntime.sessions import open_session
 from hq_plugin.nn import PackedModule
 from hq_plugin.timing import MODEL_SECONDS, median_milliseconds
 
@@ -48,10 +49,8 @@ def model_milliseconds(model: nn.Module, batch: Batch) -> float:
 
 def _runner(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any]:
     """Returns what runs a model once in ONNX Runtime."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
     content = to_onnx(model, args, kwargs, accuracy_level=4)
-    session = onnxruntime.InferenceSession(content.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session: onnxruntime.InferenceSession = open_session(content.SerializeToString(), torch.get_num_threads())
     values = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
     feed = {entry.name: np.asarray(value) for entry, value in zip(session.get_inputs(), values, strict=True)}
     return lambda: session.run(None, feed)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import hq_plugin
 from hq_plugin import HybridPolicy, LayerBits, torch_ao
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs
+from hq_plugin.integrations.onnxruntime.sessions import open_session
 from hq_plugin.nn import packed_modules
 from hq_plugin.sites import Site, find_sites
 
@@ -100,9 +101,7 @@ def effective_bits(model: nn.Module) -> float:
 
 def session(path: Path) -> onnxruntime.InferenceSession:
     """Opens a file with as many threads as torch has."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return open_session(path, torch.get_num_threads())
 
 
 def float_session(model: nn.Module, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

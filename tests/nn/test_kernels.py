@@ -10,6 +10,7 @@ from hq_plugin.kernels import relative_error
 from hq_plugin.nn import PackedModule
 from hq_plugin.nn.integer_inputs import CHUNK
 from hq_plugin.nn.kernels import KERNELS, Bound, ByRows
+from hq_plugin.nn.saturation import saturates
 from hq_plugin.quantization import weight_range, weight_rows
 
 #: Rows and inputs of weights: round ones, odd ones, single ones.
@@ -55,6 +56,11 @@ def taken(name: str, bits: int, group: int, rows: int, inputs: int) -> bool:
     return name == "bfloat16" or not group
 
 
+def clips(name: str, bits: int, activation: int) -> bool:
+    """Where a kernel is not to be taken, since the processor clips its sums."""
+    return name == "int8" and (bits, activation) == (8, 8) and saturates()
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group", [0, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("name", ["bfloat16", "int4", "int8_weight"])
@@ -78,7 +84,8 @@ def test_integer_linear_layers_equal_the_reference(name: str, bits: int, activat
     generator = torch.Generator().manual_seed(1)
     for (rows, inputs), bias in itertools.product(SHAPES, (False, True)):
         layer = packed(nn.Linear(inputs, rows, bias=bias), LayerBits(bits, activation))
-        assert (KERNELS[name].refuses(layer) is None) == taken(name, bits, 0, rows, inputs), (rows, inputs)
+        fits = taken(name, bits, 0, rows, inputs) and not clips(name, bits, activation)
+        assert (KERNELS[name].refuses(layer) is None) == fits, (rows, inputs)
         if KERNELS[name].refuses(layer) is None:
             for shape in INPUTS:
                 x = torch.randn(*shape, inputs, generator=generator)
@@ -114,10 +121,48 @@ def test_integer_convolutions_equal_the_reference(bits: int, activation: int) ->
     generator = torch.Generator().manual_seed(1)
     for (inputs, outputs, *settings), bias in itertools.product(CONVOLUTIONS, (False, True)):
         layer = packed(nn.Conv2d(inputs, outputs, *settings, bias=bias), LayerBits(bits, activation))
+        assert (KERNELS["int8"].refuses(layer) is not None) == clips("int8", bits, activation)
+        if clips("int8", bits, activation):
+            continue
         for size in ((1, inputs, 9, 9), (3, inputs, 7, 10)):
             x = torch.randn(size, generator=generator)
             assert error(layer, "int8", x) < 1e-5, (settings, bias, size)
             assert error(layer, "int8", x.to(memory_format=torch.channels_last)) < 1e-5, (settings, bias, size)
+
+
+@pytest.mark.parametrize("activation", range(2, 9))
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_the_largest_sums_are_not_clipped(bits: int, activation: int) -> None:
+    """All weights of a row and all inputs at one end of their range: x86 without VNNI adds pairs in 16 bits."""
+    low, high = weight_range(bits)
+    layers = [nn.Linear(64, 16), nn.Conv2d(64, 16, 3, padding=1), nn.Conv2d(16, 16, 3, groups=16)]
+    for layer, x in zip(
+        layers, [torch.ones(40, 64), torch.ones(2, 64, 6, 6), torch.ones(2, 16, 6, 6)], strict=True
+    ):
+        integers = torch.full_like(layer.weight, high).to(torch.int8)
+        integers[::2] = low
+        bits_of = LayerBits(bits, activation)
+        step = torch.ones(16)
+        same = PackedModule.from_integers(
+            layer, integers, step, bits_of, torch.tensor(0.031), torch.tensor(0)
+        ).eval()
+        for name in ("int8", "int8_matmul"):
+            if KERNELS[name].refuses(same) is None:
+                assert error(same, name, 100 * x) < 1e-5, (layer, name)
+
+
+def test_a_processor_that_clips_sums_is_not_given_8_by_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    for clipping in (True, False):
+        monkeypatch.setattr("hq_plugin.nn.kernels.saturates", lambda clipping=clipping: clipping)
+        for layer in (nn.Linear(16, 8), nn.Conv2d(4, 4, 3)):
+            refused = {
+                (bits, activation)
+                for bits in range(1, 9)
+                for activation in range(2, 9)
+                if KERNELS["int8"].refuses(packed(layer, LayerBits(bits, activation))) is not None
+            }
+            assert refused == ({(8, 8)} if clipping else set())
+            assert KERNELS["int8_matmul"].refuses(packed(nn.Linear(16, 8), LayerBits(8, 8))) is None
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

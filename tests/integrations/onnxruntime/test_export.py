@@ -1,7 +1,9 @@
+import importlib
 import math
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +15,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, LayoutLMConfig, LayoutLMForSequenceClassification
 
 import hq_plugin as hq
-from hq_plugin import EngineError, ExportError, HybridPolicy, LayerBits, ModelError, torch_ao
+from hq_plugin import EngineError, ExportError, HQWarning, HybridPolicy, LayerBits, ModelError, torch_ao
 from hq_plugin.cost import CostTable
 from hq_plugin.integrations.onnxruntime.causal import generate
+from hq_plugin.integrations.onnxruntime.sessions import open_session
 from hq_plugin.packing import pack_bits
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -42,7 +45,7 @@ def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool 
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return open_session(path)
 
 
 def run(path: Path, *inputs: Tensor) -> np.ndarray:
@@ -127,6 +130,31 @@ def test_convolutions_with_and_without_quantized_inputs(activation: int, tmp_pat
     assert {t.data_type for t in graph.initializer if "second" in t.name and "weight_int" in t.name} == {
         onnx.TensorProto.INT4
     }
+
+
+def test_sums_of_8_bit_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x86 without VNNI clips them, in ONNX Runtime too unless it is told not to; nobody finds out by himself."""
+    torch.manual_seed(0)
+    writer = importlib.import_module("hq_plugin.integrations.onnxruntime.export")
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(512, 8)).eval()
+    x = torch.randn(2, 3, 12, 12)
+    for wide, names in (((8, 8), ["0", "2", "4"]), ((7, 8), []), ((8, 7), [])):
+        small = packed(model, dict.fromkeys("024", LayerBits(*wide)), x)
+        for clipping in (True, False):
+            monkeypatch.setattr(writer, "saturates", lambda clipping=clipping: clipping)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", HQWarning)
+                found = hq.export(small, tmp_path / "m.onnx", x)
+            said = [str(entry.message) for entry in caught if "VNNI" in str(entry.message)]
+            assert len(said) == (1 if clipping and names else 0)
+            assert all('add_session_config_entry("session.x64quantprecision", "1")' in text for text in said)
+        assert [layer.name for layer in found.clipped] == names
+        assert ("(0 and 2 more)" in str(found)) == bool(names)
+        # As large as products get; a tie may round to the other side.
+        assert error(tmp_path / "m.onnx", small, 3 * x) < 0.03
+    graph = onnx.load(tmp_path / "m.onnx").graph
+    zeros = [node.input[2] for node in graph.node if "weight_int" in node.input[0]]
+    assert len(set(zeros)) == len(zeros) > 1
 
 
 def test_batchnorm_is_folded_whatever_its_sign(tmp_path: Path) -> None:
