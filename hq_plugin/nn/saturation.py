@@ -8,6 +8,7 @@ Runtime's `session.x64quantprecision`. Of the widths that hq_plugin has only 8 a
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -26,10 +27,10 @@ def saturates() -> bool:
     if not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
     size = 8
-    weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
-    ones, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
-    x = torch.full((size, size), 255, dtype=torch.uint8)
-    y = torch.ops.onednn.qlinear_pointwise(
-        x, 1.0, 0, weight, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
-    )
+    with torch.device("cpu"):  # whatever the default is
+        weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
+        ones, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+        x = torch.full((size, size), 255, dtype=torch.uint8)
+    tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, ones, zeros, None, *tail)
     return bool((y != 255 * 127 * size).any())
