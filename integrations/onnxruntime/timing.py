@@ -15,6 +15,7 @@ from hq_plugin.integrations.onnxruntime.export import to_onnx
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
 from hq_plugin.integrations.onnxruntime.sessions import open_session
 from hq_plugin.nn import PackedModule
+from hq_plugin.nn.saturation import may_clip
 from hq_plugin.timing import MODEL_SECONDS, median_milliseconds
 
 #: Times by what decides them: a layer's shape and settings, its operator, the width of its integers, its input.
@@ -35,6 +36,7 @@ def layer_milliseconds(layer: PackedModule, x: Tensor) -> dict[str, float]:
         layer.bits.activation,
         layer.bits.dynamic,
         layer.bits.group_size,
+        may_clip(layer.bits.weight, layer.bits.activation),  # exact sums of these are slower where x86 lacks VNNI
         tuple(x.shape),
     )
     if key not in _known:
