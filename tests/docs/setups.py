@@ -88,6 +88,7 @@ def deployment() -> Iterator[Names]:
 
     yield {**images(), "Budget": hq.Budget, "small": quantized()}
     yield {}
+    yield {}
     names = text()
     language = hq.quantize(
         names["model"],
