@@ -94,6 +94,11 @@ def test_trace_of_a_linear_model_is_exact() -> None:
     assert found == pytest.approx(3 * float(x.square().sum(1).mean()), rel=0.06)
 
 
+def half_squared(student: Tensor, teacher: Tensor) -> Tensor:
+    """A distance whose Hessian in the output is the identity."""
+    return 0.5 * (student - teacher).square().sum()
+
+
 def test_traces_of_layers_do_not_mix() -> None:
     """Two independent diagonal quadratics: each sign vector gives each trace exactly."""
 
@@ -107,9 +112,6 @@ def test_traces_of_layers_do_not_mix() -> None:
 
     model = Scales()
     batch = Batch((torch.ones(1, 4),), {}, None, 1)
-
-    def half_squared(student: Tensor, teacher: Tensor) -> Tensor:
-        return 0.5 * (student - teacher).square().sum()
 
     found = hessian_traces(model, ["a", "b"], [batch], half_squared, probes=1)
     assert found == {"a": pytest.approx(4.0), "b": pytest.approx(16.0)}
@@ -144,9 +146,6 @@ def test_traces_behind_activations_without_a_second_derivative() -> None:
     assert bool((w.abs() < 3).all())
     wanted = float(((2 * w + 3) / 6).square().sum())
 
-    def half_squared(student: Tensor, teacher: Tensor) -> Tensor:
-        return 0.5 * (student - teacher).square().sum()
-
     found = hessian_traces(model, ["layer"], [Batch((x,), {}, None, 1)], half_squared, probes=1)["layer"]
     assert found == pytest.approx(wanted, rel=1e-4)
 
@@ -161,9 +160,6 @@ def test_an_embedding_that_no_token_reads_has_no_trace() -> None:
 
         def forward(self, ids: Tensor) -> Tensor:
             return torch.cat([self.read(ids), self.unread(ids[:0])])
-
-    def half_squared(student: Tensor, teacher: Tensor) -> Tensor:
-        return 0.5 * student.square().sum()
 
     batch = Batch((torch.tensor([0, 2]),), {}, None, 2)
     found = hessian_traces(Parts(), ["read", "unread"], [batch], half_squared, probes=1)

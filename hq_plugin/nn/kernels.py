@@ -23,7 +23,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 
 from hq_plugin.nn.integer_inputs import input_quantizer
 from hq_plugin.nn.packed import PackedModule, affine_weight, is_plain
-from hq_plugin.nn.saturation import may_clip, saturates
+from hq_plugin.nn.saturation import PLAIN_OUTPUT, may_clip, saturates
 from hq_plugin.policy import FLOAT_BITS
 from hq_plugin.quantization import quantize_rows
 
@@ -236,14 +235,13 @@ class _Int8(Kernel):
         zeros = torch.zeros(layer.weight_shape[0], dtype=torch.int32)
         bias = _bias(layer)
         bias = None if bias is None else bias.float()
-        tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
         if isinstance(layer, nn.Conv2d):
             settings = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]  # type: ignore[arg-type]
             packed = torch.ops.onednn.qconv_prepack(integers, scale, step, zero_point, *settings)
 
             def convolve(x: Tensor) -> Tensor:
                 y = torch.ops.onednn.qconv2d_pointwise(
-                    quantized(x), step, zero_point, packed, scale, zeros, bias, *settings, *tail
+                    quantized(x), step, zero_point, packed, scale, zeros, bias, *settings, *PLAIN_OUTPUT
                 )
                 return y.to(x.dtype)
 
@@ -252,7 +250,7 @@ class _Int8(Kernel):
 
         def multiply(x: Tensor) -> Tensor:
             y = torch.ops.onednn.qlinear_pointwise(
-                quantized(x), step, zero_point, packed, scale, zeros, bias, *tail
+                quantized(x), step, zero_point, packed, scale, zeros, bias, *PLAIN_OUTPUT
             )
             return y.to(x.dtype)
 

@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 
+#: Last arguments of oneDNN's operators: the result in float32, and nothing computed after it.
+PLAIN_OUTPUT: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
+
 
 def may_clip(weight_bits: int, activation_bits: int) -> bool:
     """Returns whether two products of integers from 0 to 2^a - 1 and from -2^(w - 1) may exceed 16 bits.
@@ -31,6 +34,5 @@ def saturates() -> bool:
         weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
         ones, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
         x = torch.full((size, size), 255, dtype=torch.uint8)
-    tail: tuple[Any, ...] = (1.0, 0, torch.float32, "none", [], "")
-    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, ones, zeros, None, *tail)
+    y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, ones, zeros, None, *PLAIN_OUTPUT)
     return bool((y != 255 * 127 * size).any())

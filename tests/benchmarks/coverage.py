@@ -158,10 +158,12 @@ def _output(model: Any, batch: Any) -> Any:
 def _onnx_error(path: Path, batch: Any, expected: Any) -> float:
     import onnxruntime
 
+    from hq_plugin.integrations.onnxruntime.sessions import EXACT_SUMS
+
     options = onnxruntime.SessionOptions()
     # The runtime turns what dequantizes a weight for a product into MatMulNBits, by default in 8-bit integers.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-    options.add_session_config_entry("session.x64quantprecision", "1")  # or x86 without VNNI clips sums
+    options.add_session_config_entry(*EXACT_SUMS)
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     entries = session.get_inputs()
     values = batch if isinstance(batch, dict) else {entries[0].name: batch}
