@@ -118,5 +118,6 @@ def split_tables(model: nn.Module, config: Config, by_use: Mapping[str, Tensor])
 def _may_be_held(parameter: Tensor) -> bool:
     if isinstance(parameter, nn.parameter.UninitializedParameter) or not parameter.is_floating_point():
         return False
-    # A leading 1 is the batch: position embeddings and the like.
-    return parameter.dim() > 1 and parameter.numel() >= _SMALLEST_HELD and 1 not in parameter.shape
+    # What has one row or one column is no matrix; a leading 1 may be the one expert that there is.
+    matrix = parameter.shape[1:] if parameter.dim() > 2 else parameter.shape
+    return parameter.dim() > 1 and parameter.numel() >= _SMALLEST_HELD and 1 not in matrix

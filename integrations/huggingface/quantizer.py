@@ -241,32 +241,33 @@ class HqQuantizer(HfQuantizer):
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
         """Keeps the dtype of what is exact (packed integers, steps); other tensors take that of the model."""
-        stored = str(next(iter(getattr(converter, "target_patterns", [""])), ""))
-        exact = (*WEIGHT_BUFFERS, *INPUT_BUFFERS)
-        return None if stored.endswith(exact) else super().get_new_dtype(converter, param, dtype)
+        from hq_plugin.integrations.huggingface.names import StoredTensors
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return None if isinstance(converter, StoredTensors) else super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: PreTrainedModel) -> list[Any]:
         """Leaves out transformers' renamings where the file has the model's own names.
 
         So it is saved where transformers joins or splits weights (`saving.py`), and a renaming may fit an own name.
+        Earlier versions of transformers do not give the model.
         """
         from transformers.core_model_loading import WeightConverter
 
         if any(isinstance(entry, WeightConverter) for entry in weight_conversions):
             return self.get_weight_conversions()
-        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, *model)
         return updated
 
     def get_weight_conversions(self) -> list[Any]:
-        """Returns the renaming from the names of a file to those of the layers."""
-        from hq_plugin.integrations.huggingface.names import StoredNames
+        """Returns what takes the tensors of packed layers from a file."""
+        from hq_plugin.integrations.huggingface.names import StoredTensors
 
         names = {
-            f"{name}.{stored}": f"{name}.{buffer}"
+            f"{name}.{_STORED.get(buffer, buffer)}": f"{name}.{buffer}"
             for name in getattr(self, "_names", {})
-            for buffer, stored in _STORED.items()
+            for buffer in (*WEIGHT_BUFFERS, *INPUT_BUFFERS)
         }
-        return [StoredNames(names)] if names else []
+        return [StoredTensors(names)] if names else []
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Returns what `save_pretrained` writes."""

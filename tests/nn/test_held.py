@@ -58,6 +58,22 @@ def test_parameters_that_multiply_are_held_and_nothing_else(mixture: Mixture) ->
     assert (site.weight_shape, site.macs, site.quantizes_input) == ((72, 16), 3 * 24 * 16, False)
 
 
+def test_a_single_expert_is_held_like_several_are() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Parameter(torch.randn(1, 24, 16) / 4)
+            self.row = nn.Parameter(torch.randn(1, 1, 512))
+            self.place = nn.Parameter(torch.randn(1, 8, 16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.bmm((x + self.place), self.up.transpose(1, 2)) + self.row.mean()
+
+    torch.manual_seed(0)
+    held = hold_parameters(Shared(), lambda m: m(X[None]))
+    assert {name for name, module in held.named_modules() if isinstance(module, HeldWeight)} == {"held.up"}
+
+
 def test_a_held_weight_survives_copies_and_moves(mixture: Mixture) -> None:
     held = copy.deepcopy(hold_parameters(mixture, lambda m: m(X))).double()
     assert held.experts.up.dtype == torch.float64
