@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
-from hq_plugin.policy import LayerBits
+from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import versions
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
@@ -23,7 +24,7 @@ from hq_plugin.storage import read_sealed, sealed, write_text
 from hq_plugin.timing import machine
 from hq_plugin.untrusted import check_types, clean_errors
 
-FORMAT, VERSION = "hq_plugin profile", 1
+FORMAT, VERSION = "hq_plugin profile", 2
 #: Share of the model's time by which promises may be wrong without a warning.
 TRUSTED = 0.15
 
@@ -39,9 +40,10 @@ class Profile:
         date: When it was measured, ISO 8601.
         versions: Versions of the libraries.
         rest: Milliseconds of the model that no width changes.
-        slope: Milliseconds of the model for each millisecond of its layers alone.
+        slopes: Milliseconds of the model for each millisecond of its layers alone, by the width of their inputs: a
+            runtime keeps integers between layers that have them, and what is timed alone starts and ends in floats.
         error: By how much, as a share, the model under one of the policies that it was timed under took more or
-            less time than its layers' times, `slope` and `rest` say.
+            less time than its layers' times, `slopes` and `rest` say.
         layers: Milliseconds of each distinct layer (`signature`) at each `"weight,activation"` width, by kernel;
             the fastest counts.
     """
@@ -52,7 +54,7 @@ class Profile:
     date: str
     versions: dict[str, str]
     rest: float
-    slope: float
+    slopes: dict[str, float]
     error: float
     layers: dict[str, dict[str, dict[str, float]]]
 
@@ -69,8 +71,28 @@ class Profile:
         for g, group in enumerate(space.groups):
             for w in range(len(group.weight_bits)):
                 for a in range(len(group.activation_bits)):
-                    times[g, w, a] = sum(self._time(site, group.bits(site, w, a)) for site in group.sites)
-        return self.slope * times
+                    choices = [(site, group.bits(site, w, a)) for site in group.sites]
+                    times[g, w, a] = sum(self._slope(bits) * self._time(site, bits) for site, bits in choices)
+        return times
+
+    def sums(self, space: SearchSpace, policy: HybridPolicy) -> dict[str, float]:
+        """Returns the milliseconds of all layers alone under a policy, by the width of their inputs.
+
+        Raises:
+            ConfigError: The profile lacks a layer or a width of the policy.
+        """
+        found: dict[str, float] = {}
+        for site in space.table:
+            bits = policy[site.name]
+            found[str(bits.activation)] = found.get(str(bits.activation), 0.0) + self._time(site, bits)
+        return found
+
+    def milliseconds(self, sums: Mapping[str, float]) -> float:
+        """Returns what the model takes where its layers take this alone."""
+        return self.rest + sum(self.slopes.get(bits, 1.0) * total for bits, total in sums.items())
+
+    def _slope(self, bits: LayerBits) -> float:
+        return self.slopes.get(str(bits.activation), 1.0)
 
     def put_into(self, costs: CostTable) -> None:
         """Gives a cost table the latency of its choices.
@@ -126,7 +148,12 @@ class Profile:
             kernels = [ms for widths in made.layers.values() for ms in widths.values()]
             if not all(kernels):
                 raise ValueError("a layer has no time")
-            numbers = [made.rest, made.slope, made.error, *(ms for times in kernels for ms in times.values())]
+            numbers = [
+                made.rest,
+                made.error,
+                *made.slopes.values(),
+                *(ms for times in kernels for ms in times.values()),
+            ]
             if not all(0 <= number < np.inf for number in numbers):
                 raise ValueError("a time is not a positive number")
         return made

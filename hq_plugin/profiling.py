@@ -7,11 +7,13 @@ float comes on top, and a runtime fuses layers. Both are taken from the whole mo
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
@@ -37,8 +39,8 @@ NO_KERNEL = "none"
 _TYPICAL_BITS = 4
 #: The slope of the model's time over the sum of its layers' is believed within these bounds.
 _SLOPE = (0.25, 4.0)
-#: Sums of the slowest and the fastest policy must differ by this factor to tell a slope.
-_DIFFERENT = 1.15
+#: What a slope of 2 in place of 1 counts beside the squared relative error of one policy.
+_PRIOR = 3e-3
 
 
 @torch.no_grad()
@@ -85,19 +87,39 @@ def measure_profile(
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         engine_versions(target),
         0.0,
-        1.0,
+        {},
         0.0,
         layers,
     )
-    times_of = made.table(space)
-    genomes = _spread(times_of, space)
-    sums = [float(times_of[np.arange(len(genome)), genome[:, 0], genome[:, 1]].sum()) for genome in genomes]
-    totals = []
-    for genome in genomes:
-        totals.append(model_time(_packed(teacher, space.policy(genome), part), part))
-    slope, rest = _line(sums, totals)
-    error = max(abs(total / (rest + slope * part) - 1) for total, part in zip(totals, sums, strict=True))
-    return Profile(**{**vars(made), "rest": rest, "slope": slope, "error": error})
+    even, mixed = _spread(made.table(space), space)
+    policies = [space.policy(genome) for genome in (*even, *mixed)]
+    sums = [made.sums(space, policy) for policy in policies]
+    totals = [model_time(_packed(teacher, policy, part), part) for policy in policies]
+    # Where inputs change between layers a runtime converts, which no layer's time has: such policies do not tell
+    # what the others take, but they tell by how much the sum may be off.
+    rest, slopes = _fit(sums[: len(even)], totals[: len(even)])
+    fitted = replace(made, rest=rest, slopes=slopes)
+    error = max(abs(total / fitted.milliseconds(part) - 1) for total, part in zip(totals, sums, strict=True))
+    return replace(fitted, error=error)
+
+
+@torch.no_grad()
+def model_milliseconds(
+    teacher: nn.Module, space: SearchSpace, policy: HybridPolicy, batch: Batch, samples: int, target: str
+) -> float:
+    """Times a whole model under a policy; its weights are rounded, and not trained.
+
+    Args:
+        teacher: The float model, in eval mode.
+        space: Gives the layers.
+        policy: Their widths.
+        batch: Inputs; the first `samples` of them are run.
+        samples: Samples of a forward.
+        target: As for `measure_profile`.
+    """
+    _, model_time = _timers(target, space, device_of(teacher))
+    part = first_samples(batch, samples)
+    return model_time(_packed(teacher, policy, part), part)
 
 
 def _packed(teacher: nn.Module, policy: HybridPolicy, batch: Batch) -> nn.Module:
@@ -107,24 +129,47 @@ def _packed(teacher: nn.Module, policy: HybridPolicy, batch: Batch) -> nn.Module
     return torch_ao.convert(prepared)
 
 
-def _spread(times: Table, space: SearchSpace) -> list[Genome]:
-    """Returns the narrowest, the widest and the fastest policy, and one at random between them."""
-    flat = times.reshape(len(times), -1).argmin(axis=1)
-    fastest = np.stack(np.unravel_index(flat, times.shape[1:]), axis=1)
-    mixed = np.random.RandomState(0).randint(0, space.top + 1)
-    genomes = {genome.tobytes(): genome for genome in (np.zeros_like(space.top), space.top, fastest, mixed)}
-    return list(genomes.values())
+def _spread(times: Table, space: SearchSpace) -> tuple[list[Genome], list[Genome]]:
+    """Returns policies to time the model under.
+
+    Returns:
+        Those that give all layers one width of inputs, and others: the narrowest and the widest weights at each
+        width of inputs, the fastest widths of each layer alone, and a policy at random.
+    """
+    genomes = []
+    for activation in range(int(space.top[:, 1].max()) + 1):
+        for weights in (np.zeros_like(space.top[:, 0]), space.top[:, 0]):
+            genomes.append(np.stack([weights, np.minimum(activation, space.top[:, 1])], axis=1))
+    fastest = times.reshape(len(times), -1).argmin(axis=1)
+    genomes.append(np.stack(np.unravel_index(fastest, times.shape[1:]), axis=1))
+    genomes.append(np.random.RandomState(0).randint(0, space.top + 1))
+    distinct = list({genome.tobytes(): genome for genome in genomes}.values())
+    chosen = space.top[:, 1] > 0
+    even = [len(set(genome[chosen, 1].tolist())) <= 1 for genome in distinct]
+    return (
+        [genome for genome, one_width in zip(distinct, even, strict=True) if one_width],
+        [genome for genome, one_width in zip(distinct, even, strict=True) if not one_width],
+    )
 
 
-def _line(sums: list[float], totals: list[float]) -> tuple[float, float]:
-    """Returns slope and rest of the model's time over the sum of its layers', by least squares."""
-    slope = 1.0
-    if max(sums) > _DIFFERENT * min(sums):
-        slope = min(max(float(np.polyfit(sums, totals, 1)[0]), _SLOPE[0]), _SLOPE[1])
-    rest = max(float(np.mean(totals)) - slope * float(np.mean(sums)), 0.0)
-    if rest == 0.0:
-        slope = sum(totals) / max(sum(sums), 1e-9)
-    return slope, rest
+def _fit(sums: Sequence[Mapping[str, float]], totals: Sequence[float]) -> tuple[float, dict[str, float]]:
+    """Returns rest and slopes of the model's time over its layers', of least squared relative error.
+
+    Args:
+        sums: Milliseconds of the layers under each policy, by the width of their inputs.
+        totals: Those of the model.
+    """
+    widths = sorted({bits for each in sums for bits in each})
+    rows = np.array([[1.0, *(each.get(bits, 0.0) for bits in widths)] for each in sums])
+    wanted = np.ones(len(rows))
+    # Where sums hardly differ they tell no slope: a layer is then believed to take what it takes alone.
+    prior = np.sqrt(_PRIOR) * np.eye(len(widths) + 1)[1:]
+    found = lsq_linear(
+        np.concatenate([rows / np.array(totals)[:, None], prior]),
+        np.concatenate([wanted, np.full(len(widths), np.sqrt(_PRIOR))]),
+        bounds=([0.0] + [_SLOPE[0]] * len(widths), [np.inf] + [_SLOPE[1]] * len(widths)),
+    ).x
+    return float(found[0]), {bits: float(slope) for bits, slope in zip(widths, found[1:], strict=True)}
 
 
 def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Batch, config: Config) -> None:

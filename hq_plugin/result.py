@@ -25,7 +25,8 @@ class Costs:
         size: Bytes of the whole model on disk, what stays float counted.
         bitops: Multiply-accumulates × weight bits × activation bits of one sample.
         energy_uj: Microjoules of one sample, by `hq_plugin.cost.ENERGY`.
-        latency_ms: Milliseconds of one forward, where a profile is known.
+        latency_ms: Milliseconds of one forward, where the budget limits it: by the profile, or as measured for
+            what a search on this machine chose.
     """
 
     weight_bits: float
@@ -124,7 +125,8 @@ class Result:
         chosen: Which of the baselines the policy is: `"searched"` unless one of the others was better (what
             training repairs less of counts more).
         costs: What the model costs.
-        used: Share of each limit that is used, by limit name; never above 1.
+        used: Share of each limit that is used, by limit name; never above 1, but for a latency that no policy
+            kept, which was warned of.
         float_size: Bytes of the float model.
         float_accuracy: Top-1 accuracy of the float model on the held-out data, where there are labels.
         float_metric: What `eval_fn` returned for the float model, where one was given.

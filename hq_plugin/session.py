@@ -48,7 +48,7 @@ from hq_plugin.preparation import (
     search_space,
     teacher_of,
 )
-from hq_plugin.profiling import first_samples, with_latency
+from hq_plugin.profiling import first_samples, model_milliseconds, with_latency
 from hq_plugin.ranking import distances, rerank
 from hq_plugin.result import Baseline, Result, versions
 from hq_plugin.rounding import start_from_good_integers
@@ -58,6 +58,7 @@ from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.seeding import seeded
 from hq_plugin.sharding import placed
 from hq_plugin.space import SearchSpace
+from hq_plugin.timed_search import search_and_time
 from hq_plugin.tracking import track, tracking
 
 P = ParamSpec("P")
@@ -221,6 +222,8 @@ class Session:
     def search(self, budget: str | Budget, *, eval_fn: EvalFunction | None = None) -> Found:
         """Finds the best policy under a budget (step 2); nothing is trained.
 
+        A limit of latency on this machine is kept by what is found when it is run, and not only by a profile.
+
         Args:
             budget: As for `hq_plugin.quantize`.
             eval_fn: As for `quantize`; what it says of the best policy of each kind is in the baselines.
@@ -228,6 +231,29 @@ class Session:
         Raises:
             BudgetError: The budget cannot be read or met.
         """
+        budget = Budget.parse(budget)
+        if budget.latency_ms is None or self.config.profile is not None:
+            return self._search(budget, eval_fn)
+        found = search_and_time(
+            lambda limits: self._search(limits, eval_fn),
+            lambda policy: self._milliseconds(policy, budget.batch),
+            budget,
+        )
+        genome = self.space.genome(found.policy)
+        used = {resource.name: resource.used(genome) for resource in self._resources(budget)}
+        return replace(found, used={**used, "latency_ms": (found.costs.latency_ms or 0.0) / budget.latency_ms})
+
+    def _milliseconds(self, policy: HybridPolicy, samples: int) -> float:
+        """Times the model under a policy, in the first process where there are several."""
+        batch = self.data.holdout[0].to(device_of(self.teacher))
+
+        def timed(policy: HybridPolicy) -> float:
+            return model_milliseconds(self.teacher, self.space, policy, batch, samples, self.config.target)
+
+        return float(map_split(timed, [policy])[0])
+
+    def _search(self, budget: Budget, eval_fn: EvalFunction | None) -> Found:
+        """Finds the best policy by what policies are known to cost."""
         resources, losses = self._resources(budget), self.losses
         began = time.perf_counter()
         with evaluating(self.network) as network:

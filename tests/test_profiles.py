@@ -1,4 +1,3 @@
-import itertools
 import json
 import sys
 import warnings
@@ -29,7 +28,7 @@ from hq_plugin.nn.kernels import KERNELS, REFERENCE
 from hq_plugin.nn.saturation import saturates
 from hq_plugin.policy import LayerBits
 from hq_plugin.profiles import signature, width
-from hq_plugin.profiling import _line, first_samples, random_layer
+from hq_plugin.profiling import _fit, first_samples, random_layer
 from hq_plugin.result import versions
 from hq_plugin.sites import find_sites
 from hq_plugin.storage import sealed
@@ -53,7 +52,8 @@ def with_times(profile: Profile, milliseconds: Callable[[str, str], float], rest
         name: {key: {"fast": milliseconds(name, key), "slow": milliseconds(name, key) + 1} for key in widths}
         for name, widths in profile.layers.items()
     }
-    return Profile(**{**vars(profile), "layers": layers, "rest": rest, "slope": slope, "error": 0.0})
+    slopes = {"8": slope, "16": slope}
+    return Profile(**{**vars(profile), "layers": layers, "rest": rest, "slopes": slopes, "error": 0.0})
 
 
 def bits_of(key: str) -> float:
@@ -152,11 +152,19 @@ def test_a_layer_that_is_faster_on_a_float_input_gets_one(
     assert small.hq.policy["depthwise"].activation == 16  # type: ignore[union-attr]
 
 
-def test_the_line_goes_through_what_was_measured() -> None:
-    assert _line([1.0, 2.0, 3.0], [7.0, 9.0, 11.0]) == (pytest.approx(2.0), pytest.approx(5.0))
-    # Sums that hardly differ tell no slope; a negative rest becomes a slope.
-    assert _line([1.0, 1.01], [3.0, 5.0]) == (1.0, pytest.approx(2.995))
-    assert _line([10.0, 11.0], [5.0, 5.0]) == (pytest.approx(10 / 21), 0.0)
+def test_rest_and_slopes_come_from_what_was_measured() -> None:
+    rest, slopes = _fit([{"8": 1.0}, {"8": 2.0}, {"8": 3.0}], [7.0, 9.0, 11.0])
+    assert (rest, slopes["8"]) == (pytest.approx(5.0, rel=0.1), pytest.approx(2.0, rel=0.1))
+    # Layers between which integers are kept take less than alone, others more.
+    sums = [{"8": 10.0, "16": 1.0}, {"8": 14.0, "16": 1.0}, {"16": 12.0}, {"16": 15.0}]
+    rest, slopes = _fit(sums, [0.5 * each.get("8", 0.0) + 1.5 * each["16"] + 2 for each in sums])
+    assert (slopes["8"], slopes["16"]) == (pytest.approx(0.5, rel=0.05), pytest.approx(1.5, rel=0.05))
+    # Sums that hardly differ tell no slope (that of the least squared relative error would be 200).
+    rest, slopes = _fit([{"8": 1.0}, {"8": 1.01}], [3.0, 5.0])
+    assert (rest + slopes["8"], slopes["8"]) == (pytest.approx(3.53, rel=0.01), pytest.approx(1.2, rel=0.2))
+    # A rest below nothing becomes a slope: without it this would be 0.8, and -3.
+    rest, slopes = _fit([{"8": 10.0}, {"8": 15.0}], [5.0, 9.0])
+    assert (rest, slopes["8"]) == (pytest.approx(0.0, abs=1e-6), pytest.approx(0.55, rel=0.05))
 
 
 def test_times_that_do_not_add_up_are_told(
@@ -169,12 +177,18 @@ def test_times_that_do_not_add_up_are_told(
     rough = Profile(**{**vars(slow_and_fast(made)), "error": 0.4})
     with pytest.warns(HQWarning, match=r"took 40% more or less.*activation_bits=8"):
         hq.quantize(trained, Budget(latency_ms=180, batch=4), batches, profile=rough, **options)  # type: ignore[arg-type]
-    # All layers take the same; the model takes 2, 4 and 2 ms under the narrowest, the widest and a random policy.
-    totals = itertools.cycle([2.0, 4.0])
-    timers = (lambda layer, x: {"any": 1.0}), (lambda model, batch: next(totals))
+
+    # All layers take the same alone; together more on float inputs, and most where inputs differ.
+    def whole(model: nn.Module, batch: Batch) -> float:
+        inputs = {layer.bits.activation for layer in packed_modules(model).values()}
+        return {8: 2.0, 16: 4.0}[inputs.pop()] if len(inputs) == 1 else 6.0
+
+    timers = (lambda layer, x: {"any": 1.0}), whole
     monkeypatch.setattr(profiling, "_timers", lambda *given: timers)
     found = hq.profile(trained, batches, target="torch", **options)  # type: ignore[arg-type]
-    assert (found.rest + 4 * found.slope, found.error) == (pytest.approx(8 / 3), pytest.approx(0.5))
+    ways = [found.milliseconds({"8": 4.0}), found.milliseconds({"16": 4.0})]
+    assert ways == [pytest.approx(2.0, rel=0.02), pytest.approx(4.0, rel=0.02)]
+    assert found.error == pytest.approx(1.0, rel=0.1)
 
 
 def test_a_profile_of_something_else(

@@ -20,7 +20,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,7 @@ from hq_plugin.integrations.huggingface.quantizer import attach
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.integrations.onnxruntime.timing import model_milliseconds
 from hq_plugin.policy import LayerBits
-from hq_plugin.profiling import first_samples, measure_profile, with_latency
+from hq_plugin.profiling import first_samples, measure_profile
 from hq_plugin.timing import MODEL_SECONDS, machine, median_milliseconds
 from tests.benchmarks.deployment_loading import measure
 from tests.benchmarks.deployment_models import (
@@ -231,8 +230,8 @@ def _promises(name: str, model: nn.Module, data: Any, target: Any, activation_bi
         batch = session.data.holdout[0]
         part, space = first_samples(batch, 1), session.space
         profile = measure_profile(session.teacher, space, batch, 1, target, False)
-        session.config = replace(session.config, profile=profile)
-        with_latency(session.costs, Budget(latency_ms=1e9), session.teacher, batch, session.config)
+        # Put in place here and not given, so that the search times what it found, as without a profile.
+        profile.put_into(session.costs)
         # The same model again, at the time of the profile and of each measurement: what the machine did meanwhile.
         prepared = torch_ao.prepare(session.teacher, space.policy(space.top), whole_zero_points=True)
         batch.run(prepared)  # observes the inputs' ranges
