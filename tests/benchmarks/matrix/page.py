@@ -42,7 +42,8 @@ allocation, with everything that it needed, and training; processor seconds and 
 rows. *Peak memory* is that of the process. *Ratio* is hq_plugin's distance over that of the best of all other
 methods at this budget: below 1 it is the closest.
 
-All rows of a model at one budget are of one file format; their date is in them.
+All rows of a model at one budget are of one file format and one float network; their date is in them. Float
+networks are trained once a machine, and differ between machines.
 """
 COMMAND = "python -m tests.benchmarks"
 
@@ -68,7 +69,7 @@ def write(
             text += [f"![Distance against bytes, {model}]({plot.name})", ""]
         for steps, budget in _places(mine):
             here = [row for row in mine if _at(row, steps, budget)]
-            text += [f"**{budget}, {_steps(steps)}**", "", *_table(here), ""]
+            text += [f"**{budget}, {_steps(steps)}**", "", *_another_network(mine, here), *_table(here), ""]
         text += _failures(mine)
     text += claims_page.lines(rows.latest(rows.read(claimed), claims_page.KEY))
     path.write_text("\n".join(text).rstrip() + "\n")
@@ -103,6 +104,14 @@ def _float_accuracy(found: Sequence[Row]) -> str:
     """Returns the float accuracy of the matrix's own network; rivals were given another training of it."""
     known = [row["float_accuracy"] for row in found if "trained_steps" in row and row.get("float_accuracy")]
     return f", float accuracy {known[0]:.4f}" if known else ""
+
+
+def _another_network(model: Sequence[Row], here: Sequence[Row]) -> list[str]:
+    """Returns what to say where a budget's rows are of another float network than the model's first ones."""
+    first, mine = _float_accuracy(model), _float_accuracy(here)
+    if not mine or mine == first:
+        return []
+    return [f"Another training of the float network{mine}: distances compare within this table alone.", ""]
 
 
 def _steps(steps: int | None) -> str:
