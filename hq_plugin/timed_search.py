@@ -8,7 +8,7 @@ where that does not help, a baseline that keeps the limit is taken.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from hq_plugin.budget import Budget
@@ -41,63 +41,54 @@ def search_and_time(
     """
     limit = budget.latency_ms
     assert limit is not None
-    searches: list[Found] = []
-    timed: list[tuple[float, Found]] = []
-    for found in _candidates(search, budget, searches, timed):
-        if any(found.policy == other.policy for _, other in timed):
-            continue
-        took = milliseconds(found.policy)
-        if limit < took <= _PERHAPS_NOISE * limit:
-            took = min(took, milliseconds(found.policy))
-        timed.append((took, found))
-        if took <= limit:
+    times: dict[HybridPolicy, float] = {}
+
+    def timed(found: Found) -> float:
+        if found.policy not in times:
+            took = milliseconds(found.policy)
+            if limit < took <= _PERHAPS_NOISE * limit:
+                took = min(took, milliseconds(found.policy))
+            times[found.policy] = took
+        return times[found.policy]
+
+    searches = [search(budget)]
+    while timed(searches[-1]) > limit and len(searches) < ROUNDS:
+        lower = limit * (searches[-1].costs.latency_ms or limit) / timed(searches[-1])
+        try:
+            searches.append(search(replace(budget, latency_ms=lower)))
+        except BudgetError:
             break
-    took, found = min(timed, key=lambda pair: pair[0])
+    tried = list(searches)
+    if timed(tried[-1]) > limit:
+        for other in _baselines(searches):
+            tried.append(other)
+            if timed(other) <= limit:
+                break
+    fastest = min(tried, key=timed)
+    took = timed(fastest)
     if took > limit:
         warnings.warn(
             f"The model takes {took:.3g} ms, where {limit:.3g} were asked for: the times of its layers do not add "
-            f"up to its own, and none of {len(timed)} policies that should have kept the limit did. Ask for "
+            f"up to its own, and none of {len(times)} policies that should have kept the limit did. Ask for "
             f'"{1.02 * took:.3g}ms", or give one width for inputs, such as activation_bits=8.',
             HQWarning,
             stacklevel=2,
         )
-    costs = replace(found.costs, latency_ms=took)
-    chosen = replace(found.baselines[found.chosen], costs=costs)
+    costs = replace(fastest.costs, latency_ms=took)
+    chosen = replace(fastest.baselines[fastest.chosen], costs=costs)
     return replace(
-        found,
+        fastest,
         costs=costs,
-        baselines={**found.baselines, found.chosen: chosen},
-        seconds={name: sum(one.seconds[name] for one in searches) for name in found.seconds},
+        baselines={**fastest.baselines, fastest.chosen: chosen},
+        seconds={name: sum(found.seconds[name] for found in searches) for name in fastest.seconds},
     )
 
 
-def _candidates(
-    search: Callable[[Budget], Found], budget: Budget, searches: list[Found], timed: list[tuple[float, Found]]
-) -> Iterator[Found]:
-    """Gives what to time: what searches find under limits that fall, then their baselines, the closest first.
-
-    Args:
-        search: As above.
-        budget: The limits of the first search.
-        searches: What they found; filled here.
-        timed: What was given before, with its time; filled by the caller.
-    """
-    limits = budget
-    for _ in range(ROUNDS):
-        try:
-            found = search(limits)
-        except BudgetError:
-            if not searches:
-                raise
-            break
-        searches.append(found)
-        yield found
-        took = next(took for took, other in timed if other.policy == found.policy)
-        promised = min(found.costs.latency_ms or took, limits.latency_ms or took)
-        limits = replace(limits, latency_ms=promised * (budget.latency_ms or took) / took)
-    others = [
-        replace(found, policy=one.policy, chosen=name, costs=one.costs)
-        for found in searches
-        for name, one in found.baselines.items()
+def _baselines(searches: Sequence[Found]) -> list[Found]:
+    """Returns the baselines of searches as if they had been chosen, the closest to the float model first."""
+    found = [
+        replace(search, policy=baseline.policy, chosen=name, costs=baseline.costs)
+        for search in searches
+        for name, baseline in search.baselines.items()
     ]
-    yield from sorted(others, key=lambda other: other.baselines[other.chosen].kl)
+    return sorted(found, key=lambda one: one.baselines[one.chosen].kl)
