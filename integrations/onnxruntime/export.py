@@ -24,6 +24,7 @@ from hq_plugin.integrations.onnxruntime import graph
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
 from hq_plugin.integrations.onnxruntime.dynamic import OPSET
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
+from hq_plugin.integrations.onnxruntime.rewrites import Rewritten
 from hq_plugin.integrations.onnxruntime.sessions import EXACT_SUMS
 from hq_plugin.integrations.onnxruntime.verify import difference
 from hq_plugin.nn import packed_modules
@@ -282,7 +283,7 @@ def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     names = ["logits", *(f"present.{i}" for i in range(len(kwargs["past"])))] if "past" in kwargs else None
     with torch.no_grad(), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
-        with _Where(model) as where:
+        with _Where(model) as where, Rewritten():
             try:
                 program = torch.export.export(
                     model,
