@@ -295,14 +295,25 @@ def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 )
             except Exception as error:  # whatever the model's own code makes of symbolic sizes
                 raise ExportError(_message(error, where.layer)) from error
-        try:
-            translated = torch.onnx.export(
-                program, args, kwargs=kwargs, dynamo=True, opset_version=OPSET, output_names=names, verbose=False
-            )
-        except Exception as error:  # whatever a translation raises
-            raise ExportError(_message(error, _layer_of(program, error))) from error
-    assert translated is not None
-    proto: onnx.ModelProto = translated.model_proto
+        # Fused successive Clips of onnxscript (0.7) may lose their bounds; without its rewriting they stay two.
+        for optimize in (True, False):
+            try:
+                translated = torch.onnx.export(
+                    program,
+                    args,
+                    kwargs=kwargs,
+                    dynamo=True,
+                    opset_version=OPSET,
+                    output_names=names,
+                    optimize=optimize,
+                    verbose=False,
+                )
+            except Exception as error:  # whatever a translation raises
+                raise ExportError(_message(error, _layer_of(program, error))) from error
+            assert translated is not None
+            proto: onnx.ModelProto = translated.model_proto
+            if graph.is_whole(proto):
+                break
     return proto
 
 

@@ -11,6 +11,13 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 
+def is_whole(model: onnx.ModelProto) -> bool:
+    """Whether every input of a node is one of the model, a constant, or another node's output."""
+    known = {value.name for value in (*model.graph.input, *model.graph.initializer)} | {""}
+    known.update(name for node in model.graph.node for name in node.output)
+    return all(name in known for node in model.graph.node for name in node.input)
+
+
 def strip(model: onnx.ModelProto) -> None:
     """Takes out what the exporter notes for debugging, such as the paths of source files."""
     del model.metadata_props[:]
