@@ -69,16 +69,16 @@ def _attention(
     return output.reshape(*query.shape[:-1], value.shape[-1])
 
 
-def _unsqueeze(given: Tensor, dim: int) -> Tensor:
-    if not given.is_complex():
-        return given.unsqueeze(dim)
-    return torch.view_as_complex(torch.view_as_real(given).unsqueeze(dim if dim >= 0 else dim - 1))
+def _unsqueeze(input: Tensor, dim: int) -> Tensor:  # arguments are called as torch's are
+    if not input.is_complex():
+        return input.unsqueeze(dim)
+    return torch.view_as_complex(torch.view_as_real(input).unsqueeze(dim if dim >= 0 else dim - 1))
 
 
-def _erfinv(given: Tensor) -> Tensor:
-    w = -torch.log((1 - given) * (1 + given))
+def _erfinv(input: Tensor) -> Tensor:
+    w = -torch.log((1 - input) * (1 + input))
     parts = _polynomial(_CENTRAL, w - 2.5), _polynomial(_TAIL, torch.sqrt(w) - 3)
-    return given * torch.where(w < 5, *parts)
+    return input * torch.where(w < 5, *parts)
 
 
 def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
