@@ -82,7 +82,7 @@ def _head(document: Document, level: int = 1) -> str:
     if result.metric is not None:
         tiles.append(("your metric", number(result.metric), f"float model: {number(before.metric)}"))
     if result.latency_ms is not None:
-        tiles.append(("latency", f"{result.latency_ms:.3g} ms", "of a forward, by the profile"))
+        tiles.append(("latency", f"{result.latency_ms:.3g} ms", "of a forward"))
     shown = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(value)}<small>{escape(note)}</small></dd></div>"
         for name, value, note in tiles
