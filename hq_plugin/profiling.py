@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import lsq_linear
 from torch import Tensor, nn
 
 from hq_plugin import torch_ao
@@ -159,6 +158,8 @@ def _fit(sums: Sequence[Mapping[str, float]], totals: Sequence[float]) -> tuple[
         sums: Milliseconds of the layers under each policy, by the width of their inputs.
         totals: Those of the model.
     """
+    from scipy.optimize import lsq_linear  # which takes half a second to import, and few profile
+
     widths = sorted({bits for each in sums for bits in each})
     rows = np.array([[1.0, *(each.get(bits, 0.0) for bits in widths)] for each in sums])
     wanted = np.ones(len(rows))
