@@ -228,16 +228,16 @@ class _Dequantizing(nn.Module):
     def weight(self) -> Tensor:
         """The weight, dequantized in the graph."""
         made: Any = self
-        weight = _dequantized(getattr(made, made._name), made.scale, made.zero, axis=0)
-        if made.rest is not None:
-            weight = weight + made.rest
+        weight = _dequantized(getattr(made, made._name), made.weight_scale, made.weight_zero, axis=0)
+        if made.weight_rest is not None:
+            weight = weight + made.weight_rest
         return weight.view(made.weight_shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float layer's forward on the quantized input."""
         made: Any = self
         if args:
-            args = (made.input(args[0]), *args[1:])
+            args = (made.input_quantizer(args[0]), *args[1:])
         return super().forward(*args, **kwargs)
 
 
@@ -250,10 +250,11 @@ def _dequantizing(layer: PackedModule) -> nn.Module:
     integers, step, rest = dequantizer(layer)
     made._name = f"weight_int{_storage_width(integers)}"
     made.register_buffer(made._name, integers)
-    made.register_buffer("scale", step)
-    made.register_buffer("zero", torch.zeros_like(step, dtype=torch.int8))
-    made.register_buffer("rest", rest)
-    made.input = InputQuantizer(layer)
+    # The float layer's own attributes stay beside these (NFNet's convolutions have a `scale`).
+    made.register_buffer("weight_scale", step)
+    made.register_buffer("weight_zero", torch.zeros_like(step, dtype=torch.int8))
+    made.register_buffer("weight_rest", rest)
+    made.input_quantizer = InputQuantizer(layer)
     result: nn.Module = made
     return result
 

@@ -132,6 +132,26 @@ def test_convolutions_with_and_without_quantized_inputs(activation: int, tmp_pat
     }
 
 
+class ScaledConv(nn.Conv2d):
+    """A convolution with attributes of its own, as NFNet's."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 8, 3)
+        self.scale, self.rest, self.input = 0.5, None, "NCHW"
+        self.gain = nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight * self.gain * self.scale, self.bias)
+
+
+def test_layers_keep_attributes_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8)
+    small = packed(nn.Sequential(ScaledConv()).eval(), {"0": LayerBits(4, 16)}, x)
+    hq.export(small, tmp_path / "m.onnx", x)
+    assert error(tmp_path / "m.onnx", small, x) < 1e-5
+
+
 def test_sums_of_8_bit_products(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """x86 without VNNI clips them, in ONNX Runtime too unless it is told not to; nobody finds out by himself."""
     torch.manual_seed(0)
