@@ -77,7 +77,7 @@ Writer = Callable[[Path], object]
 
 @pytest.fixture(params=["model", "session", "profile", "export"])
 def writer(request: pytest.FixtureRequest, session: hq.Session, small: nn.Module) -> Writer:
-    profile = hq.Profile("torch", 1, "m" * ROOM, "", {}, 0.0, 1.0, 0.0, {})
+    profile = hq.Profile("torch", 1, "m" * ROOM, "", {}, 0.0, {}, 0.0, {})
     writers: dict[str, Writer] = {
         "model": lambda place: hq.save(small, place, overwrite=True),
         "session": lambda place: session.save(place, overwrite=True),

@@ -145,7 +145,9 @@ def checkpoint(directory: Path) -> Target:
 
 def profile(directory: Path) -> Target:
     layers = {"conv": {"4,8": {"int8": 0.5, "dequantized": 0.7}}}
-    made = Profile("torch", 1, "a machine", "2026-01-01T00:00:00", {"torch": "2"}, 1.0, 1.0, 0.1, layers)
+    made = Profile(
+        "torch", 1, "a machine", "2026-01-01T00:00:00", {"torch": "2"}, 1.0, {"8": 1.0, "16": 0.9}, 0.1, layers
+    )
     made.save(directory / "profile.json")
     return Target(_contents(directory), lambda d: Profile.load(d / "profile.json"), _reseal)
 
