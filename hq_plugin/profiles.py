@@ -72,7 +72,9 @@ class Profile:
             for w in range(len(group.weight_bits)):
                 for a in range(len(group.activation_bits)):
                     choices = [(site, group.bits(site, w, a)) for site in group.sites]
-                    times[g, w, a] = sum(self._slope(bits) * self._time(site, bits) for site, bits in choices)
+                    slopes = [self._slope(str(bits.activation)) for _, bits in choices]
+                    alone = [self._time(site, bits) for site, bits in choices]
+                    times[g, w, a] = float(np.dot(slopes, alone))
         return times
 
     def sums(self, space: SearchSpace, policy: HybridPolicy) -> dict[str, float]:
@@ -89,10 +91,11 @@ class Profile:
 
     def milliseconds(self, sums: Mapping[str, float]) -> float:
         """Returns what the model takes where its layers take this alone."""
-        return self.rest + sum(self.slopes.get(bits, 1.0) * total for bits, total in sums.items())
+        return self.rest + sum(self._slope(inputs) * total for inputs, total in sums.items())
 
-    def _slope(self, bits: LayerBits) -> float:
-        return self.slopes.get(str(bits.activation), 1.0)
+    def _slope(self, inputs: str) -> float:
+        """Returns the slope of layers whose inputs have a width; 1 before slopes are fitted."""
+        return self.slopes.get(inputs, 1.0)
 
     def put_into(self, costs: CostTable) -> None:
         """Gives a cost table the latency of its choices.

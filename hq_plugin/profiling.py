@@ -103,7 +103,7 @@ def measure_profile(
 
 
 @torch.no_grad()
-def model_milliseconds(
+def policy_milliseconds(
     teacher: nn.Module, space: SearchSpace, policy: HybridPolicy, batch: Batch, samples: int, target: str
 ) -> float:
     """Times a whole model under a policy; its weights are rounded, and not trained.

@@ -19,6 +19,7 @@ from torch import nn
 
 from hq_plugin import adapters, lasting, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming
+from hq_plugin.batch import Batch
 from hq_plugin.blocks import find_blocks
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ from hq_plugin.preparation import (
     search_space,
     teacher_of,
 )
-from hq_plugin.profiling import first_samples, model_milliseconds, with_latency
+from hq_plugin.profiling import first_samples, policy_milliseconds, with_latency
 from hq_plugin.ranking import distances, rerank
 from hq_plugin.result import Baseline, Result, versions
 from hq_plugin.rounding import start_from_good_integers
@@ -243,12 +244,17 @@ class Session:
         used = {resource.name: resource.used(genome) for resource in self._resources(budget)}
         return replace(found, used={**used, "latency_ms": (found.costs.latency_ms or 0.0) / budget.latency_ms})
 
+    @property
+    def _example(self) -> Batch:
+        """The first held-out batch, where the teacher is."""
+        return self.data.holdout[0].to(device_of(self.teacher))
+
     def _milliseconds(self, policy: HybridPolicy, samples: int) -> float:
         """Times the model under a policy, in the first process where there are several."""
-        batch = self.data.holdout[0].to(device_of(self.teacher))
+        batch = self._example
 
         def timed(policy: HybridPolicy) -> float:
-            return model_milliseconds(self.teacher, self.space, policy, batch, samples, self.config.target)
+            return policy_milliseconds(self.teacher, self.space, policy, batch, samples, self.config.target)
 
         return float(map_split(timed, [policy])[0])
 
@@ -299,8 +305,7 @@ class Session:
     def _resources(self, budget: str | Budget) -> list[Resource]:
         """Turns a budget into limits; measures the machine first, where latency is limited."""
         budget = Budget.parse(budget)
-        batch = self.data.holdout[0].to(device_of(self.teacher))
-        with_latency(self.costs, budget, self.teacher, batch, self.config)
+        with_latency(self.costs, budget, self.teacher, self._example, self.config)
         return self.costs.resources(budget)
 
     def baselines(self, budget: str | Budget) -> dict[str, HybridPolicy]:
