@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import Pipeline, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hq_plugin.adapters import Unwrapped, without_memory
@@ -70,7 +70,8 @@ class HuggingFaceAdapter:
             ModelError: The model is quantized already, on the meta device, offloaded, or in half precision
                 on a CPU.
         """
-        if isinstance(model, Pipeline):
+        # By its name when it is needed: transformers' pipelines take longer to import than a model takes to load.
+        if not isinstance(model, nn.Module) and isinstance(model, transformers.Pipeline):
             pipe = model
             processor = pipe.tokenizer or pipe.image_processor or pipe.feature_extractor
 

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Mapping, Sequence, Sized
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR
@@ -112,7 +113,7 @@ def tokenizer(model: PreTrainedModel, config: Config) -> Any:
     origin = getattr(model.config, "_name_or_path", "")
     if origin:
         try:
-            return AutoTokenizer.from_pretrained(origin)
+            return transformers.AutoTokenizer.from_pretrained(origin)
         except Exception:  # not found, offline, or without a tokenizer: all the same here
             pass
     raise DataError(
