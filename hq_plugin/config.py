@@ -53,7 +53,7 @@ EFFORTS: dict[str, Steps] = {
 TARGETS: dict[str, tuple[int, ...]] = {
     "storage": tuple(WEIGHT_BITS),
     "torch": (1, 2, 3, 4, 8),
-    "onnxruntime": (2, 4, 8),
+    "onnxruntime": (2, 4, 7, 8),
 }
 
 #: What options that are None become, unless an integration proposes something else.
@@ -80,7 +80,9 @@ class Config:
             that it runs), `"fast"`, `"balanced"` or `"best"`; sets the step counts below that are None.
         seed: Seeds sampling of policies, data order, the search and the MetaQuantNet's initialisation.
         target: What the model is for: `"storage"`, `"torch"` or `"onnxruntime"`; of `weight_bits` only the
-            widths remain that it runs fast, and zero points become what its kernels take.
+            widths remain that it runs fast, and zero points become what its kernels take. For ONNX Runtime, layers
+            with 8-bit inputs get weights of 7 bits in place of 8, whose sums are exact on every processor; `pinned`
+            overrides that.
         weight_bits: Widths among which each weight may choose, from 1 (binary) to 8.
         activation_bits: Widths among which each layer's input may choose: 2 to 8, or 16 for floating
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the

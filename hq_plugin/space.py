@@ -17,6 +17,7 @@ from torch import Tensor
 from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, PolicyError
 from hq_plugin.grouping import worthwhile_group_sizes
+from hq_plugin.nn.saturation import may_clip
 from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, HybridPolicy, LayerBits
 from hq_plugin.sites import Site, SiteTable
 
@@ -79,7 +80,8 @@ class SearchSpace:
 
         Args:
             table: The model's sites.
-            config: Gives widths (activations of None are 8 bits), pinned sites and groups.
+            config: Gives widths (activations of None are 8 bits), pinned sites and groups. For ONNX Runtime, 8-bit
+                weights of layers with 8-bit inputs become 7-bit ones, unless they are pinned.
             fused: Names of sites that share their widths as well; those that are no sites are passed over.
             weights: Float weights by name of the site, from which a choice of group sizes is made.
 
@@ -96,6 +98,8 @@ class SearchSpace:
             widths, activations = config.weight_bits, activation_bits
             if isinstance(config.embedding_bits, tuple) and all(site.kind == "embedding" for site in sites):
                 widths = config.embedding_bits
+            if config.target == "onnxruntime" and any(site.quantizes_input for site in sites):
+                widths = _exactly_summed(widths, activations)
             for pattern, width in (config.pinned or {}).items():
                 if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
                     pinned_used.add(pattern)
@@ -230,6 +234,16 @@ def _regroup(table: SiteTable, groups: tuple[tuple[str, ...], ...], fused: Seque
         found = [joined[table[name].group] for name in names if name in table]
         joined = {group: found[0] if leader in found else leader for group, leader in joined.items()}
     return replace(table, sites=tuple(replace(site, group=joined[site.group]) for site in table))
+
+
+def _exactly_summed(widths: tuple[int, ...], activations: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns widths of weights whose products with integer inputs every processor sums exactly: 7 in place of 8.
+
+    ONNX Runtime multiplies both as 8-bit integers, and clips large sums on x86 without VNNI.
+    """
+    widest = max((bits for bits in activations if bits != FLOAT_BITS), default=0)
+    narrowed = {next(bits for bits in range(width, 0, -1) if not may_clip(bits, widest)) for width in widths}
+    return tuple(sorted(narrowed))
 
 
 def _pin(

@@ -45,7 +45,7 @@ small = hq.quantize(
     model,
     "5bit",
     batches,
-    target="onnxruntime",  # leaves widths of 2, 4 and 8 bits
+    target="onnxruntime",  # leaves weights of 2, 4 and 7 bits
     effort="fast",
     meta_steps=10,
     search_evaluations=30,

@@ -90,7 +90,7 @@ def compare(contestants: Contestants, rounds: int = ROUNDS) -> Row:
 def vision(folder: Path) -> list[Row]:
     """EfficientNet-Lite0, 224 pixels, weights of 4 and 8 bits, inputs of 8."""
     model, x = lite0(), torch.randn(16, 3, 224, 224)
-    small = packed(model, alternating(4, 8), x=x[:2])
+    small = packed(model, alternating(4, 7), x=x[:2])
     runtime = {
         "float": float_session(model, folder / "float.onnx", (x[:2],), {}),
         "hybrid": hybrid_session(small, folder / "hybrid.onnx", x[:2]),
@@ -118,7 +118,7 @@ def sentences(folder: Path) -> list[Row]:
     ids = torch.randint(1000, 20000, (32, 64))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     few = {name: value[:2] for name, value in inputs.items()}
-    small = packed(model, alternating(4, 8), **few)
+    small = packed(model, alternating(4, 7), **few)
     runtime = {
         "float": float_session(model, folder / "float.onnx", (), few),
         "hybrid": hybrid_session(small, folder / "hybrid.onnx", few),

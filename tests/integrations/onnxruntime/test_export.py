@@ -316,10 +316,19 @@ def test_targets_restrict_widths_and_zero_points() -> None:
     )
     result: hq.Result = small.hq  # type: ignore[assignment]
     assert {bits.weight for bits in result.policy.values()} <= {2, 4, 8}
-    with pytest.raises(hq.ConfigError, match="onnxruntime runs none of them fast, but 2, 4, 8"):
+    with pytest.raises(hq.ConfigError, match="onnxruntime runs none of them fast, but 2, 4, 7, 8"):
         hq.Config(target="onnxruntime", weight_bits=(3, 5))
     with pytest.raises(hq.ConfigError, match="target"):
         hq.Config(target="tensorrt")  # type: ignore[arg-type]
+
+
+def test_the_target_takes_weights_of_7_bits_where_inputs_have_8(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 16), nn.Linear(16, 4)).eval()
+    data = [torch.randn(8, 3, 8, 8)]
+    small = hq.quantize(model, "40%", data, config=SMOKE, target="onnxruntime", pinned={"0": 8, "4": (8, 16)})
+    result: hq.Result = small.hq  # type: ignore[assignment]
+    assert [str(bits) for bits in result.policy.values()] == ["W8A8", "W7A8", "W8"]
+    assert [layer.name for layer in hq.export(small, tmp_path / "m.onnx", data[0]).clipped] == ["0"]
 
 
 def large_bert() -> BertModel:
