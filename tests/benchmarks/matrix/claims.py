@@ -242,7 +242,8 @@ def run(
             if "search" in wanted:
                 work += search(context, plan.budgets or (one,))
             if "front" in wanted:
-                work += front(context, plan.budgets or made.budgets)
+                # A limit of BitOps has inputs searched as well, which is another session's search space.
+                work += front(context, plan.budgets or [b for b in made.budgets if Budget.parse(b).bitops is None])
             if "tau" in wanted:
                 work += tau(context, one, finetune, policies)
             for head, measure in work:
