@@ -134,6 +134,7 @@ def _searches(context: Context, budget: str) -> Row:
         "ours": ours,
         "haq": {
             "reached": learned.score <= goal,
+            "episodes": len(learned.curve),
             "evaluations": learned.scored,
             "seconds": learned.curve[-1][1],
             "best": learned.score,
