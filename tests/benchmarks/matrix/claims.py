@@ -24,7 +24,7 @@ from hq_plugin.session import Session
 from tests.benchmarks.matrix import evopress, haq, rank_correlation, rows
 from tests.benchmarks.matrix.allocators import Problem
 from tests.benchmarks.matrix.claims_page import KEY
-from tests.benchmarks.matrix.methods import end_to_end, untrained
+from tests.benchmarks.matrix.methods import trained_from_float, untrained
 from tests.benchmarks.matrix.rank_correlation import POLICIES, TAU_STEPS
 from tests.benchmarks.matrix.rows import CLAIMS as PATH
 from tests.benchmarks.matrix.rows import Row
@@ -179,10 +179,7 @@ def _separate(context: Context, budget: str, side: str) -> Row:
     session = context.rounded.session
     began = time.perf_counter()
     policy = session.baselines(budget)["dynamic_programming"]
-    ours = session.config
-    session.config = ours if side == "separate" else end_to_end(ours)
-    packed = session.finetune(policy, start="float", steps=context.steps)
-    session.config = ours
+    packed = trained_from_float(session, policy, context.steps, blocks=side == "separate")
     seconds = session.seconds["sensitivities"] + time.perf_counter() - began
     return {"seconds": round(seconds, 1), **context.task.measure(packed)}
 

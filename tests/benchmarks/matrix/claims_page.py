@@ -74,9 +74,10 @@ def _front(found: Sequence[Row]) -> list[str]:
     ]
     for session in (row for row in found if row["side"] == "session"):
         named = f"{session['model']}, seed {session['seed']}, {session['steps']} steps a separate run"
-        text += [f"**{named}**", ""]
+        tables = []
         for side, trained in (("separate_plain", "end to end"), ("separate", "as hq_plugin trains")):
-            text += _against(session, [row for row in found if row["side"] == side], trained)
+            tables += _against(session, [row for row in found if row["side"] == side], trained)
+        text += [f"**{named}**", "", *tables] if tables else []
     return text
 
 

@@ -19,9 +19,9 @@ from typing import Any, cast
 from torch import nn
 
 import hq_plugin
-from hq_plugin import Budget, Config, HybridPolicy, Result
+from hq_plugin import Budget, HybridPolicy, Result
 from hq_plugin.memory import peak_memory
-from hq_plugin.session import BITOPS_ACTIVATION_BITS
+from hq_plugin.session import BITOPS_ACTIVATION_BITS, Session
 from tests.benchmarks.matrix.allocators import ALLOCATORS, MATCHING_BLOCKS, UNTRAINED, Allocation, Problem
 from tests.benchmarks.matrix.rows import Row
 from tests.benchmarks.matrix.tasks import Task
@@ -52,9 +52,22 @@ def untrained(task: Task, seed: int, inputs: bool = False) -> Problem:
     return Problem(task, hq_plugin.meta_train(task.model, task.data, config=config, meta_steps=0, block="table"))
 
 
-def end_to_end(config: Config) -> Config:
-    """Returns options for training on the very distance that is measured, as rivals train."""
-    return replace(config, block_loss=0.0, temperature=1.0)
+def trained_from_float(session: Session, policy: HybridPolicy, steps: int, *, blocks: bool) -> nn.Module:
+    """Trains a policy from the float weights.
+
+    Args:
+        session: A session, whose options stay as they are.
+        policy: The policy.
+        steps: Training steps.
+        blocks: Whether outputs of blocks are compared and scores softened, as hq_plugin trains. Rivals train end to
+            end, on the very distance that is measured.
+    """
+    ours = session.config
+    session.config = ours if blocks else replace(ours, block_loss=0.0, temperature=1.0)
+    try:
+        return session.finetune(policy, start="float", steps=steps)
+    finally:
+        session.config = ours
 
 
 class Runner:
@@ -139,10 +152,7 @@ class Runner:
         # One policy may be the choice for several budgets or methods: it is trained once.
         if key not in self._trained:
             began = time.perf_counter()
-            ours = session.config
-            session.config = ours if blocks else end_to_end(ours)
-            packed = session.finetune(found.policy, start="float", steps=steps)
-            session.config = ours
+            packed = trained_from_float(session, found.policy, steps, blocks=blocks)
             took = time.perf_counter() - began
             self._trained[key] = self._measured(packed), took
         measured, took = self._trained[key]
