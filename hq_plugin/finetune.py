@@ -87,7 +87,7 @@ def finetune_network(
     """Trains a network with a fixed policy in place.
 
     Args:
-        network: A prepared network whose BatchNorm statistics fit its weights; they stay as they are.
+        network: A prepared network whose BatchNorm statistics fit its weights.
         teacher: The float model, in eval mode.
         data: Batches.
         loss: Distance to the teacher's output.
@@ -97,7 +97,7 @@ def finetune_network(
         stage: Name of the stage there.
 
     Returns:
-        One `{"step", "loss"}` for each step.
+        One `{"step", "loss", "batch_statistics"}` for each step.
     """
     assert config.block_loss is not None
     assert config.temperature is not None
@@ -116,7 +116,9 @@ def finetune_network(
         steps=config.steps.finetune,
         learning_rate=config.learning_rate,
         step_learning_rate=config.step_learning_rate,
-        batch_statistics=False,
+        # Few networks end further away than the noise of batches' statistics; those train better with them.
+        batch_statistics=None,
+        distance=loss,
         checkpoint=checkpoint,
         show=config.progress,
     )

@@ -82,7 +82,7 @@ def meta_train_network(
         checkpoint: Where the state is kept; None keeps nothing.
 
     Returns:
-        One `{"step", "loss"}` for each step.
+        One `{"step", "loss", "batch_statistics"}` for each step.
     """
     assert config.block_loss is not None
     assert config.temperature is not None

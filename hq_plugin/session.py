@@ -97,7 +97,7 @@ class Session:
         sensitivities: What each width of each group costs alone, in the float model rounded, before
             meta-training.
         second_order: `[groups, weight widths]`, the same to second order, where it counts beside that.
-        history: History of meta-training, one `{"step", "loss"}` a step.
+        history: History of meta-training, one `{"step", "loss", "batch_statistics"}` a step.
         seconds: Wall time of the stages so far.
         memory: Most bytes in use so far at the end of each stage.
         scored: Every policy that the session's searches scored.

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from hq_plugin.batch_statistics import batch_statistics_pay, follow_batches
 from hq_plugin.blocks import BlockOutputs
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import Data
@@ -31,6 +32,8 @@ from hq_plugin.tracking import track
 
 #: Share of the steps over which the learning rate rises, and how often a good state is kept.
 WARMUP, SNAPSHOTS = 0.05, 20
+#: Share of the steps after which it is seen whether BatchNorm is to train with batches' statistics.
+SEEN = 0.1
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
 #: Devices on which torch's Adam is one kernel.
@@ -74,12 +77,14 @@ class Task:
         final_rate: Learning rate at the end as a share of the peak.
         batch_statistics: Whether BatchNorm normalises by each batch's own statistics, as weights that change
             from step to step need it. Else it keeps its running statistics: the loss is then that of the
-            network as it will run, without the noise of the batches' statistics.
+            network as it will run, without the noise of the batches' statistics. None begins so, and changes
+            after `SEEN` of the steps where the network is still further from its teacher than that noise counts.
+        distance: Distance of outputs by which that is seen; None takes `loss`.
         before_step: Called with the network that runs and each step's number before its forward.
         checkpoint: Where the state is kept and found again; None keeps nothing.
         stage: Name of the stage there.
         show: Whether to show a progress bar; None on a terminal only.
-        history: One `{"step", "loss"}` is added for each step.
+        history: One `{"step", "loss", "batch_statistics"}` is added for each step.
     """
 
     name: str
@@ -96,7 +101,8 @@ class Task:
     final_block_loss: float = 1.0
     final_rate: float = 0.0
     base_rate: float = 1.0
-    batch_statistics: bool = True
+    batch_statistics: bool | None = True
+    distance: LossFunction | None = None
     before_step: Callable[[nn.Module, int], None] = lambda network, step: None
     checkpoint: Checkpoint | None = None
     stage: str = ""
@@ -128,7 +134,8 @@ def _train(
     task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module, stop: Interruption
 ) -> None:
     """Trains what runs in place of the task's network, until it is done or asked to stop."""
-    set_training_modes(network, task.batch_statistics)
+    by_batch = bool(task.batch_statistics)
+    set_training_modes(network, by_batch)
     kept = KeptValues(network)
     # Batches of a step, as accelerate is configured.
     batches, accumulated = task.data.forever(), accelerator.gradient_accumulation_steps
@@ -156,6 +163,9 @@ def _train(
                 for _ in range(accumulated):
                     next(batches)
                 schedule.step()
+        if not by_batch and task.history and task.history[-1].get("batch_statistics", False):
+            by_batch = True
+            follow_batches(network)
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
     watched = BlockOutputs(task.blocks if task.block_loss else ())
@@ -169,6 +179,13 @@ def _train(
             if step == first or step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, _state(network))
+            if task.batch_statistics is None and step == math.ceil(SEEN * task.steps):
+                kept.forget()
+                by_batch = batch_statistics_pay(
+                    network, teacher, task.data, task.distance or task.loss, accelerator
+                )
+                if by_batch:
+                    follow_batches(network)
             task.before_step(network, step)
             block_loss = task.block_loss * (1 - (1 - task.final_block_loss) * step / task.steps)
             value = 0.0
@@ -194,7 +211,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
             schedule.step()
-            task.history.append({"step": step, "loss": value})
+            task.history.append({"step": step, "loss": value, "batch_statistics": by_batch})
             track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:

@@ -1,0 +1,89 @@
+"""Whether BatchNorm trains with the statistics of batches: by how far the network is, and for good once decided."""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from hq_plugin import Config
+from hq_plugin.batch_statistics import batch_statistics_pay, follow_batches
+from hq_plugin.checkpoint import Checkpoint
+from hq_plugin.data import prepare_data
+from hq_plugin.distillation import loss_function
+from hq_plugin.training import Task, train
+
+KL = loss_function("kl", torch.randn(2, 10))
+
+
+def moved(model: nn.Module, by: float) -> nn.Module:
+    """Returns a copy whose weights are off by a share of their size."""
+    torch.manual_seed(0)
+    student = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(by * parameter.std(correction=0) * torch.randn_like(parameter))
+    return student
+
+
+def pays(student: nn.Module, teacher: nn.Module, batches) -> bool:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, teacher, Config(effort="smoke"))
+    return batch_statistics_pay(student, teacher, data, KL, Accelerator())
+
+
+def test_they_pay_where_the_network_is_further_away_than_their_noise(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    before = {name: value.clone() for name, value in trained.state_dict().items()}
+    assert not pays(moved(trained, 0.01), trained, batches)
+    assert pays(moved(trained, 1.0), trained, batches)
+    assert not trained.training
+    assert all(torch.equal(value, before[name]) for name, value in trained.state_dict().items())
+
+
+def test_smaller_batches_are_noisier(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    student = moved(trained, 0.1)
+    small = [(part, labels) for x, y in batches for part, labels in zip(x.split(2), y.split(2), strict=True)]
+    assert pays(student, trained, batches)
+    assert not pays(student, trained, small)
+
+
+def test_without_batchnorm_or_with_single_samples_there_is_nothing_to_use(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).eval()
+    assert not pays(moved(plain, 1.0), plain, batches)
+    single = [(x[:1], y[:1]) for x, y in batches]
+    assert not pays(moved(trained, 1.0), trained, single)
+
+
+@pytest.mark.parametrize(("by", "expected"), [(0.01, False), (1.0, True)])
+def test_it_is_decided_once_and_survives_an_interruption(  # type: ignore[no-untyped-def]
+    trained: nn.Module, batches, tmp_path: Path, by: float, expected: bool
+) -> None:
+    def stop(now: bool) -> None:
+        if now:
+            raise ZeroDivisionError
+
+    states = []
+    for stops in ((20,), (11, 20)):
+        for at in stops:
+            student = moved(trained, by)
+            data = prepare_data(batches, trained, Config(effort="smoke"))
+            keep = Checkpoint(tmp_path / str(len(stops)), {}, 0)
+            job = Task("test", student, trained, data, KL, 20, 1e-4, 1e-4, batch_statistics=None, checkpoint=keep)
+            job.before_step = lambda network, step, at=at: stop(step == at)
+            with contextlib.suppress(ZeroDivisionError):
+                train(job)
+        assert [record["batch_statistics"] for record in job.history] == [False] * 2 + [expected] * 18
+        states.append(job.network.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    kept = torch.equal(states[0]["bn1.running_mean"], trained.state_dict()["bn1.running_mean"])
+    assert kept is not expected
+
+
+@pytest.mark.parametrize(("own", "expected"), [(0.01, 0.1), (None, 0.1), (0.3, 0.3)])
+def test_statistics_follow_within_some_ten_steps(tiny: nn.Module, own: float | None, expected: float) -> None:
+    tiny.bn1.momentum = own  # type: ignore[assignment, union-attr]
+    follow_batches(tiny)
+    assert tiny.bn1.momentum == expected  # type: ignore[union-attr]
+    assert [name for name, module in tiny.named_modules() if module.training] == ["bn1", "bn2"]
