@@ -22,6 +22,7 @@ from hq_plugin.distillation import LossFunction, training_loss
 from hq_plugin.errors import HQWarning
 from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
+from hq_plugin.qat_layers import qat_layers
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.seeding import seeded
 from hq_plugin.tracking import tracking
@@ -43,7 +44,7 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
     torch_ao.apply_policy(fixed, policy)
     # One new block for each old one, so that tied weights stay tied (and are generated once).
     blocks: dict[int, WeightBlock] = {}
-    for layer in torch_ao.qat_layers(fixed).values():
+    for layer in qat_layers(fixed).values():
         quantizer: Any = layer.weight_fake_quant
         old: WeightBlock = quantizer.block
         if id(old) not in blocks:
@@ -142,7 +143,7 @@ def warn_of_no_gain(steps: int, before: float, after: float) -> None:
 
 def _mean_width(network: nn.Module) -> float:
     """Returns the mean width of a prepared network's weights in bits, without what their steps take."""
-    layers: list[Any] = list(torch_ao.qat_layers(network).values())
+    layers: list[Any] = list(qat_layers(network).values())
     sizes = [layer._parameters["weight"].numel() for layer in layers]
     return sum(n * layer.weight_fake_quant.bits for n, layer in zip(sizes, layers, strict=True)) / max(
         sum(sizes), 1

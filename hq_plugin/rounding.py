@@ -19,6 +19,7 @@ from hq_plugin.batch import Batch
 from hq_plugin.distillation import random_probe
 from hq_plugin.nn.split import whole_name
 from hq_plugin.precision import autocast
+from hq_plugin.qat_layers import qat_layers
 from hq_plugin.quantization import dequantize_weight, per_channel, quantize_weight, weight_range, weight_rows
 
 #: Columns after which the error is carried over to the rest of the weight at once.
@@ -214,7 +215,7 @@ def start_from_good_integers(network: nn.Module, batches: Iterable[Batch]) -> No
     batches = list(batches)
     layers: dict[str, Any] = {
         name: layer
-        for name, layer in torch_ao.qat_layers(network).items()
+        for name, layer in qat_layers(network).items()
         if isinstance(layer, (nn.Linear, nn.Embedding)) and not _is_tied(network, layer)
     }
     linear = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]

@@ -20,9 +20,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from hq_plugin import torch_ao
 from hq_plugin.distribution import in_pieces
 from hq_plugin.errors import ModelError
+from hq_plugin.qat_layers import qat_layers
 
 #: Modules without a forward of their own, whose parts are called one by one.
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -95,7 +95,7 @@ def _units(model: nn.Module, policy: Any) -> list[nn.Module]:
     """
     options = getattr(policy, "keywords", {})
     classes, least = tuple(options.get("transformer_layer_cls", ())), options.get("min_num_params", math.inf)
-    layers = torch_ao.qat_layers(model).values()
+    layers = qat_layers(model).values()
     inside = {id(part) for layer in layers for part in layer.modules()}
     everywhere = _uses(model)
 

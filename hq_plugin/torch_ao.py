@@ -13,26 +13,24 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
 import torch.ao.nn.intrinsic.qat as nniqat
 import torch.ao.nn.qat as nnqat
 import torch.ao.quantization as tq
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from hq_plugin.batchnorm import fold_batchnorm
-from hq_plugin.distribution import in_pieces
 from hq_plugin.errors import HQWarning, ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
 from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
+from hq_plugin.qat_layers import QATMixin, qat_layers, qat_type, set_trainable
 from hq_plugin.quantization import fake_quantize_rows
 from hq_plugin.sites import KINDS
 from hq_plugin.weight_blocks import WeightBlock
@@ -248,57 +246,6 @@ class HybridActivationFakeQuantize(HybridFakeQuantize):
         return step.detach().reshape(1), zero_point.detach().round().to(torch.int32).reshape(1)
 
 
-class QATMixin(nn.Module):
-    """A layer in training: its weight is generated, and its input is fake-quantized.
-
-    `weight` is a property, so that the float layer's own forward, whatever it does with the weight,
-    runs on the generated one; the parameter itself is `_parameters["weight"]`.
-    """
-
-    _float_type: type[nn.Module]
-    weight_fake_quant: HybridWeightFakeQuantize
-    activation_fake_quant: HybridActivationFakeQuantize
-
-    @property
-    def weight(self) -> Tensor:
-        """The fake-quantized weight; the parameter itself where it is in pieces, which FSDP reads by its name."""
-        parameter: Any = self._parameters["weight"]
-        weight: Tensor = parameter if in_pieces(parameter) else self.weight_fake_quant(parameter)
-        return weight
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Runs the float layer's forward on a fake-quantized input and weight."""
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            args = (self.activation_fake_quant(args[0]), *args[1:])
-        elif not args:
-            kwargs = {name: self.activation_fake_quant(value) for name, value in kwargs.items()}
-        elif self._float_type.forward is nn.Embedding.forward:
-            return self._look_up(args[0])
-        output: Tensor = super().forward(*args, **kwargs)
-        return output
-
-    def _look_up(self: Any, ids: Tensor) -> Tensor:
-        """Does what an embedding does, on the rows that are looked up alone: a vocabulary has many more."""
-        if not ids.numel():
-            return torch.zeros_like(self._parameters["weight"][:0]).view(*ids.shape, self.embedding_dim)
-        found = self.weight_fake_quant.lookup(self._parameters["weight"], ids)
-        if found is None or self.max_norm is not None or self.sparse or self.scale_grad_by_freq:
-            output: Tensor = super().forward(ids)
-            return output
-        rows, places = found
-        if self.padding_idx is not None:  # which gets no gradient
-            padding = (ids == self.padding_idx).unsqueeze(-1)
-            looked_up = F.embedding(places, rows)
-            return torch.where(padding, looked_up.detach(), looked_up)
-        return F.embedding(places, rows)
-
-
-@cache
-def _qat_type(float_type: Any) -> type[nn.Module]:
-    name = f"QAT{float_type.__name__}"
-    return type(name, (QATMixin, float_type), {"_float_type": float_type, "__module__": __name__})
-
-
 def _kind_of(module: nn.Module) -> str | None:
     return next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
 
@@ -313,7 +260,7 @@ class _SwapToQAT:
     @staticmethod
     def from_float(module: nn.Module) -> nn.Module:
         qconfig = module.qconfig
-        prepared = adopt(module, _qat_type(_class_of(module)))
+        prepared = adopt(module, qat_type(_class_of(module)))
         prepared.weight_fake_quant = qconfig.weight()  # type: ignore[operator, union-attr]
         prepared.weight_fake_quant.casts = not isinstance(module, nn.Embedding)
         prepared.activation_fake_quant = qconfig.activation()  # type: ignore[operator, union-attr]
@@ -423,28 +370,6 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
                 module._modules[name] = swapped[id(child)]
     del originals
     return holder.get_submodule("model")
-
-
-def qat_layers(prepared: nn.Module) -> dict[str, nn.Module]:
-    """Returns the layers of a prepared model that fake-quantize, by name."""
-    return {name: module for name, module in prepared.named_modules() if isinstance(module, QATMixin)}
-
-
-def set_trainable(prepared: nn.Module, float_too: bool) -> None:
-    """Chooses what of a prepared model trains.
-
-    Args:
-        prepared: The model.
-        float_too: Whether its float layers and biases do, beside the quantized weights and their steps.
-    """
-    prepared.requires_grad_(float_too)
-    for layer in qat_layers(prepared).values():
-        for module in (layer.weight_fake_quant, layer.activation_fake_quant):
-            assert isinstance(module, nn.Module)
-            module.requires_grad_(True)
-        weight = layer._parameters["weight"]
-        assert weight is not None
-        weight.requires_grad_(True)
 
 
 def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:

@@ -14,6 +14,7 @@ from hq_plugin import Config, HQWarning, HybridPolicy, LayerBits, ModelError, Po
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import packed_modules
 from hq_plugin.packing import unpack_bits
+from hq_plugin.qat_layers import qat_layers
 from hq_plugin.quantization import weight_range
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -220,7 +221,7 @@ def test_a_policy_for_another_model(tiny: nn.Module) -> None:
 def test_a_model_that_never_ran_has_no_steps(tiny: nn.Module) -> None:
     x = torch.randn(4, 1, 8, 8)
     prepared = torch_ao.prepare(tiny, random_policy(tiny, x, 3))
-    for layer in torch_ao.qat_layers(prepared).values():
+    for layer in qat_layers(prepared).values():
         layer.activation_fake_quant.bits = 8  # type: ignore[union-attr]
         layer.activation_fake_quant.steps = ActivationSteps((8,))  # type: ignore[union-attr]
     with pytest.raises(ModelError, match=r"inputs of .* have no steps yet"):

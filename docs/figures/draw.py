@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 import hq_plugin as hq
 from hq_plugin.integrations.timm import create_model
 from hq_plugin.integrations.timm.demo_data import built_in
-from hq_plugin.torch_ao import apply_policy, qat_layers
+from hq_plugin.qat_layers import qat_layers
+from hq_plugin.torch_ao import apply_policy
 
 BUDGET = "2.6bit"
 COLORS = {2: "#c4620e", 3: "#c78a1b", 4: "#6b97d3", 8: "#1c438c"}

@@ -25,6 +25,7 @@ from hq_plugin import torch_ao
 from hq_plugin.batch import Batch
 from hq_plugin.cost import Table
 from hq_plugin.distillation import LossFunction, class_scores
+from hq_plugin.qat_layers import qat_layers
 from hq_plugin.session import Session
 
 #: Random sign vectors, and training samples of each.
@@ -105,7 +106,7 @@ def rounding_errors(session: Session, bits: int) -> dict[str, float]:
     space = session.space
     torch_ao.apply_policy(session.network, space.policy(space.nearest_uniform(bits, max(space.activation_bits))))
     errors = {}
-    for name, layer in torch_ao.qat_layers(session.network).items():
+    for name, layer in qat_layers(session.network).items():
         weight: Any = layer._parameters["weight"]
         quantizer: Any = layer.weight_fake_quant
         errors[name] = float((quantizer(weight) - weight).square().sum())
