@@ -20,9 +20,9 @@ from hq_plugin.distribution import share_of_batch
 from hq_plugin.modes import set_training_modes
 from hq_plugin.sharding import runnable
 
-#: The distance from which they are used, in units of their noise. With 200 steps to go, networks beyond 3.8 ended
-#: 10 to 22 % closer with them, those below 2.9 the same or further by up to a third (docs/experiments.md).
-NOISE = 3.0
+#: The distance from which they are used, in units of their noise. Networks from 2.7 on ended 10 to 22 % closer with
+#: them, those below further by up to a third (docs/experiments.md).
+NOISE = 2.5
 #: Batches on which both are measured.
 _BATCHES = 8
 #: The least momentum with which running statistics follow. Weights keep moving: remembering for 33 steps and more
