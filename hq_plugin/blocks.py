@@ -62,6 +62,7 @@ class BlockOutputs:
         self._seen: dict[str, list[Tensor]] = {}
         self._expected: dict[str, list[Tensor]] = {}
         self._variances: dict[str, Tensor] = {}
+        self._resting = False
 
     @contextmanager
     def watching(self, network: nn.Module, teacher: nn.Module, example: Batch) -> Iterator[BlockOutputs]:
@@ -76,7 +77,7 @@ class BlockOutputs:
         hooks = []
         for model, kept in ((network, self._seen), (teacher, self._expected)):
             for name in self.names:
-                hooks.append(model.get_submodule(name).register_forward_hook(_keeper(kept, name)))
+                hooks.append(model.get_submodule(name).register_forward_hook(self._keeper(kept, name)))
         try:
             if self.names:
                 with torch.no_grad():
@@ -91,6 +92,15 @@ class BlockOutputs:
             for hook in hooks:
                 hook.remove()
             self.forget()
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, nothing is collected from what runs."""
+        self._resting = True
+        try:
+            yield
+        finally:
+            self._resting = False
 
     def distance(self, batch: Batch) -> Tensor:
         """Returns the relative squared error of the outputs since the last call, the mean over blocks.
@@ -119,10 +129,10 @@ class BlockOutputs:
         self._seen.clear()
         self._expected.clear()
 
+    def _keeper(self, kept: dict[str, list[Tensor]], name: str) -> Any:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            # What else a block returns (attention weights, caches, losses of routers), the next one does not read.
+            if not self._resting:
+                kept.setdefault(name, []).extend(tensors_of(output)[:1])
 
-def _keeper(kept: dict[str, list[Tensor]], name: str) -> Any:
-    def keep(module: nn.Module, args: Any, output: Any) -> None:
-        # What else a block returns (attention weights, caches, losses of routers) is not what the next one reads.
-        kept.setdefault(name, []).extend(tensors_of(output)[:1])
-
-    return keep
+        return keep

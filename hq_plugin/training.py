@@ -181,9 +181,9 @@ def _train(
                 good = (step, _state(network))
             if task.batch_statistics is None and step == math.ceil(SEEN * task.steps):
                 kept.forget()
-                by_batch = batch_statistics_pay(
-                    network, teacher, task.data, task.distance or task.loss, accelerator
-                )
+                distance = task.distance or task.loss
+                with blocks.resting():
+                    by_batch = batch_statistics_pay(network, teacher, task.data, distance, accelerator)
                 if by_batch:
                     follow_batches(network)
             task.before_step(network, step)

@@ -87,3 +87,17 @@ def test_statistics_follow_within_some_ten_steps(tiny: nn.Module, own: float | N
     follow_batches(tiny)
     assert tiny.bn1.momentum == expected  # type: ignore[union-attr]
     assert [name for name, module in tiny.named_modules() if module.training] == ["bn1", "bn2"]
+
+
+def test_blocks_are_compared_in_the_step_of_the_decision_as_well(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, trained, Config(effort="smoke"))
+    blocks = {"blocks": ["stem", "pointwise"], "block_loss": 1.0}
+
+    def nothing(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        return 0 * (student - teacher).sum()
+
+    job = Task("test", moved(trained, 0.5), trained, data, nothing, 10, 1e-6, 1e-6, batch_statistics=None, **blocks)  # type: ignore[arg-type]
+    train(job)
+    first, *others = (record["loss"] for record in job.history)
+    assert first > 0
+    assert others == pytest.approx([first] * 9, rel=0.5)
