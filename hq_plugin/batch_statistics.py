@@ -20,8 +20,8 @@ from hq_plugin.distribution import share_of_batch
 from hq_plugin.modes import set_training_modes
 from hq_plugin.sharding import runnable
 
-#: The distance from which they are used, in units of their noise. Networks from 2.7 on ended 10 to 22 % closer with
-#: them, those below further by up to a third (docs/experiments.md).
+#: The distance from which they are used, in units of their noise. Networks from 2.7 on ended 5 to 22 % closer with
+#: them, but for one at 2.8 (4 % further), and those below further by up to a third (docs/experiments.md).
 NOISE = 2.5
 #: Batches on which both are measured.
 _BATCHES = 8
