@@ -41,19 +41,21 @@ def batch_statistics_pay(
     Args:
         network: The student, in the mode in which it would train with running statistics.
         teacher: The float model, in eval mode; it is not changed.
-        data: Its held-out batches are run.
+        data: Its held-out batches are run, but for a smaller last one, which is noisier.
         loss: Distance of outputs.
         accelerator: Brings processes together: each measures its share of a batch, whose statistics it would take.
     """
+    size = data.holdout[0].size
+    # One sample has no variance. All processes must say the same, and their shares of a batch may differ by one.
+    if size < 2 * accelerator.num_processes:
+        return False
     if not any(isinstance(module, _BatchNorm) for module in network.modules()):
         return False
     noisy = runnable(copy.deepcopy(teacher))
     set_training_modes(noisy, batch_statistics=True)
     measured = torch.zeros(2, device=accelerator.device)
-    for whole in data.holdout[:_BATCHES]:
+    for whole in [batch for batch in data.holdout if batch.size == size][:_BATCHES]:
         batch, weight = share_of_batch(whole.to(accelerator.device))
-        if batch.size < 2:  # one sample has no variance
-            return False
         target = batch.run(teacher)
         both = [loss(batch.run(student), target).float() for student in (network, noisy)]
         measured += weight * torch.stack(both)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,11 @@ def test_blocks_are_compared_in_the_step_of_the_decision_as_well(trained: nn.Mod
     first, *others = (record["loss"] for record in job.history)
     assert first > 0
     assert others == pytest.approx([first] * 9, rel=0.5)
+
+
+def test_a_last_batch_of_one_sample_is_left_out(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, trained, Config(effort="smoke"))
+    for by, expected in ((0.01, False), (1.0, True)):
+        for last in ([], [data.holdout[0].part(0, 1)]):
+            longer = dataclasses.replace(data, holdout=[*data.holdout, *last])
+            assert batch_statistics_pay(moved(trained, by), trained, longer, KL, Accelerator()) is expected
