@@ -69,3 +69,12 @@ def follow_batches(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = max(module.momentum or 0.0, _MOMENTUM)
+
+
+@torch.no_grad()
+def agree_on_statistics(network: nn.Module, accelerator: Accelerator) -> None:
+    """Gives all processes, each of which saw its share of the batches, the mean of their running statistics."""
+    for module in network.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            for kept in (module.running_mean, module.running_var):
+                kept.copy_(accelerator.reduce(kept.clone(), "mean"))

@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from hq_plugin.batch_statistics import batch_statistics_pay, follow_batches
+from hq_plugin.batch_statistics import agree_on_statistics, batch_statistics_pay, follow_batches
 from hq_plugin.blocks import BlockOutputs
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import Data
@@ -226,6 +226,8 @@ def _train(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
     kept.forget()
+    if by_batch:
+        agree_on_statistics(network, accelerator)
     if keep is not None:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
     # References in circles would keep the moments, twice the weights, until Python finds them.

@@ -65,6 +65,15 @@ def test_processes_plan_by_the_same_losses(tmp_path: Path) -> None:
     assert first == second
 
 
+def test_processes_that_normalise_by_their_shares_end_with_one_network(tmp_path: Path) -> None:
+    done = run(torchrun(2, tmp_path, module="tests.distributed.normalised"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = reports(tmp_path, 2)
+    assert [record["batch_statistics"] for record in first["near"]["history"]] == [False] * 20
+    assert [record["batch_statistics"] for record in first["far"]["history"]] == [False] * 2 + [True] * 18
+    assert first == second
+
+
 def test_parameters_in_pieces_reach_what_one_process_reaches(alone: dict[str, Any], tmp_path: Path) -> None:
     done = run(torchrun(2, tmp_path, module="tests.distributed.sharded"))
     assert done.returncode == 0, done.stderr[-3000:]
