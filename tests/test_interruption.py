@@ -35,13 +35,13 @@ def inside(function: str) -> bool:
 
 
 class Interrupting:
-    """A loss that presses Ctrl-C when it is computed for the third time in a stage."""
+    """A loss that presses Ctrl-C when it is computed for the third time in a stage, in training for the third step."""
 
     def __init__(self, function: str) -> None:
         self.function, self.calls = function, 0
 
     def __call__(self, student: Tensor, teacher: Tensor) -> Tensor:
-        self.calls += inside(self.function)
+        self.calls += inside(self.function) and not inside("batch_statistics_pay")
         if self.calls == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return relative_error(student, teacher)
