@@ -35,7 +35,7 @@ def inside(function: str) -> bool:
 
 
 class Interrupting:
-    """A loss that presses Ctrl-C when it is computed for the third time in a stage, in training for the third step."""
+    """A loss that presses Ctrl-C when it is computed for the third time in a stage, or in its third step."""
 
     def __init__(self, function: str) -> None:
         self.function, self.calls = function, 0
