@@ -49,7 +49,7 @@ def batch_statistics_pay(
     # One sample has no variance. All processes must say the same, and their shares of a batch may differ by one.
     if size < 2 * accelerator.num_processes:
         return False
-    if not any(isinstance(module, _BatchNorm) for module in network.modules()):
+    if not _batchnorms(network):
         return False
     noisy = runnable(copy.deepcopy(teacher))
     set_training_modes(noisy, batch_statistics=True)
@@ -66,15 +66,18 @@ def batch_statistics_pay(
 def follow_batches(network: nn.Module) -> None:
     """Lets BatchNorm normalise by each batch's statistics, and the running ones follow within some ten steps."""
     set_training_modes(network, batch_statistics=True)
-    for module in network.modules():
-        if isinstance(module, _BatchNorm):
-            module.momentum = max(module.momentum or 0.0, _MOMENTUM)
+    for module in _batchnorms(network):
+        module.momentum = max(module.momentum or 0.0, _MOMENTUM)
 
 
 @torch.no_grad()
 def agree_on_statistics(network: nn.Module, accelerator: Accelerator) -> None:
     """Gives all processes, each of which saw its share of the batches, the mean of their running statistics."""
-    for module in network.modules():
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
-            for kept in (module.running_mean, module.running_var):
+    for module in _batchnorms(network):
+        for kept in (module.running_mean, module.running_var):
+            if kept is not None:
                 kept.copy_(accelerator.reduce(kept.clone(), "mean"))
+
+
+def _batchnorms(network: nn.Module) -> list[_BatchNorm]:
+    return [module for module in network.modules() if isinstance(module, _BatchNorm)]
