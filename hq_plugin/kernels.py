@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.errors import HQWarning, KernelError
+from hq_plugin.folding import batchnorm_after, fold, unfold
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
+from hq_plugin.nn.folded import Folded
 from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows, Run
 from hq_plugin.probe import first_inputs
 from hq_plugin.storage import write_text
@@ -42,12 +44,14 @@ class Choice:
         milliseconds: Median time of each kernel that passed its check, the reference included.
         refused: Why each other kernel was not measured.
         one_row: The same for a single row of the input, where that was measured, too.
+        folded: Whether the layer computes the BatchNorm after it as well; times are without.
     """
 
     kernel: str
     milliseconds: dict[str, float]
     refused: dict[str, str]
     one_row: Choice | None = None
+    folded: bool = False
 
 
 def use_kernel(model: nn.Module, name: str) -> list[str]:
@@ -65,6 +69,7 @@ def use_kernel(model: nn.Module, name: str) -> list[str]:
     """
     if name != REFERENCE and name not in KERNELS:
         raise KernelError(f"There is no kernel {name!r}. Kernels are: {', '.join([REFERENCE, *KERNELS])}.")
+    unfold(model)
     done = []
     for path, layer in packed_modules(model).items():
         if name == REFERENCE:
@@ -86,7 +91,7 @@ def kernel_of(layer: PackedModule, rows: int | None = None) -> str:
     bound = layer._kernel
     if isinstance(bound, ByRows):
         bound = bound.many if rows is None else bound.of(rows)
-    return bound.kernel.name if isinstance(bound, Bound) else REFERENCE
+    return bound.kernel.name if isinstance(bound, (Bound, Folded)) else REFERENCE
 
 
 @torch.no_grad()
@@ -99,6 +104,10 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     layers have (alone it would find its weight in the processor's cache), and a copy of it runs (the kernel's code
     is in the cache, as in a model). Layers of equal shapes and widths are measured once; results are kept in a
     file, under the machine and the versions they are for.
+
+    A convolution whose result goes into a BatchNorm and nowhere else computes that as well, in eval mode; a hook
+    that is put on the convolution later sees it normalised. Undo it (`use_kernel(model, "dequantized")`) before
+    one of the two is put in another module's place.
 
     Args:
         model: A converted model in eval mode; changed in place.
@@ -118,6 +127,7 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
         raise KernelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
     use_kernel(model, REFERENCE)
     seen = first_inputs(layers, lambda: model(*args, **kwargs))
+    norms = batchnorm_after(model, layers, lambda: model(*args, **kwargs))
     inputs = {name: x for name, x in seen.items() if x.is_floating_point()}
     path = cache or _cache_file()
     known = _read_cache(path)
@@ -136,10 +146,11 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
         rows = x.numel() // max(x.shape[-1], 1)
         if is_plain(layer, nn.Linear) and rows > 1:
             choice = _by_rows(choice, found(layer, x.reshape(-1, x.shape[-1])[:1]))
-        choices[name] = choice
         many, few = (_bound(layer, part.kernel) for part in (choice, choice.one_row or choice))
         same = choice.one_row is None or choice.one_row.kernel == choice.kernel
         layer.set_kernel(many if same else ByRows(few, many, math.isqrt(rows)))
+        folded = name in norms and fold(layer, norms[name], choice.kernel, x)
+        choices[name] = replace(choice, folded=folded)
     _write_cache(path, known)
     return choices
 

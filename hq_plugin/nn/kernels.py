@@ -38,6 +38,8 @@ from hq_plugin.quantization import quantize_rows
 REFERENCE = "dequantized"
 
 Run = Callable[[Tensor], Tensor]
+#: Scale and shift of each channel of a result, float32 `[channels]`.
+Affine = tuple[Tensor, Tensor]
 
 
 class Kernel(ABC):
@@ -60,11 +62,21 @@ class Kernel(ABC):
         """Prepares a layer's weight; returns what computes the layer from its input."""
 
 
+class FoldingKernel(Kernel):
+    """A kernel that can scale and shift the channels of its result at no cost (see `hq_plugin.nn.folded`)."""
+
+    @abstractmethod
+    def bind(self, layer: PackedModule, norm: Affine | None = None) -> Run:
+        """Prepares a layer's weight, and what is done to its result; returns what computes both."""
+
+
 class Bound:
     """A kernel bound to a layer."""
 
     #: Whether the layer's dequantized weight is still read.
     needs_weight = False
+    #: Whether a float weight is kept, which `cache_weights(model, False)` gives up.
+    holds_weight = False
 
     def __init__(self, kernel: Kernel, layer: PackedModule) -> None:
         self.kernel = kernel
@@ -90,6 +102,8 @@ class ByRows:
         many: For all others.
         limit: Rows.
     """
+
+    holds_weight = False
 
     def __init__(self, few: Bound | None, many: Bound | None, limit: int) -> None:
         self.few, self.many, self.limit = few, many, limit
@@ -207,7 +221,7 @@ class _Int8Weight(Kernel):
         return run
 
 
-class _Int8(Kernel):
+class _Int8(FoldingKernel):
     """oneDNN's product of 8-bit inputs and 8-bit weights, accumulated in 32-bit integers."""
 
     name, tolerance = "int8", 1e-4
@@ -229,12 +243,14 @@ class _Int8(Kernel):
             return "this processor, which has no VNNI, clips sums of 8-bit inputs times 8-bit weights"
         return None
 
-    def bind(self, layer: PackedModule) -> Run:
+    def bind(self, layer: PackedModule, norm: Affine | None = None) -> Run:
         integers, scale = _whole(layer)
         quantized, step, zero_point = input_quantizer(layer)
         zeros = torch.zeros(layer.weight_shape[0], dtype=torch.int32)
         bias = _bias(layer)
         bias = None if bias is None else bias.float()
+        if norm is not None:
+            scale, bias = scale * norm[0], norm[1] if bias is None else bias * norm[0] + norm[1]
         if isinstance(layer, nn.Conv2d):
             settings = [list(layer.stride), list(layer.padding), list(layer.dilation), layer.groups]  # type: ignore[arg-type]
             packed = torch.ops.onednn.qconv_prepack(integers, scale, step, zero_point, *settings)

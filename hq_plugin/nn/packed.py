@@ -200,20 +200,23 @@ class PackedModule(nn.Module):
                 return run(args[0])
         if self.bits.activation != FLOAT_BITS:
             if args:
-                args = (self._quantize_input(args[0]), *args[1:])
+                args = (self.quantize_input(args[0]), *args[1:])
             else:
-                kwargs = {name: self._quantize_input(value) for name, value in kwargs.items()}
+                kwargs = {name: self.quantize_input(value) for name, value in kwargs.items()}
         return super().forward(*args, **kwargs)
 
     def set_kernel(self, kernel: Any) -> None:
         """Sets what computes the layer, a `Bound` or `ByRows` of `nn/kernels.py`; None is its own forward."""
         self._kernel, self._cached = kernel, None
 
-    def _quantize_input(self, x: Any) -> Any:
+    def quantize_input(self, x: Any) -> Any:
+        """Returns a layer's input as its own forward sees it: rounded, unless it is not to be quantized."""
         traced = isinstance(x, Proxy)
         if not traced and (not isinstance(x, Tensor) or not x.is_floating_point()):
             return x
         bits = self.bits.activation
+        if bits == FLOAT_BITS:
+            return x
         if self.bits.dynamic:
             return fake_quantize_rows(x, bits)
         if traced or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
@@ -346,4 +349,6 @@ def cache_weights(model: nn.Module, enabled: bool) -> nn.Module:
     """
     for module in packed_modules(model).values():
         module._cache_enabled, module._cached = enabled, None
+        if not enabled and module._kernel is not None and module._kernel.holds_weight:
+            module.set_kernel(None)
     return model

@@ -1,0 +1,142 @@
+"""Convolutions that take over the BatchNorm after them.
+
+In eval mode BatchNorm is one affine map a channel. The steps of a weight and a bias can hold it, which saves a pass
+over the result. Which pairs there are is `hq_plugin.folding`'s to find.
+
+A convolution that has taken over its BatchNorm marks what it returns, and the BatchNorm lets pass what bears the
+mark. Where either was copied, moved, trained or compiled, or runs on other numbers than those that were taken over,
+there is no mark, and the BatchNorm does what it always did.
+"""
+
+from __future__ import annotations
+
+import copyreg
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hq_plugin.nn.kernels import REFERENCE, Affine, Bound, FoldingKernel, Run
+from hq_plugin.nn.packed import PackedModule, adopt
+
+#: Attribute of a tensor: the token of the pair that made it.
+_MARK = "_hq_normalised"
+#: Tensors of a BatchNorm.
+_TENSORS = ("running_mean", "running_var", "weight", "bias")
+
+
+class DequantizedFolding(FoldingKernel):
+    """The layer's own forward, on a dequantized weight of its own that holds the BatchNorm's scale."""
+
+    name, tolerance = REFERENCE, 1e-5
+
+    def refuses(self, layer: PackedModule) -> str | None:
+        """Returns why the kernel cannot compute a layer: it keeps a float weight."""
+        return None if layer._cache_enabled else "its dequantized weight is not to be kept"
+
+    def bind(self, layer: PackedModule, norm: Affine | None = None) -> Run:
+        """Returns the float layer's forward on a quantized input."""
+        made = adopt(layer, layer._float_type)
+        made.__dict__.update(_cached=None, _kernel=None)
+        weight: Tensor = layer.weight.detach()
+        bias: Tensor | None = layer._parameters["bias"]
+        if norm is not None:
+            scale, shift = (part.to(weight) for part in norm)
+            bias = shift if bias is None else bias.detach() * scale + shift
+            weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        made._buffers.clear()
+        made._parameters = {
+            name: None if value is None else nn.Parameter(value, requires_grad=False)
+            for name, value in (("weight", weight), ("bias", bias))
+        }
+        forward = made.forward
+        return lambda x: forward(layer.quantize_input(x))  # type: ignore[no-any-return]
+
+
+class Folded:
+    """A kernel bound to a convolution and to the BatchNorm after it."""
+
+    needs_weight = False
+
+    def __init__(self, kernel: FoldingKernel, layer: PackedModule, norm: nn.Module) -> None:
+        self.kernel, self._norm, self._token = kernel, norm, object()
+        self._run, self._known = kernel.bind(layer, affine_of(norm)), _versions(norm)
+        #: Whether a float weight is kept, which `cache_weights(model, False)` gives up.
+        self.holds_weight = kernel.name == REFERENCE
+        norm.__class__ = _passing_type(_plain_type(norm))
+        norm._hq_token = self._token  # type: ignore[assignment]
+
+    def run(self, x: Tensor) -> Tensor:
+        """Returns what the BatchNorm would make of the convolution's result, marked."""
+        y = self._run(x)
+        setattr(y, _MARK, self._token)
+        return y
+
+    def select(self, x: Tensor) -> Run | None:
+        """Returns what computes the layer; its own forward where the BatchNorm is not what was taken over."""
+        fits = not self._norm.training and _versions(self._norm) == self._known
+        return self.run if fits else None
+
+    def again(self, layer: PackedModule) -> Bound | None:
+        """Returns the kernel alone, bound to the layer as it is now: its BatchNorm may not have been moved yet."""
+        if self.kernel.name == REFERENCE or self.kernel.refuses(layer):
+            return None
+        return Bound(self.kernel, layer)
+
+    def unfold(self) -> None:
+        """Gives the BatchNorm its class back."""
+        self._norm.__class__ = _plain_type(self._norm)
+        self._norm.__dict__.pop("_hq_token", None)
+
+
+class _PassingNorm(nn.Module):
+    """Mixin of a BatchNorm that lets pass what the convolution before it has normalised."""
+
+    _hq_token: object
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() and getattr(x, _MARK, None) is self._hq_token:
+            setattr(x, _MARK, None)  # so that it passes once
+            return after_norm(self, x)
+        output: Tensor = super().forward(x)
+        return output
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # A copy is a BatchNorm like any other.
+        state = {name: value for name, value in self.__dict__.items() if name != "_hq_token"}
+        return copyreg.__newobj__, (_plain_type(self),), state  # type: ignore[attr-defined]
+
+
+@cache
+def _passing_type(norm_type: Any) -> type[Any]:
+    return type(norm_type.__name__, (_PassingNorm, norm_type), {"_hq_plain": norm_type})
+
+
+def _plain_type(norm: nn.Module) -> Any:
+    return getattr(type(norm), "_hq_plain", type(norm))
+
+
+def after_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Does what a BatchNorm that holds other modules (timm's an activation) does once it has normalised."""
+    for child in norm.children():
+        x = child(x)
+    return x
+
+
+def normalise(norm: Any, y: Tensor) -> Tensor:
+    """Does what a BatchNorm in eval mode does, other modules in it left out."""
+    return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def affine_of(norm: Any) -> Affine:
+    """Returns the affine map that a BatchNorm is in eval mode: scale and shift, float32 `[channels]`."""
+    mean, variance, weight, bias = (getattr(norm, name).detach().double() for name in _TENSORS)
+    scale = weight / torch.sqrt(variance + norm.eps)
+    return scale.float(), (bias - mean * scale).float()
+
+
+def _versions(norm: nn.Module) -> list[tuple[int, int]]:
+    held = (norm._buffers["running_mean"], norm._buffers["running_var"], *norm._parameters.values())
+    return [(id(t), 0 if t is None or t.is_inference() else t._version) for t in held]
