@@ -79,7 +79,11 @@ def _kernels(loaded: Any, inputs: Any, as_json: bool) -> None:
         cells = [name]
         for part in (choice, choice.one_row):
             best, own = ("", "") if part is None else (part.kernel, REFERENCE)
-            cells += [best, *("" if part is None else f"{part.milliseconds[kernel]:.3f}" for kernel in (best, own))]
+            also = " + BatchNorm" if part is not None and part.folded else ""
+            cells += [
+                best + also,
+                *("" if part is None else f"{part.milliseconds[kernel]:.3f}" for kernel in (best, own)),
+            ]
         rows.append(tuple(cells))
     print_table(("layer", "kernel", "ms", f"ms {REFERENCE}", "for one row", "ms", f"ms {REFERENCE}"), rows)
     say(machine())
