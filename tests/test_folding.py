@@ -287,6 +287,19 @@ def test_compilers_see_the_layers_as_they_were(choose: Callable[..., dict[str, b
     torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_gradients_are_those_of_the_layers_as_they_were(choose: Callable[..., dict[str, bool]]) -> None:
+    model = chain()
+    choose(model)
+    gradients = []
+    for made in (model, copy.deepcopy(model)):
+        x = X.clone().requires_grad_()
+        made(x).square().sum().backward()
+        assert x.grad is not None
+        gradients.append(x.grad)
+    assert gradients[0].abs().sum() > 0
+    torch.testing.assert_close(*gradients)
+
+
 @torch.no_grad()
 def test_one_dimensional_convolutions() -> None:
     model = nn.Sequential(conv(4, 8, nn.Conv1d), norm(8, nn.BatchNorm1d)).eval()

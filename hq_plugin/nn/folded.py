@@ -28,7 +28,7 @@ _TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 class DequantizedFolding(FoldingKernel):
-    """The layer's own forward, on a dequantized weight of its own that holds the BatchNorm's scale."""
+    """The layer's own forward, on a float weight that holds the BatchNorm's scale."""
 
     name, tolerance = REFERENCE, 1e-5
 
@@ -46,13 +46,17 @@ class DequantizedFolding(FoldingKernel):
             scale, shift = (part.to(weight) for part in norm)
             bias = shift if bias is None else bias.detach() * scale + shift
             weight = weight * scale.view(-1, *[1] * (weight.dim() - 1))
+        step, low, high = layer.input_levels() if layer.bits.static_input else (1.0, 0, 0)
         made._buffers.clear()
+        # Inputs stay whole numbers, and the weight holds their step: one pass less.
         made._parameters = {
             name: None if value is None else nn.Parameter(value, requires_grad=False)
-            for name, value in (("weight", weight), ("bias", bias))
+            for name, value in (("weight", weight * step), ("bias", bias))
         }
-        forward = made.forward
-        return lambda x: forward(layer.quantize_input(x))  # type: ignore[no-any-return]
+        forward: Run = made.forward
+        if not layer.bits.static_input:
+            return lambda x: forward(layer.quantize_input(x))
+        return lambda x: forward((x * (1 / step)).round_().clamp_(low, high))
 
 
 class Folded:
@@ -75,9 +79,10 @@ class Folded:
         return y
 
     def select(self, x: Tensor) -> Run | None:
-        """Returns what computes the layer; its own forward where the BatchNorm is not what was taken over."""
-        fits = not self._norm.training and _versions(self._norm) == self._known
-        return self.run if fits else None
+        """Returns what computes both; None, so that neither is skipped, for gradients and where BatchNorm changed."""
+        if self._norm.training or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        return self.run if _versions(self._norm) == self._known else None
 
     def again(self, layer: PackedModule) -> Bound | None:
         """Returns the kernel alone, bound to the layer as it is now: its BatchNorm may not have been moved yet."""

@@ -221,9 +221,9 @@ class PackedModule(nn.Module):
             return fake_quantize_rows(x, bits)
         if traced or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
             return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, bits)
-        return round_to_levels(x, *self._input_levels())
+        return round_to_levels(x, *self.input_levels())
 
-    def _input_levels(self) -> tuple[float, int, int]:
+    def input_levels(self) -> tuple[float, int, int]:
         """Returns what the input is rounded to, as numbers: reading them from tensors takes as long as rounding."""
         step, zero_point = (self._buffers[name] for name in INPUT_BUFFERS)  # quicker than as attributes
         assert step is not None
