@@ -79,7 +79,7 @@ class Folded:
         return y
 
     def select(self, x: Tensor) -> Run | None:
-        """Returns what computes both; None, so that neither is skipped, for gradients and where BatchNorm changed."""
+        """Returns what computes both; None, so that neither is skipped, for gradients and where that changed."""
         if self._norm.training or (x.requires_grad and torch.is_grad_enabled()):
             return None
         return self.run if _versions(self._norm) == self._known else None
