@@ -283,6 +283,9 @@ def test_compilers_see_the_layers_as_they_were(choose: Callable[..., dict[str, b
     torch.testing.assert_close(exported(X), expected, rtol=1e-4, atol=1e-4)
     names = [node.target for node in torch.export.export(model, (X,)).graph.nodes]
     assert sum("batch_norm" in str(name) for name in names) == 2
+    names = [str(node.target) for node in torch.fx.symbolic_trace(model).graph.nodes if node.op == "call_module"]
+    assert {"1", "4"} <= set(names)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(X), expected, rtol=1e-4, atol=1e-4)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(X), expected, rtol=1e-4, atol=1e-4)
 

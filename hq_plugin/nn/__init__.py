@@ -1,5 +1,6 @@
 """Packed layers: what a converted model is made of."""
 
+from hq_plugin.nn.folded import float_type
 from hq_plugin.nn.forms import with_layers_of
 from hq_plugin.nn.held import HeldWeight, with_held_weights
 from hq_plugin.nn.packed import (
@@ -36,6 +37,7 @@ __all__ = [
     "affine_weight",
     "cache_weights",
     "check_unedited",
+    "float_type",
     "is_plain",
     "packed_modules",
     "packed_type",

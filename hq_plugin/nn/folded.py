@@ -69,7 +69,7 @@ class Folded:
         self._run, self._known = kernel.bind(layer, affine_of(norm)), _versions(norm)
         #: Whether a float weight is kept, which `cache_weights(model, False)` gives up.
         self.holds_weight = kernel.name == REFERENCE
-        norm.__class__ = _passing_type(_plain_type(norm))
+        norm.__class__ = _passing_type(float_type(norm))
         norm._hq_token = self._token  # type: ignore[assignment]
 
     def run(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class Folded:
 
     def select(self, x: Tensor) -> Run | None:
         """Returns what computes both; None, so that neither is skipped, for gradients and where that changed."""
-        if self._norm.training or (x.requires_grad and torch.is_grad_enabled()):
+        if not isinstance(x, Tensor) or self._norm.training or (x.requires_grad and torch.is_grad_enabled()):
             return None
         return self.run if _versions(self._norm) == self._known else None
 
@@ -92,7 +92,7 @@ class Folded:
 
     def unfold(self) -> None:
         """Gives the BatchNorm its class back."""
-        self._norm.__class__ = _plain_type(self._norm)
+        self._norm.__class__ = float_type(self._norm)
         self._norm.__dict__.pop("_hq_token", None)
 
 
@@ -111,16 +111,19 @@ class _PassingNorm(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is a BatchNorm like any other.
         state = {name: value for name, value in self.__dict__.items() if name != "_hq_token"}
-        return copyreg.__newobj__, (_plain_type(self),), state  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (float_type(self),), state  # type: ignore[attr-defined]
 
 
 @cache
 def _passing_type(norm_type: Any) -> type[Any]:
-    return type(norm_type.__name__, (_PassingNorm, norm_type), {"_hq_plain": norm_type})
+    # torch.fx takes layers apart by the module that their class is from.
+    own = {"_float_type": norm_type, "__module__": norm_type.__module__}
+    return type(norm_type.__name__, (_PassingNorm, norm_type), own)
 
 
-def _plain_type(norm: nn.Module) -> Any:
-    return getattr(type(norm), "_hq_plain", type(norm))
+def float_type(module: nn.Module) -> Any:
+    """Returns the class of the float layer that a packed layer, or a BatchNorm that was taken over, stands for."""
+    return getattr(type(module), "_float_type", type(module))
 
 
 def after_norm(norm: nn.Module, x: Tensor) -> Tensor:
@@ -136,8 +139,9 @@ def normalise(norm: Any, y: Tensor) -> Tensor:
 
 
 def affine_of(norm: Any) -> Affine:
-    """Returns the affine map that a BatchNorm is in eval mode: scale and shift, float32 `[channels]`."""
-    mean, variance, weight, bias = (getattr(norm, name).detach().double() for name in _TENSORS)
+    """Returns the affine map that a BatchNorm is in eval mode: float32 `[channels]`, on the CPU."""
+    # In double precision, which not every device has.
+    mean, variance, weight, bias = (getattr(norm, name).detach().cpu().double() for name in _TENSORS)
     scale = weight / torch.sqrt(variance + norm.eps)
     return scale.float(), (bias - mean * scale).float()
 

@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-from hq_plugin.nn import INPUT_BUFFERS, WEIGHT_BUFFERS, PackedModule
+from hq_plugin.nn import INPUT_BUFFERS, WEIGHT_BUFFERS, PackedModule, float_type
 
 #: Attribute in which `create_model` keeps the arguments that timm forgets.
 ARGUMENTS = "hq_timm_arguments"
@@ -162,7 +162,7 @@ def _structure(model: nn.Module) -> Structure:
     """Returns the class and the plain settings of every layer."""
     structure = {}
     for name, module in model.named_modules():
-        kind = module._float_type if isinstance(module, PackedModule) else type(module)
+        kind = float_type(module)
         if kind.__name__ in _IDLE:
             continue
         settings = {

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_a_packed_model_is_described_as_its_float_model() -> None:
     assert (
         ADAPTER.describe(torch_ao.convert(torch_ao.prepare(model, policy))) == ADAPTER.describe(model) is not None
     )
+
+
+def test_a_packed_model_on_other_kernels_is_described_all_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3).eval()
+    small = hq.quantize(
+        model, "4bit", [x, x], config=dataclasses.replace(SMOKE, target="torch", activation_bits=(8,))
+    )
+    assert any(choice.folded for choice in hq.choose_kernels(small, x).values())
+    hq.save(small, tmp_path / "saved")
+    expected = copy.deepcopy(small)(x)
+    torch.testing.assert_close(load(tmp_path / "saved")(x), expected)
 
 
 def test_groups_are_not_in_the_way_of_a_description() -> None:
