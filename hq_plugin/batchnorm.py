@@ -6,13 +6,27 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def foldable(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm that is one learned affine map a channel in eval mode."""
     return isinstance(module, _BatchNorm) and module.running_mean is not None and module.weight is not None
+
+
+@torch.no_grad()
+def affine_of(bn: Any) -> tuple[Tensor, Tensor]:
+    """Returns the affine map that a BatchNorm is in eval mode: scale and shift, `[channels]`, in its dtype.
+
+    They are asked from torch's own kernel, so that a layer that is folded into them gives the same bits: a
+    difference of one unit in the last place can flip the rounding of an activation.
+    """
+    probe = torch.zeros(1, bn.num_features, 2, 2, dtype=bn.weight.dtype, device=bn.weight.device)
+    zero = torch.zeros_like(bn.weight)
+    shift = F.batch_norm(probe, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+    scale = F.batch_norm(probe + 1, zero, bn.running_var, bn.weight, zero, eps=bn.eps)
+    return scale[0, :, 0, 0].clone(), shift[0, :, 0, 0].clone()
 
 
 @torch.no_grad()
@@ -25,13 +39,7 @@ def fold_batchnorm(model: nn.Module) -> None:
     for module in model.modules():
         if foldable(module):
             bn: Any = module
-            # Scale and shift are asked from torch's own kernel, so that the folded layer gives the same
-            # bits: a difference of one unit in the last place can flip the rounding of an activation.
-            probe = torch.zeros(1, bn.num_features, 2, 2, dtype=bn.weight.dtype, device=bn.weight.device)
-            zero = torch.zeros_like(bn.weight)
-            shift = F.batch_norm(probe, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-            scale = F.batch_norm(probe + 1, zero, bn.running_var, bn.weight, zero, eps=bn.eps)
-            shift, scale = shift[0, :, 0, 0].clone(), scale[0, :, 0, 0].clone()
+            scale, shift = affine_of(bn)
             bn.weight.copy_(scale)
             bn.bias.copy_(shift)
             bn.running_mean.zero_()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -57,52 +58,44 @@ def batchnorm_after(
         layers: Packed layers by name.
         run: Runs the model once.
     """
-    convolutions = {
-        name: layer for name, layer in layers.items() if isinstance(layer, _ConvNd) and not layer._forward_hooks
+    names = {
+        layer: name for name, layer in layers.items() if isinstance(layer, _ConvNd) and not layer._forward_hooks
     }
     norms = [module for module in model.modules() if foldable(module) and not module.training]
-    if not convolutions or not norms:
+    if not names or not norms:
         return {}
-    uses, calls, pairs = _Uses(), dict.fromkeys(convolutions, 0), dict[nn.Module, list[str | None]]()
+    uses, calls, taken = _Uses(), Counter[str](), list[tuple[str | None, nn.Module]]()
 
-    def enter(module: nn.Module, args: Any) -> None:
-        uses.note(args)
+    def enter(module: Any, args: Any, kwargs: Any) -> None:
+        if module not in names and len(args) == 1:
+            taken.append((uses.maker(args[0]), module))
+        else:
+            uses.note(tree_leaves((args, kwargs)))
         uses.inside += 1
 
-    def leave(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            uses.inside -= 1
-            calls[name] += 1
-            if isinstance(output, Tensor):
-                uses.made[id(output)] = name, weakref.ref(output)
-
-        return hook
-
-    def enter_norm(module: nn.Module, args: Any) -> None:
-        uses.inside += 1
-        pairs.setdefault(module, []).append(uses.maker(args[0]) if len(args) == 1 else None)
-
-    def leave_norm(*_: Any) -> None:
+    def leave(module: Any, args: Any, output: Any) -> None:
         uses.inside -= 1
+        if module in names:
+            calls[names[module]] += 1
+            if isinstance(output, Tensor):
+                uses.made[id(output)] = names[module], weakref.ref(output)
 
     handles = []
     try:
-        for name, layer in convolutions.items():
-            handles += [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave(name))]
-        for norm in norms:
-            handles += [norm.register_forward_pre_hook(enter_norm), norm.register_forward_hook(leave_norm)]
+        for module in (*names, *norms):
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            handles.append(module.register_forward_hook(leave))
         with uses:
             output = run()
         uses.note(tree_leaves(output))
     finally:
         for handle in handles:
             handle.remove()
-    once = {makers[0]: norm for norm, makers in pairs.items() if len(makers) == 1 and makers[0] is not None}
-    takers = [maker for makers in pairs.values() for maker in makers]
+    takers, givers = Counter(maker for maker, _ in taken), Counter(norm for _, norm in taken)
     return {
-        name: norm
-        for name, norm in once.items()
-        if name is not None and calls[name] == 1 and name not in uses.used and takers.count(name) == 1
+        maker: norm
+        for maker, norm in taken
+        if maker is not None and maker not in uses.used and calls[maker] == takers[maker] == givers[norm] == 1
     }
 
 

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from hq_plugin.errors import HQWarning, KernelError
 from hq_plugin.folding import batchnorm_after, fold, unfold
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
-from hq_plugin.nn.folded import Folded
 from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows, Run
 from hq_plugin.probe import first_inputs
 from hq_plugin.storage import write_text
@@ -91,7 +90,7 @@ def kernel_of(layer: PackedModule, rows: int | None = None) -> str:
     bound = layer._kernel
     if isinstance(bound, ByRows):
         bound = bound.many if rows is None else bound.of(rows)
-    return bound.kernel.name if isinstance(bound, (Bound, Folded)) else REFERENCE
+    return bound.kernel.name if isinstance(bound, Bound) else REFERENCE
 
 
 @torch.no_grad()

@@ -199,6 +199,8 @@ class Uses(nn.Module):
         lambda m, x: m.norm(m.conv(m.conv(x))),
         lambda m, x: m.norm(m.conv(x)) + m.conv(-x),
         lambda m, x: m.norm(y := m.conv(x)) + m.other(y),
+        lambda m, x: m.norm(y := m.conv(x)) + m.other(input=y),
+        lambda m, x: m.norm(input=m.conv(x)),
         lambda m, x: m.norm(m.norm(m.conv(x))),
         lambda m, x: m.norm(m.conv(x)[:, :, ::2]),
         lambda m, x: m.norm(x) + m.conv(x),

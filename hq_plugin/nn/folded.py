@@ -18,13 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hq_plugin.batchnorm import affine_of
 from hq_plugin.nn.kernels import REFERENCE, Affine, Bound, FoldingKernel, Run
-from hq_plugin.nn.packed import PackedModule, adopt
+from hq_plugin.nn.packed import PackedModule, adopt, versions
 
 #: Attribute of a tensor: the token of the pair that made it.
 _MARK = "_hq_normalised"
-#: Tensors of a BatchNorm.
-_TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 class DequantizedFolding(FoldingKernel):
@@ -59,36 +58,33 @@ class DequantizedFolding(FoldingKernel):
         return lambda x: forward((x * (1 / step)).round_().clamp_(low, high))
 
 
-class Folded:
+class Folded(Bound):
     """A kernel bound to a convolution and to the BatchNorm after it."""
 
-    needs_weight = False
+    def __init__(self, kernel: FoldingKernel, layer: PackedModule, norm: Any) -> None:
+        scale, shift = affine_of(norm)
+        normalised, token = kernel.bind(layer, (scale.float(), shift.float())), object()
 
-    def __init__(self, kernel: FoldingKernel, layer: PackedModule, norm: nn.Module) -> None:
-        self.kernel, self._norm, self._token = kernel, norm, object()
-        self._run, self._known = kernel.bind(layer, affine_of(norm)), _versions(norm)
-        #: Whether a float weight is kept, which `cache_weights(model, False)` gives up.
+        def run(x: Tensor) -> Tensor:
+            y = normalised(x)
+            setattr(y, _MARK, token)
+            return y
+
+        self.kernel, self.run = kernel, run
         self.holds_weight = kernel.name == REFERENCE
+        self._norm, self._known = norm, _now(norm)
         norm.__class__ = _passing_type(float_type(norm))
-        norm._hq_token = self._token  # type: ignore[assignment]
-
-    def run(self, x: Tensor) -> Tensor:
-        """Returns what the BatchNorm would make of the convolution's result, marked."""
-        y = self._run(x)
-        setattr(y, _MARK, self._token)
-        return y
+        norm._hq_token = token
 
     def select(self, x: Tensor) -> Run | None:
         """Returns what computes both; None, so that neither is skipped, for gradients and where that changed."""
         if not isinstance(x, Tensor) or self._norm.training or (x.requires_grad and torch.is_grad_enabled()):
             return None
-        return self.run if _versions(self._norm) == self._known else None
+        return self.run if _now(self._norm) == self._known else None
 
     def again(self, layer: PackedModule) -> Bound | None:
         """Returns the kernel alone, bound to the layer as it is now: its BatchNorm may not have been moved yet."""
-        if self.kernel.name == REFERENCE or self.kernel.refuses(layer):
-            return None
-        return Bound(self.kernel, layer)
+        return None if self.kernel.name == REFERENCE else super().again(layer)
 
     def unfold(self) -> None:
         """Gives the BatchNorm its class back."""
@@ -138,14 +134,5 @@ def normalise(norm: Any, y: Tensor) -> Tensor:
     return F.batch_norm(y, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
 
-def affine_of(norm: Any) -> Affine:
-    """Returns the affine map that a BatchNorm is in eval mode: float32 `[channels]`, on the CPU."""
-    # In double precision, which not every device has.
-    mean, variance, weight, bias = (getattr(norm, name).detach().cpu().double() for name in _TENSORS)
-    scale = weight / torch.sqrt(variance + norm.eps)
-    return scale.float(), (bias - mean * scale).float()
-
-
-def _versions(norm: nn.Module) -> list[tuple[int, int]]:
-    held = (norm._buffers["running_mean"], norm._buffers["running_var"], *norm._parameters.values())
-    return [(id(t), 0 if t is None or t.is_inference() else t._version) for t in held]
+def _now(norm: Any) -> list[tuple[int, int]]:
+    return versions(norm.running_mean, norm.running_var, norm.weight, norm.bias)

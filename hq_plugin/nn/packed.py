@@ -198,11 +198,10 @@ class PackedModule(nn.Module):
             run = self._kernel.select(args[0])
             if run is not None:
                 return run(args[0])
-        if self.bits.activation != FLOAT_BITS:
-            if args:
-                args = (self.quantize_input(args[0]), *args[1:])
-            else:
-                kwargs = {name: self.quantize_input(value) for name, value in kwargs.items()}
+        if args:
+            args = (self.quantize_input(args[0]), *args[1:])
+        else:
+            kwargs = {name: self.quantize_input(value) for name, value in kwargs.items()}
         return super().forward(*args, **kwargs)
 
     def set_kernel(self, kernel: Any) -> None:
@@ -228,7 +227,7 @@ class PackedModule(nn.Module):
         step, zero_point = (self._buffers[name] for name in INPUT_BUFFERS)  # quicker than as attributes
         assert step is not None
         assert zero_point is not None
-        now = [(id(t), 0 if t.is_inference() else t._version) for t in (step, zero_point)]
+        now = versions(step, zero_point)
         if self._levels is None or self._levels[0] != now:
             self._levels = now, input_levels(step, zero_point, self.bits.activation)
         return self._levels[1]
@@ -257,6 +256,11 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def versions(*tensors: Tensor) -> list[tuple[int, int]]:
+    """Returns what changes when tensors are replaced, or their values are."""
+    return [(id(t), 0 if t.is_inference() else t._version) for t in tensors]
 
 
 @cache
