@@ -1,25 +1,46 @@
-import time
-
+import pytest
 import torch
 
 from hq_plugin.timing import OtherMemory, cpu_name, device_name, machine, median_milliseconds
 
 
-def test_the_median_of_many_calls_is_taken() -> None:
-    calls = []
+class Clock:
+    """The clock that `timing` reads: it stands still but for what a call takes, however busy the machine is."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("hq_plugin.timing.time.perf_counter", lambda: self.now)
+
+    def takes(self, milliseconds: float) -> None:
+        self.now += milliseconds / 1e3
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_the_median_of_many_calls_is_taken(clock: Clock) -> None:
+    calls: list[int] = []
 
     def call() -> None:
         calls.append(0)
-        time.sleep(0.05 if len(calls) % 5 == 0 else 0.002)
+        clock.takes(50 if len(calls) % 5 == 0 else 2)
 
-    assert 2 <= median_milliseconds(call) < 50
-    assert len(calls) >= 18
+    assert median_milliseconds(call) == pytest.approx(2)
+    assert len(calls) == 3 + 15  # to warm up, and timed
 
 
-def test_short_calls_are_repeated_more_often() -> None:
-    calls = []
-    assert median_milliseconds(lambda: calls.append(0)) > 0
-    assert len(calls) > 100
+@pytest.mark.parametrize(("milliseconds", "repeats"), [(30, 15), (1, 20), (0.25, 80), (0.001, 200)])
+def test_short_calls_are_repeated_more_often(clock: Clock, milliseconds: float, repeats: int) -> None:
+    calls: list[int] = []
+
+    def call() -> None:
+        calls.append(0)
+        clock.takes(milliseconds)
+
+    assert median_milliseconds(call) == pytest.approx(milliseconds)
+    assert abs(len(calls) - 3 - repeats) <= 1
 
 
 def test_machines_and_devices_have_names() -> None:
@@ -38,16 +59,19 @@ def test_processors_of_one_name_are_told_apart_by_their_instructions() -> None:
     assert cpu_name(["CPU implementer\t: 0x41", "Features\t: fp asimddp i8mm"]) == "asimddp i8mm"
 
 
-def test_other_memory_is_read_before_each_call_and_not_timed() -> None:
+def test_other_memory_is_read_before_each_call_and_not_timed(clock: Clock) -> None:
     others, order = OtherMemory(3 << 20, torch.device("cpu")), []
     assert others.size == 4 << 20
     assert OtherMemory(1 << 40, torch.device("cpu")).size == 64 << 20
 
     def before() -> None:
         others.read()
-        time.sleep(0.01)
+        clock.takes(10)
         order.append("before")
 
-    found = median_milliseconds(lambda: order.append("call"), before)
+    def call() -> None:
+        clock.takes(1)
+        order.append("call")
+
+    assert median_milliseconds(call, before) == pytest.approx(1)
     assert order[-2:] == ["before", "call"]
-    assert found < 10

@@ -1,6 +1,5 @@
 """Real processes over gloo, against one process."""
 
-import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,9 @@ def test_accumulated_gradients_are_those_of_one_process(alone: dict[str, Any], t
 def test_a_process_that_dies_ends_the_job_and_a_restart_goes_on(
     dies: int, alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    began = time.monotonic()
     # torchrun ends the other process once it looks; a slow machine's needs time to speak before that.
     done = run(torchrun(2, tmp_path, dies, monitor_interval=10))
     assert done.returncode != 0
-    assert time.monotonic() - began < 120, "start, work and end"
     # torchrun names it, and what the other one says is of use.
     assert "rank      : 1 (local_rank: 1)\n  exitcode  : -9" in done.stderr
     assert "TrainingError: Another of the 2 processes has ended" in done.stderr
