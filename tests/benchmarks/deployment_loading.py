@@ -6,6 +6,9 @@ is such a process: it reads and then loads what was saved in FOLDER, once each, 
 given, that small model is loaded before: transformers and timm then have their modules imported and their tables
 built.
 
+Modules are imported from bytecode, which pip writes when it installs a package: a process that is not counted
+writes that of a checkout.
+
 "Reading its bytes into float tensors" is `safetensors.torch.load_file` and `.float()` on each stored tensor, packed
 bytes included. "Dequantizing" turns the packed weights into the float weights that they stand for, what a loader
 without packed layers has to do.
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -76,12 +80,14 @@ def one_process(folder: str, door: str, tiny: str | None = None) -> dict[str, fl
 
 
 def measure(folder: Path, door: str, *tiny: Path) -> dict[str, float]:
-    """Returns medians over fresh processes."""
+    """Returns medians over fresh processes, after one that writes bytecode where there is none."""
+    command = [sys.executable, "-m", "tests.benchmarks.deployment_loading", str(folder), door, *map(str, tiny)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     runs = []
-    for _ in range(PROCESSES):
-        command = [sys.executable, "-m", "tests.benchmarks.deployment_loading", str(folder), door, *map(str, tiny)]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
+    for _ in range(1 + PROCESSES):
+        out = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
         runs.append(json.loads(out.stdout.splitlines()[-1]))
+    runs = runs[1:]
     return {name: round(statistics.median(run[name] for run in runs), 4) for name in runs[0]}
 
 

@@ -14,7 +14,7 @@ from tests.distributed.job import Plain
 from tests.distributed.launching import reports, run, torchrun
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_processes_reach_what_one_reaches(count: int, alone: dict[str, Any], tmp_path: Path) -> None:
     # 30 samples over 4 processes are not split evenly, and still the same mean.
     done = run(torchrun(count, tmp_path))
