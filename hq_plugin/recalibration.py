@@ -33,7 +33,7 @@ def _batchnorms(network: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def batch_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Statistics]:
+def measured_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Statistics]:
     """Measures what enters each BatchNorm layer while all of them normalise by the batch's statistics.
 
     Args:
@@ -77,7 +77,7 @@ class Recalibration:
             name: Statistics(layer.running_mean.clone(), layer.running_var.clone())
             for name, layer in _batchnorms(teacher).items()
         }
-        self._sampled = batch_statistics(runnable(copy.deepcopy(teacher)), self.batches) if self._known else {}
+        self._sampled = measured_statistics(runnable(copy.deepcopy(teacher)), self.batches) if self._known else {}
 
     @torch.no_grad()
     def __call__(self, network: nn.Module) -> None:
@@ -85,7 +85,7 @@ class Recalibration:
         if not self._known:
             return
         layers = _batchnorms(network)
-        for name, seen in batch_statistics(network, self.batches).items():
+        for name, seen in measured_statistics(network, self.batches).items():
             known, sampled = self._known[name], self._sampled[name]
             ratio = seen.variance / sampled.variance.clamp_min(_TINY)
             layers[name].running_mean.copy_(known.mean + seen.mean - sampled.mean)

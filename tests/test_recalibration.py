@@ -7,7 +7,7 @@ from torch import nn
 from hq_plugin import Config
 from hq_plugin.batch import Batch
 from hq_plugin.data import prepare_data
-from hq_plugin.recalibration import Recalibration, batch_statistics
+from hq_plugin.recalibration import Recalibration, measured_statistics
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def test_batch_statistics_are_means_over_batches(trained: nn.Module, some: list[
     model = copy.deepcopy(trained)
     seen: list[torch.Tensor] = []
     model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    statistics = batch_statistics(model, some)
+    statistics = measured_statistics(model, some)
     torch.testing.assert_close(statistics["bn1"].mean, torch.stack([x.mean((0, 2, 3)) for x in seen]).mean(0))
     variance = torch.stack([x.var((0, 2, 3)) for x in seen]).mean(0)
     torch.testing.assert_close(statistics["bn1"].variance, variance)
@@ -47,7 +47,7 @@ def test_a_scaled_layer_scales_its_statistics_whatever_the_sample(trained: nn.Mo
 
 def test_few_samples_come_closer_to_all_than_plain_statistics_do(trained: nn.Module, some: list[Batch]) -> None:
     teacher = copy.deepcopy(trained)
-    batch_statistics(teacher, some)  # leaves the statistics of all samples behind
+    measured_statistics(teacher, some)  # leaves the statistics of all samples behind
     plain = ours = 0.0
     for seed in range(5):
         torch.manual_seed(seed)
@@ -55,9 +55,9 @@ def test_few_samples_come_closer_to_all_than_plain_statistics_do(trained: nn.Mod
         with torch.no_grad():
             for parameter in (model.stem.weight, model.depthwise.weight):
                 parameter.add_(0.1 * parameter.std() * torch.randn_like(parameter))
-        exact = batch_statistics(copy.deepcopy(model), some)
+        exact = measured_statistics(copy.deepcopy(model), some)
         small = [some[seed % len(some)].take(8)]
-        rough = batch_statistics(copy.deepcopy(model), small)
+        rough = measured_statistics(copy.deepcopy(model), small)
         Recalibration(teacher, small)(model)
         for name, layer in (("bn1", model.bn1), ("bn2", model.bn2)):
             plain += float((rough[name].variance / exact[name].variance).log().abs().mean())
