@@ -19,7 +19,7 @@ from hq_plugin.meta_training import build_network
 from hq_plugin.seeding import seeded
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
-from hq_plugin.training import Task, _cosine, _parameter_groups, train
+from hq_plugin.training import CHANNELS, Task, _cosine, _parameter_groups, train
 from tests.conftest import TinyNet
 
 
@@ -124,6 +124,23 @@ def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batch
     assert rates["stem.weight_fake_quant.block.outer.weight"] == 1e-3
     assert rates["stem.weight_fake_quant.block.log_step"] == 5e-3
     assert len(rates) == len(list(network.parameters()))
+
+
+def test_the_rate_of_a_wide_layer_falls_with_the_root_of_its_inputs() -> None:
+    layers = {
+        "narrow": nn.Linear(16, 5),
+        "wide": nn.Linear(4 * CHANNELS, 5),
+        "kernels": nn.Conv2d(16, 5, 7),  # many weights a channel, of few inputs
+        "depthwise": nn.Conv2d(4 * CHANNELS, 4 * CHANNELS, 3, groups=4 * CHANNELS),
+        "table": nn.Embedding(7, 4 * CHANNELS),  # whose rows are not summed over
+    }
+    for layer in layers.values():
+        layer.weight.data /= layer.weight.data.square().mean().sqrt()  # type: ignore[operator]
+    model = nn.ModuleDict(layers)
+    rates = rates_of(Task("test", model, model, None, None, 1, None, None))  # type: ignore[arg-type]
+    assert {name: rates[f"{name}.weight"] for name in layers} == pytest.approx(
+        {"narrow": 0.01, "wide": 0.005, "kernels": 0.01, "depthwise": 0.01, "table": 0.01}
+    )
 
 
 def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) -> None:
