@@ -45,7 +45,7 @@ RELATIVE_RATE = 0.01
 #: Input channels up to which that holds. Adam moves the weights of a channel together: what they add up to at its
 #: output grows with their number, where what they began as adds up to its root. So a wider layer's share falls
 #: with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
-#: EfficientNet-Lite0 came 10 % closer with it and more, narrow networks stay as they are (docs/experiments.md).
+#: EfficientNet-Lite0 came 7 to 23 % closer with it; narrow networks stay as they are (docs/experiments.md).
 CHANNELS = 64
 #: Where widths are fixed, this rate is for a mean of 2 bits, and halves with every `HALVED_BY` bits above: the
 #: optimum at 4 bits was half of that at 2 to 2.5. (By the width of each layer was better at 4 bits, worse at 2.2.)
