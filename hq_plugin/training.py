@@ -295,7 +295,7 @@ def _parameter_groups(task: Task, network: nn.Module, scale: float) -> list[dict
 def _input_channels(network: nn.Module) -> dict[int, int]:
     """Returns by the id of each weight how many channels a product with it sums over."""
     layers = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    weights = [layer._parameters["weight"] for layer in layers]
+    weights = [layer._parameters.get("weight") for layer in layers]  # a parametrized layer has none
     return {id(weight): weight.shape[1] for weight in weights if weight is not None}
 
 

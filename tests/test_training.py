@@ -136,7 +136,7 @@ def test_the_rate_of_a_wide_layer_falls_with_the_root_of_its_inputs() -> None:
     }
     for layer in layers.values():
         layer.weight.data /= layer.weight.data.square().mean().sqrt()  # type: ignore[operator]
-    model = nn.ModuleDict(layers)
+    model = nn.ModuleDict({**layers, "computed": nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))})
     rates = rates_of(Task("test", model, model, None, None, 1, None, None))  # type: ignore[arg-type]
     assert {name: rates[f"{name}.weight"] for name in layers} == pytest.approx(
         {"narrow": 0.01, "wide": 0.005, "kernels": 0.01, "depthwise": 0.01, "table": 0.01}
