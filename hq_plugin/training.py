@@ -5,6 +5,7 @@ Meta-training and fine-tuning are this loop with different networks and a differ
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import warnings
@@ -47,6 +48,9 @@ RELATIVE_RATE = 0.01
 #: with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
 #: EfficientNet-Lite0 came 7 to 23 % closer with it; narrow networks stay as they are (docs/experiments.md).
 CHANNELS = 64
+#: Rates of weights are this many times as high from when fine-tuning has BatchNorm normalise by batches' statistics:
+#: kept ones fit the weights that they are of and hold these back, batches' move along (docs/experiments.md).
+FOLLOWED = 2.0
 #: Where widths are fixed, this rate is for a mean of 2 bits, and halves with every `HALVED_BY` bits above: the
 #: optimum at 4 bits was half of that at 2 to 2.5. (By the width of each layer was better at 4 bits, worse at 2.2.)
 NARROW, HALVED_BY = 2, 2
@@ -153,7 +157,12 @@ def _train(
     trained, pieces = [p for group in groups for p in group["params"]], sharded()
     fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not pieces
     optimizer = torch.optim.Adam(groups, fused=fused)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step, task.steps, task.final_rate))
+
+    def share_of_peak(step: int, raised: bool) -> float:
+        return (FOLLOWED if raised and by_batch else 1.0) * _cosine(step, task.steps, task.final_rate)
+
+    shares = [functools.partial(share_of_peak, raised=group.get("rises", False)) for group in groups]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
     if pieces:
         wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
     else:
@@ -162,15 +171,15 @@ def _train(
     first, keep = 0, task.checkpoint
     if keep is not None:
         first, task.history[:] = keep.restore(task.stage, network, optimizer)
+        if not by_batch and task.history and task.history[-1].get("batch_statistics", False):
+            by_batch = True
+            follow_batches(network)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
             for _ in range(first):
                 for _ in range(accumulated):
                     next(batches)
                 schedule.step()
-        if not by_batch and task.history and task.history[-1].get("batch_statistics", False):
-            by_batch = True
-            follow_batches(network)
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
     watched = BlockOutputs(task.blocks if task.block_loss else ())
@@ -266,6 +275,8 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
 def _parameter_groups(task: Task, network: nn.Module, scale: float) -> list[dict[str, Any]]:
     """Returns the parameters of what runs in place of the task's network, with their learning rates.
 
+    Weights whose rate rises by `FOLLOWED` where BatchNorm comes to follow batches are marked as `rises`.
+
     Args:
         task: The stage.
         network: What runs.
@@ -286,7 +297,8 @@ def _parameter_groups(task: Task, network: nn.Module, scale: float) -> list[dict
         channels = _input_channels(task.network)
         for p, full in own:  # from the weight as a whole, which may run in pieces
             share = _relative_rate(full, task.width, channels.get(id(full), 1))
-            groups.append({"params": [p], "lr": share * scale * task.base_rate})
+            rises = task.batch_statistics is None and full.dim() >= 2
+            groups.append({"params": [p], "lr": share * scale * task.base_rate, "rises": rises})
     else:
         groups.append({"params": [p for p, _ in own], "lr": rate * task.base_rate})
     return [group for group in groups if group["params"]]

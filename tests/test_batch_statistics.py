@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from hq_plugin import Config
 from hq_plugin.batch_statistics import batch_statistics_pay, follow_batches
@@ -57,21 +58,23 @@ def test_without_batchnorm_or_with_single_samples_there_is_nothing_to_use(traine
     assert not pays(moved(trained, 1.0), trained, single)
 
 
+@pytest.mark.parametrize("at", [3, 11])
+@pytest.mark.parametrize("rate", [1e-4, None])
 @pytest.mark.parametrize(("by", "expected"), [(0.01, False), (1.0, True)])
 def test_it_is_decided_once_and_survives_an_interruption(  # type: ignore[no-untyped-def]
-    trained: nn.Module, batches, tmp_path: Path, by: float, expected: bool
+    trained: nn.Module, batches, tmp_path: Path, by: float, expected: bool, rate: float | None, at: int
 ) -> None:
     def stop(now: bool) -> None:
         if now:
             raise ZeroDivisionError
 
     states = []
-    for stops in ((20,), (11, 20)):
+    for stops in ((20,), (at, 20)):
         for at in stops:
             student = moved(trained, by)
             data = prepare_data(batches, trained, Config(effort="smoke"))
             keep = Checkpoint(tmp_path / str(len(stops)), {}, 0)
-            job = Task("test", student, trained, data, KL, 20, 1e-4, 1e-4, batch_statistics=None, checkpoint=keep)
+            job = Task("test", student, trained, data, KL, 20, rate, rate, batch_statistics=None, checkpoint=keep)
             job.before_step = lambda network, step, at=at: stop(step == at)
             with contextlib.suppress(ZeroDivisionError):
                 train(job)
@@ -80,6 +83,33 @@ def test_it_is_decided_once_and_survives_an_interruption(  # type: ignore[no-unt
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
     kept = torch.equal(states[0]["bn1.running_mean"], trained.state_dict()["bn1.running_mean"])
     assert kept is not expected
+
+
+@pytest.mark.parametrize(("by", "rate", "expected"), [(0.01, None, 1.0), (1.0, None, 2.0), (1.0, 1e-4, 1.0)])
+def test_rates_of_weights_that_nobody_gave_rise_with_them(  # type: ignore[no-untyped-def]
+    trained: nn.Module, batches, by: float, rate: float | None, expected: float
+) -> None:
+    data = prepare_data(batches, trained, Config(effort="smoke"))
+    job = Task("test", moved(trained, by), trained, data, KL, 20, rate, None, batch_statistics=None)
+    seen: list[tuple[list[float], list[float]]] = []
+
+    def see(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        shares: tuple[list[float], list[float]] = [], []
+        for group in optimizer.param_groups:
+            vectors = any(p.dim() < 2 for p in group["params"])
+            shares[vectors].append(group["lr"] / group["initial_lr"])
+        seen.append(shares)
+
+    hook = register_optimizer_step_pre_hook(see)
+    try:
+        train(job)
+    finally:
+        hook.remove()
+    assert len(seen) == 20
+    for step, (weights, vectors) in enumerate(seen):
+        assert vectors == pytest.approx([vectors[0]] * len(vectors))
+        assert weights == pytest.approx([vectors[0] * (expected if step > 2 else 1)] * len(weights))
+    assert bool(weights) is (rate is None)
 
 
 @pytest.mark.parametrize(("own", "expected"), [(0.01, 0.1), (None, 0.1), (0.3, 0.3)])
