@@ -48,8 +48,8 @@ RELATIVE_RATE = 0.01
 #: with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
 #: EfficientNet-Lite0 came 7 to 23 % closer with it; narrow networks stay as they are (docs/experiments.md).
 CHANNELS = 64
-#: Rates of weights are this many times as high once fine-tuning has BatchNorm normalise by batches' statistics: kept
-#: ones fit the weights that they are of and hold these back, batches' move along (docs/experiments.md).
+#: Rates of weights are this many times as high once fine-tuning has BatchNorm normalise by batches' statistics:
+#: kept ones fit the weights that they are of and hold these back, batches' move along (docs/experiments.md).
 FOLLOWED = 2.0
 #: Where widths are fixed, this rate is for a mean of 2 bits, and halves with every `HALVED_BY` bits above: the
 #: optimum at 4 bits was half of that at 2 to 2.5. (By the width of each layer was better at 4 bits, worse at 2.2.)
