@@ -158,10 +158,12 @@ def _train(
     fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not pieces
     optimizer = torch.optim.Adam(groups, fused=fused)
 
-    def share_of_peak(step: int, raised: bool) -> float:
-        return (FOLLOWED if raised and by_batch else 1.0) * _cosine(step, task.steps, task.final_rate)
+    def share_of_peak(step: int, rises: bool) -> float:
+        return (FOLLOWED if rises and by_batch else 1.0) * _cosine(step, task.steps, task.final_rate)
 
-    shares = [functools.partial(share_of_peak, raised=group.get("rises", False)) for group in groups]
+    shares: list[Callable[[int], float]] = [
+        functools.partial(share_of_peak, rises=group.get("rises", False)) for group in groups
+    ]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
     if pieces:
         wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
