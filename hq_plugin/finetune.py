@@ -23,6 +23,7 @@ from hq_plugin.errors import HQWarning
 from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.qat_layers import qat_layers
+from hq_plugin.rates import Rates
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.seeding import seeded
 from hq_plugin.tracking import tracking
@@ -109,14 +110,12 @@ def finetune_network(
         teacher=teacher,
         data=data,
         loss=training_loss(loss, config.temperature),
-        width=_mean_width(network),
         blocks=blocks,
         block_loss=config.block_loss,
         # What blocks give leads the way at first; in the end the output is what counts.
         final_block_loss=0.0,
         steps=config.steps.finetune,
-        learning_rate=config.learning_rate,
-        step_learning_rate=config.step_learning_rate,
+        rates=Rates(config.learning_rate, config.step_learning_rate, width=_mean_width(network)),
         # Few networks end further away than the noise of batches' statistics; those train better with them.
         batch_statistics=None,
         distance=loss,

@@ -19,6 +19,7 @@ from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, training_loss
 from hq_plugin.metaquantnet import MetaQuantNet
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.rates import Rates
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.seeding import seeded
 from hq_plugin.space import SearchSpace
@@ -95,11 +96,13 @@ def meta_train_network(
         blocks=blocks,
         block_loss=config.block_loss,
         steps=config.steps.meta,
-        learning_rate=config.learning_rate,
-        step_learning_rate=config.step_learning_rate,
-        final_rate=FINAL_RATE,
-        # A table generates nothing: the weights are all that it can train.
-        base_rate=1.0 if config.block == "table" else BASE_RATE,
+        rates=Rates(
+            config.learning_rate,
+            config.step_learning_rate,
+            # A table generates nothing: the weights are all that it can train.
+            base=1.0 if config.block == "table" else BASE_RATE,
+            final=FINAL_RATE,
+        ),
         before_step=lambda running, step: torch_ao.apply_policy(running, sampler(step)),
         checkpoint=checkpoint,
         stage="meta-training",

@@ -5,7 +5,6 @@ Meta-training and fine-tuning are this loop with different networks and a differ
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import warnings
@@ -28,41 +27,18 @@ from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.interruption import Interruption, deferred, interrupted
 from hq_plugin.modes import KeptValues, set_training_modes
 from hq_plugin.progress import progress
+from hq_plugin.rates import Rates
 from hq_plugin.sharding import placed, sharded
 from hq_plugin.tracking import track
 
-#: Share of the steps over which the learning rate rises, and how often a good state is kept.
-WARMUP, SNAPSHOTS = 0.05, 20
+#: How often a good state is kept.
+SNAPSHOTS = 20
 #: Share of the steps after which it is seen whether BatchNorm is to train with batches' statistics.
 SEEN = 0.1
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
 #: Devices on which torch's Adam is one kernel.
 _FUSED_ADAM = ("cpu", "cuda")
-#: Without a learning rate, each weight's peak is this share of its root mean square: an update then moves it by
-#: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
-#: weights are small, and a depthwise network, whose are large (docs/experiments.md).
-RELATIVE_RATE = 0.01
-#: Input channels up to which that holds. Adam moves the weights of a channel together: what they add up to at its
-#: output grows with their number, where what they began as adds up to its root. So a wider layer's share falls
-#: with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
-#: EfficientNet-Lite0 came 7 to 23 % closer with it; narrow networks stay as they are (docs/experiments.md).
-CHANNELS = 64
-#: Rates of weights are this many times as high once fine-tuning has BatchNorm normalise by batches' statistics:
-#: kept ones fit the weights that they are of and hold these back, batches' move along (docs/experiments.md).
-FOLLOWED = 2.0
-#: Where widths are fixed, this rate is for a mean of 2 bits, and halves with every `HALVED_BY` bits above: the
-#: optimum at 4 bits was half of that at 2 to 2.5. (By the width of each layer was better at 4 bits, worse at 2.2.)
-NARROW, HALVED_BY = 2, 2
-#: The peak of what generates weights, and of quantization steps and zero points; and bounds for vectors: biases may
-#: begin at 0, and scales lie about 1.
-GENERATOR_RATE, STEP_RATE, FLOAT_RATES = 5e-4, 2e-3, (1e-4, 1e-3)
-#: All of these are for steps of so many samples. Fewer give noisier gradients, and Adam's rates are to fall with
-#: the root (Malladi et al., arXiv:2205.10287). With 16 samples, a MobileNetV2 with ImageNet's weights moved away at
-#: 1 % and came closer at 0.35 % (docs/experiments.md).
-SAMPLES = 128
-_STEP_PARAMETERS = (".log_step", ".zero", ".zero_point")
-_GENERATOR = "weight_fake_quant.block."
 
 
 @dataclass
@@ -75,15 +51,11 @@ class Task:
         teacher: The float model, in eval mode.
         data: Batches.
         loss: Distance of the network's output to the teacher's.
-        width: Mean width of the weights, where it is fixed.
         blocks: Names of blocks whose outputs are compared as well; none compares the network's alone.
         block_loss: Weight of what they differ by, beside `loss`, at the first step.
         final_block_loss: The same at the end, as a share of that; it falls evenly.
         steps: Optimizer steps.
-        learning_rate: Peak rate of weights; None gives each its own (see `RELATIVE_RATE`).
-        step_learning_rate: Peak rate of quantization steps and zero points; None takes `STEP_RATE`.
-        base_rate: Learning rate of the network's own weights, as a share of that of what generates them.
-        final_rate: Learning rate at the end as a share of the peak.
+        rates: Learning rates.
         batch_statistics: Whether BatchNorm normalises by each batch's own statistics, as weights that change
             from step to step need it. Else it keeps its running statistics: the loss is then that of the
             network as it will run, without the noise of the batches' statistics. None begins so, and changes
@@ -102,14 +74,10 @@ class Task:
     data: Data
     loss: LossFunction
     steps: int
-    learning_rate: float | None
-    step_learning_rate: float | None
-    width: float = 2.0
+    rates: Rates
     blocks: Sequence[str] = ()
     block_loss: float = 0.0
     final_block_loss: float = 1.0
-    final_rate: float = 0.0
-    base_rate: float = 1.0
     batch_statistics: bool | None = True
     distance: LossFunction | None = None
     before_step: Callable[[nn.Module, int], None] = lambda network, step: None
@@ -149,22 +117,15 @@ def _train(
     # Batches of a step, as accelerate is configured.
     batches, accumulated = task.data.forever(), accelerator.gradient_accumulation_steps
     ahead = next(batches)
-    scale = min(1.0, math.sqrt(ahead.size * accumulated / SAMPLES))
+    samples = ahead.size * accumulated
     batches = itertools.chain([ahead], batches)
     del ahead
-    groups = _parameter_groups(task, network, scale)
+    groups = task.rates.groups(task.network, network, samples, rises=task.batch_statistics is None)
     # One pass over weights and moments in place of a dozen, where torch has the kernel.
     trained, pieces = [p for group in groups for p in group["params"]], sharded()
     fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not pieces
     optimizer = torch.optim.Adam(groups, fused=fused)
-
-    def share_of_peak(step: int, rises: bool) -> float:
-        return (FOLLOWED if rises and by_batch else 1.0) * _cosine(step, task.steps, task.final_rate)
-
-    shares: list[Callable[[int], float]] = [
-        functools.partial(share_of_peak, rises=group.get("rises", False)) for group in groups
-    ]
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
+    schedule = task.rates.schedule(optimizer, task.steps, lambda: by_batch)
     if pieces:
         wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
     else:
@@ -221,7 +182,7 @@ def _train(
                     if math.isfinite(value):
                         _backward(accelerator, loss)  # which divides by `accumulated`
             if not math.isfinite(value):
-                _stop_at(task, step, value, network, good if step else None, RELATIVE_RATE * scale)
+                _stop_at(task, step, value, network, good if step else None, samples)
                 break
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
@@ -274,71 +235,16 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in [*trained.items(), *network.named_buffers()]}
 
 
-def _parameter_groups(task: Task, network: nn.Module, scale: float) -> list[dict[str, Any]]:
-    """Returns the parameters of what runs in place of the task's network, with their learning rates.
-
-    Weights whose rate rises by `FOLLOWED` where BatchNorm comes to follow batches are marked as `rises`.
-
-    Args:
-        task: The stage.
-        network: What runs.
-        scale: What rates that nobody gave are multiplied by, for the noise of small batches (see `SAMPLES`).
-    """
-    running = dict(network.named_parameters())
-    named = [(name, p) for name, p in task.network.named_parameters() if p.requires_grad]
-    steps = [running[name] for name, _ in named if name.endswith(_STEP_PARAMETERS)]
-    rest = [(name, p) for name, p in named if not name.endswith(_STEP_PARAMETERS)]
-    generators = [running[name] for name, _ in rest if _GENERATOR in name]
-    own = [(running[name], p) for name, p in rest if _GENERATOR not in name]
-    rate = task.learning_rate
-    groups = [
-        {"params": generators, "lr": GENERATOR_RATE * scale if rate is None else rate},
-        {"params": steps, "lr": STEP_RATE * scale if task.step_learning_rate is None else task.step_learning_rate},
-    ]
-    if rate is None:
-        channels = _input_channels(task.network)
-        for p, full in own:  # from the weight as a whole, which may run in pieces
-            share = _relative_rate(full, task.width, channels.get(id(full), 1))
-            rises = task.batch_statistics is None and full.dim() >= 2
-            groups.append({"params": [p], "lr": share * scale * task.base_rate, "rises": rises})
-    else:
-        groups.append({"params": [p for p, _ in own], "lr": rate * task.base_rate})
-    return [group for group in groups if group["params"]]
-
-
-def _input_channels(network: nn.Module) -> dict[int, int]:
-    """Returns by the id of each weight how many channels a product with it sums over."""
-    layers = [module for module in network.modules() if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d))]
-    weights = [layer._parameters.get("weight") for layer in layers]  # a parametrized layer has none
-    return {id(weight): weight.shape[1] for weight in weights if weight is not None}
-
-
-def _relative_rate(parameter: Tensor, width: float, channels: int) -> float:
-    rate = RELATIVE_RATE * float(parameter.detach().float().square().mean().sqrt())
-    if parameter.dim() < 2:
-        return min(max(rate, FLOAT_RATES[0]), FLOAT_RATES[1])
-    wide = math.sqrt(min(1.0, CHANNELS / max(channels, 1)))
-    return rate * wide * 0.5 ** (max(width - NARROW, 0) / HALVED_BY)
-
-
-def _cosine(step: int, steps: int, final: float) -> float:
-    warmup = max(1, round(WARMUP * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
 def _stop_at(
     task: Task,
     step: int,
     value: float,
     network: nn.Module,
     good: tuple[int, dict[str, Tensor]] | None,
-    relative: float,
+    samples: int,
 ) -> None:
     """Goes back to the last good state after a loss that is not finite."""
-    now = f"{relative:.2g} of each weight's size" if task.learning_rate is None else f"{task.learning_rate:g}"
-    advice = f"Lower learning_rate (now {now}) or look at the data."
+    advice = f"Lower learning_rate (now {task.rates.told(samples)}) or look at the data."
     if good is None:
         raise TrainingError(
             f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "

@@ -16,6 +16,7 @@ from hq_plugin.batch_statistics import batch_statistics_pay, follow_batches
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
+from hq_plugin.rates import Rates
 from hq_plugin.training import Task, train
 
 KL = loss_function("kl", torch.randn(2, 10))
@@ -74,7 +75,9 @@ def test_it_is_decided_once_and_survives_an_interruption(  # type: ignore[no-unt
             student = moved(trained, by)
             data = prepare_data(batches, trained, Config(effort="smoke"))
             keep = Checkpoint(tmp_path / str(len(stops)), {}, 0)
-            job = Task("test", student, trained, data, KL, 20, rate, rate, batch_statistics=None, checkpoint=keep)
+            job = Task(
+                "test", student, trained, data, KL, 20, Rates(rate, rate), batch_statistics=None, checkpoint=keep
+            )
             job.before_step = lambda network, step, at=at: stop(step == at)
             with contextlib.suppress(ZeroDivisionError):
                 train(job)
@@ -90,7 +93,7 @@ def test_rates_of_weights_that_nobody_gave_rise_with_them(  # type: ignore[no-un
     trained: nn.Module, batches, by: float, rate: float | None, expected: float
 ) -> None:
     data = prepare_data(batches, trained, Config(effort="smoke"))
-    job = Task("test", moved(trained, by), trained, data, KL, 20, rate, None, batch_statistics=None)
+    job = Task("test", moved(trained, by), trained, data, KL, 20, Rates(rate, None), batch_statistics=None)
     seen: list[tuple[list[float], list[float]]] = []
 
     def see(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -127,7 +130,9 @@ def test_blocks_are_compared_in_the_step_of_the_decision_as_well(trained: nn.Mod
     def nothing(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
         return 0 * (student - teacher).sum()
 
-    job = Task("test", moved(trained, 0.5), trained, data, nothing, 10, 1e-6, 1e-6, batch_statistics=None, **blocks)  # type: ignore[arg-type]
+    job = Task(
+        "test", moved(trained, 0.5), trained, data, nothing, 10, Rates(1e-6, 1e-6), batch_statistics=None, **blocks
+    )  # type: ignore[arg-type]
     train(job)
     first, *others = (record["loss"] for record in job.history)
     assert first > 0

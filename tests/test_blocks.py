@@ -11,6 +11,7 @@ from hq_plugin.batch import make_batch
 from hq_plugin.blocks import BlockOutputs, find_blocks
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
+from hq_plugin.rates import Rates
 from hq_plugin.training import Task, train
 from tests.conftest import SITES, TinyNet
 
@@ -100,7 +101,7 @@ def test_training_brings_the_blocks_closer(trained: nn.Module, batches) -> None:
             for parameter in student.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
         loss = loss_function("kl", torch.randn(2, 10))
-        train(Task("test", student, trained, data, loss, 40, 3e-3, 3e-3, blocks=blocks, block_loss=weight))
+        train(Task("test", student, trained, data, loss, 40, Rates(3e-3, 3e-3), blocks=blocks, block_loss=weight))
         with BlockOutputs(blocks).watching(student, trained, data.holdout[0]) as watched, torch.no_grad():
             data.holdout[0].run(trained)
             data.holdout[0].run(student)

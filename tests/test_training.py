@@ -15,11 +15,9 @@ from hq_plugin.batch import make_batch
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import LossFunction, loss_function
-from hq_plugin.meta_training import build_network
+from hq_plugin.rates import Rates
 from hq_plugin.seeding import seeded
-from hq_plugin.sites import find_sites
-from hq_plugin.space import SearchSpace
-from hq_plugin.training import CHANNELS, Task, _cosine, _parameter_groups, train
+from hq_plugin.training import Task, train
 from tests.conftest import TinyNet
 
 
@@ -30,7 +28,7 @@ def task(model: nn.Module, batches, steps: int = 25, **options) -> Task:  # type
         for parameter in student.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     loss = options.pop("loss", loss_function("kl", torch.randn(2, 10)))
-    return Task("test", student, model, data, loss, steps, 3e-3, 3e-3, **options)
+    return Task("test", student, model, data, loss, steps, Rates(3e-3, 3e-3), **options)
 
 
 def test_the_student_comes_closer(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
@@ -92,72 +90,10 @@ def test_a_loss_that_starts_as_nan_raises(trained: nn.Module, batches) -> None: 
 
 def test_no_steps_change_nothing() -> None:
     model = TinyNet()
-    job = Task("test", model, model, None, None, 0, 1e-3, 1e-3)  # type: ignore[arg-type]
+    job = Task("test", model, model, None, None, 0, Rates(1e-3, 1e-3))  # type: ignore[arg-type]
     before = copy.deepcopy(model.state_dict())
     train(job)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_the_rate_rises_and_falls() -> None:
-    rates = [_cosine(step, 100, 0.1) for step in range(100)]
-    assert rates[0] < rates[4] == max(rates)
-    assert rates[5:] == sorted(rates[5:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=0.01)
-
-
-def rates_of(job: Task) -> dict[str, float]:
-    """Returns the peak rate of each parameter, for steps of many samples."""
-    names = {id(p): name for name, p in job.network.named_parameters()}
-    return {
-        names[id(p)]: group["lr"] for group in _parameter_groups(job, job.network, 1.0) for p in group["params"]
-    }
-
-
-def test_a_network_s_own_weights_may_learn_more_slowly(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
-    x = torch.randn(2, 1, 8, 8)
-    data = prepare_data(batches, trained, Config(effort="smoke"))
-    space = SearchSpace.build(find_sites(trained, lambda m: m(x), 2), Config())
-    network = build_network(trained, space, data, Config(block="dense"))
-    job = Task("test", network, trained, data, torch.nn.functional.mse_loss, 1, 1e-3, 5e-3, base_rate=0.1)
-    rates = rates_of(job)
-    assert rates["stem.weight"] == rates["bn1.bias"] == pytest.approx(1e-4)
-    assert rates["stem.weight_fake_quant.block.outer.weight"] == 1e-3
-    assert rates["stem.weight_fake_quant.block.log_step"] == 5e-3
-    assert len(rates) == len(list(network.parameters()))
-
-
-def test_the_rate_of_a_wide_layer_falls_with_the_root_of_its_inputs() -> None:
-    layers = {
-        "narrow": nn.Linear(16, 5),
-        "wide": nn.Linear(4 * CHANNELS, 5),
-        "kernels": nn.Conv2d(16, 5, 7),  # many weights a channel, of few inputs
-        "depthwise": nn.Conv2d(4 * CHANNELS, 4 * CHANNELS, 3, groups=4 * CHANNELS),
-        "table": nn.Embedding(7, 4 * CHANNELS),  # whose rows are not summed over
-    }
-    for layer in layers.values():
-        layer.weight.data /= layer.weight.data.square().mean().sqrt()  # type: ignore[operator]
-    model = nn.ModuleDict({**layers, "computed": nn.utils.parametrizations.weight_norm(nn.Linear(3, 5))})
-    rates = rates_of(Task("test", model, model, None, None, 1, None, None))  # type: ignore[arg-type]
-    assert {name: rates[f"{name}.weight"] for name in layers} == pytest.approx(
-        {"narrow": 0.01, "wide": 0.005, "kernels": 0.01, "depthwise": 0.01, "table": 0.01}
-    )
-
-
-def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) -> None:
-    with torch.no_grad():
-        tiny.stem.weight.mul_(0.1 / tiny.stem.weight.square().mean().sqrt())
-        tiny.head.weight.mul_(0.5 / tiny.head.weight.square().mean().sqrt())
-        tiny.bn1.weight.fill_(1.0)
-        tiny.bn1.bias.zero_()
-    job = Task("test", tiny, tiny, None, None, 1, None, 5e-3, base_rate=0.5)  # type: ignore[arg-type]
-    rates = rates_of(job)
-    assert rates["stem.weight"] == pytest.approx(0.5 * 1e-3)
-    assert rates["head.weight"] == pytest.approx(0.5 * 5e-3)
-    job.width = 4.0
-    wide = rates_of(job)
-    assert wide["head.weight"] == pytest.approx(rates["head.weight"] / 2)
-    assert wide["bn1.weight"] == rates["bn1.weight"]
-    assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
 
 
 @pytest.mark.parametrize("rate", [None, 1e-3])
@@ -167,7 +103,7 @@ def test_steps_of_few_samples_move_less_where_nobody_gave_a_rate(tiny: nn.Module
         data = [(torch.randn(samples, 1, 8, 8), None) for _ in range(6)]
         torch.manual_seed(0)  # for the same weights, by whose size they move
         job = task(tiny, data, steps=1)
-        job.learning_rate = rate
+        job.rates = Rates(rate, 3e-3)
         before = job.network.head.weight.detach().clone()
         train(job)
         # The first step of Adam is as long as its rate, whatever the gradient.

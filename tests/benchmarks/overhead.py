@@ -27,6 +27,7 @@ import hq_plugin
 from hq_plugin import Config, torch_ao
 from hq_plugin.allocation import monotone
 from hq_plugin.integrations.timm.demo_data import fashion_mnist
+from hq_plugin.rates import Rates
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import evaluating
 from hq_plugin.training import Task, train
@@ -64,7 +65,7 @@ def ratios(name: str) -> dict[str, tuple[float, float]]:
     sampler = PolicySampler(session.space, session.costs, monotone(session.sensitivities), 0)
 
     def meta_training() -> None:
-        task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, 1e-6, 1e-6)
+        task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, Rates(1e-6, 1e-6))
         task.before_step = lambda network, step: torch_ao.apply_policy(network, sampler(step))
         train(task)
 

@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import hq_plugin
 from hq_plugin import Config, torch_ao
 from hq_plugin.allocation import monotone
+from hq_plugin.rates import Rates
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import evaluating
 from hq_plugin.training import Task, train
@@ -85,7 +86,7 @@ def measure(width: int, layers: int, bits: tuple[int, ...]) -> dict[str, Any]:
     sampler = PolicySampler(session.space, session.costs, monotone(session.sensitivities), 0)
 
     def step() -> float:
-        task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, 1e-9, 1e-9)
+        task = Task("bench", session.network, session.teacher, session.data, session.loss, STEPS, Rates(1e-9, 1e-9))
         task.blocks, task.block_loss = session.blocks, 0.3
         task.before_step = lambda network, n: torch_ao.apply_policy(network, sampler(n))
         began = time.perf_counter()

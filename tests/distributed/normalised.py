@@ -14,6 +14,7 @@ from hq_plugin import Config
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
 from hq_plugin.distribution import processes
+from hq_plugin.rates import Rates
 from hq_plugin.training import Task, train
 
 
@@ -34,7 +35,7 @@ def main(out: Path) -> None:
             for parameter in student.parameters():
                 parameter.add_(by * torch.randn_like(parameter))
         loss = loss_function("kl", torch.randn(2, 10))
-        job = Task("test", student, model, data, loss, 20, 1e-3, 1e-3, batch_statistics=None)
+        job = Task("test", student, model, data, loss, 20, Rates(1e-3, 1e-3), batch_statistics=None)
         train(job)
         report[name] = {
             "history": job.history,

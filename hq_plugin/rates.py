@@ -1,0 +1,148 @@
+"""Learning rates of the training loop (`training.py`): their peaks, by what a parameter is, and their course.
+
+Rates that the user gives are taken as they are; the rest follow from the network. Which figures stand behind the
+constants is in docs/experiments.md, under "Blocks and rates" and "What lasts after training".
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Share of the steps over which rates rise.
+WARMUP = 0.05
+#: Without a learning rate, each weight's peak is this share of its root mean square: an update then moves it by
+#: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
+#: weights are small, and a depthwise network, whose are large.
+RELATIVE_RATE = 0.01
+#: Input channels up to which that holds. Adam moves the weights of a channel together: what they add up to at its
+#: output grows with their number, where what they began as adds up to its root. So a wider layer's share falls
+#: with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
+#: EfficientNet-Lite0 came 7 to 23 % closer with it; narrow networks stay as they are.
+CHANNELS = 64
+#: Rates of weights are this many times as high once fine-tuning has BatchNorm normalise by batches' statistics:
+#: kept ones fit the weights that they are of and hold these back, batches' move along.
+FOLLOWED = 2.0
+#: Where widths are fixed, `RELATIVE_RATE` is for a mean of 2 bits, and halves with every `HALVED_BY` bits above:
+#: the optimum at 4 bits was half of that at 2 to 2.5. (By each layer's width was better at 4 bits, worse at 2.2.)
+NARROW, HALVED_BY = 2, 2
+#: The peak of what generates weights, and of quantization steps and zero points; and bounds for vectors: biases may
+#: begin at 0, and scales lie about 1.
+GENERATOR_RATE, STEP_RATE, FLOAT_RATES = 5e-4, 2e-3, (1e-4, 1e-3)
+#: All of these are for steps of so many samples. Fewer give noisier gradients, and Adam's rates are to fall with
+#: the root (Malladi et al., arXiv:2205.10287). With 16 samples, a MobileNetV2 with ImageNet's weights moved away at
+#: 1 % and came closer at 0.35 %.
+SAMPLES = 128
+_STEP_PARAMETERS = (".log_step", ".zero", ".zero_point")
+_GENERATOR = "weight_fake_quant.block."
+#: Layers whose outputs are sums over input channels; rows of an embedding are not.
+_SUMMING = (nn.Linear, nn.Conv1d, nn.Conv2d)
+
+
+@dataclass
+class Rates:
+    """What decides the learning rates of a stage.
+
+    Attributes:
+        weights: Peak rate of weights; None gives each its own (see `RELATIVE_RATE`).
+        steps: Peak rate of quantization steps and zero points; None takes `STEP_RATE`.
+        width: Mean width of the weights, where it is fixed.
+        base: Rate of the network's own weights, as a share of that of what generates them.
+        final: Rates at the end, as a share of their peaks.
+    """
+
+    weights: float | None
+    steps: float | None
+    width: float = 2.0
+    base: float = 1.0
+    final: float = 0.0
+
+    def groups(
+        self, network: nn.Module, running: nn.Module, samples: int, rises: bool = False
+    ) -> list[dict[str, Any]]:
+        """Returns the parameters of what runs in place of a network, in groups for an optimizer, with their peaks.
+
+        Args:
+            network: The network, whose parameters are whole.
+            running: What runs in its place, whose parameters may be pieces of them.
+            samples: Samples of a step.
+            rises: Whether rates of weights that nobody gave rise where BatchNorm comes to follow batches.
+        """
+        scale = _scale(samples)
+        pieces = dict(running.named_parameters())
+        named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+        steps = [pieces[name] for name, _ in named if name.endswith(_STEP_PARAMETERS)]
+        rest = [(name, p) for name, p in named if not name.endswith(_STEP_PARAMETERS)]
+        generators = [pieces[name] for name, _ in rest if _GENERATOR in name]
+        own = [(pieces[name], p) for name, p in rest if _GENERATOR not in name]
+        groups: list[dict[str, Any]] = [
+            {"params": generators, "lr": GENERATOR_RATE * scale if self.weights is None else self.weights},
+            {"params": steps, "lr": STEP_RATE * scale if self.steps is None else self.steps},
+        ]
+        if self.weights is None:
+            channels = _input_channels(network)
+            for piece, whole in own:
+                share = _relative_rate(whole, self.width, channels.get(id(whole), 1))
+                marked = rises and whole.dim() >= 2
+                groups.append({"params": [piece], "lr": share * scale * self.base, "rises": marked})
+        else:
+            groups.append({"params": [piece for piece, _ in own], "lr": self.weights * self.base})
+        return [group for group in groups if group["params"]]
+
+    def told(self, samples: int) -> str:
+        """Returns the peak rate of weights in words, for steps of so many samples."""
+        if self.weights is not None:
+            return f"{self.weights:g}"
+        return f"{RELATIVE_RATE * _scale(samples):.2g} of each weight's size"
+
+    def schedule(
+        self, optimizer: torch.optim.Optimizer, steps: int, followed: Callable[[], bool]
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        """Returns the course of the rates of an optimizer that has `groups`: they rise, and fall as a cosine does.
+
+        Args:
+            optimizer: The optimizer.
+            steps: Steps of the stage.
+            followed: Whether BatchNorm has come to follow batches.
+        """
+
+        def share_of_peak(step: int, rises: bool) -> float:
+            return (FOLLOWED if rises and followed() else 1.0) * cosine(step, steps, self.final)
+
+        shares: list[Callable[[int], float]] = [
+            functools.partial(share_of_peak, rises=group.get("rises", False)) for group in optimizer.param_groups
+        ]
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, shares)
+
+
+def cosine(step: int, steps: int, final: float) -> float:
+    """Returns the share of its peak that a rate has at a step."""
+    warmup = max(1, round(WARMUP * steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def _scale(samples: int) -> float:
+    return math.sqrt(min(1.0, samples / SAMPLES))
+
+
+def _input_channels(network: nn.Module) -> dict[int, int]:
+    """Returns by the id of each weight how many channels a product with it sums over."""
+    layers = [module for module in network.modules() if isinstance(module, _SUMMING)]
+    weights = [layer._parameters.get("weight") for layer in layers]  # a parametrized layer has none
+    return {id(weight): weight.shape[1] for weight in weights if weight is not None}
+
+
+def _relative_rate(parameter: Tensor, width: float, channels: int) -> float:
+    rate = RELATIVE_RATE * float(parameter.detach().float().square().mean().sqrt())
+    if parameter.dim() < 2:
+        return min(max(rate, FLOAT_RATES[0]), FLOAT_RATES[1])
+    wide = math.sqrt(min(1.0, CHANNELS / max(channels, 1)))
+    return rate * wide * 0.5 ** (max(width - NARROW, 0) / HALVED_BY)
