@@ -6,6 +6,8 @@ Sensitivities and scores are of networks that are not fine-tuned yet. Training r
   embedding, which it sees only when they are looked up. So what embeddings add counts more.
 - It repairs what measured losses have beyond their second order (means and scales that moved). So the second order,
   by the Fisher information of the float model, is added to what is measured.
+- It repairs most of what rounding does to weights, which it trains, and less of what it does to inputs. So of the
+  second order inputs count more.
 """
 
 from __future__ import annotations
@@ -25,19 +27,18 @@ EMBEDDINGS = 3.0
 #: programming's policies for 0, 1 and 3 ended 100 steps on a MobileNetV3 at distances of 0.0227, 0.0176 and 0.0166
 #: (means of three runs; docs/experiments.md).
 SECOND_ORDER = 3.0
+#: What the second order of inputs counts beside that of weights, where their widths are chosen as well. On a
+#: MobileNetV3 under a limit of BitOps, policies planned by measured losses alone ended at a distance of 0.060, with
+#: the second order of both at 0.051, and with this at 0.036 (docs/experiments.md).
+INPUTS = 10.0
 #: Steps of fine-tuning from which that holds in full; with fewer, less of the other layers' loss is repaired.
 STEPS = 100
 
 
-def counts_second_order(space: SearchSpace, config: Config) -> bool:
-    """Whether the second order is to be added to what is measured.
-
-    Not where inputs may choose a width as well: it knows weights alone, and would have them take from inputs what
-    these need more, for training repairs even less of what rounding does there. On a ResNet-20 under a limit of
-    BitOps, policies planned with it ended at distances of 0.0102, and without it at 0.0072 (docs/experiments.md).
-    """
+def counts_second_order(config: Config) -> bool:
+    """Whether the second order is to be added to what is measured."""
     trains = config.steps.finetune > 0 and config.effort != "smoke"
-    return config.sensitivities == "both" and trains and not bool(space.top[:, 1].any())
+    return config.sensitivities == "both" and trains
 
 
 class LastingLosses:
@@ -47,9 +48,9 @@ class LastingLosses:
         space: The search space.
         sensitivities: `[groups, weight widths, activation widths]`, what each width costs alone.
         steps: Steps of fine-tuning to come; with none, losses stay as they are.
-        second_order: `[groups, weight widths]`, what each weight width costs alone to second order; None where
-            sensitivities are that, or where it is not known. Its unit does not matter: it counts `SECOND_ORDER`
-            times as much as the sensitivities do.
+        second_order: `[groups, weight widths, activation widths]`, what each width costs alone to second order,
+            weight's and input's added up; None where sensitivities are that, or where it is not known. Its unit
+            does not matter: that of weights counts `SECOND_ORDER` times as much as their sensitivities do.
 
     Attributes:
         table: The losses by which policies are planned, falling with each width.
@@ -66,11 +67,14 @@ class LastingLosses:
         loss = np.where(np.isfinite(self.plain), np.maximum(self.plain, 0.0), 0.0)
         self._added = share * (EMBEDDINGS - 1) * lasts[:, None, None] * loss
         if second_order is not None:
-            falling = monotone(second_order[:, :, None])
+            falling = monotone(second_order)
             curved = np.where(np.isfinite(falling), np.maximum(falling, 0.0), 0.0)
-            measured = float(loss[np.arange(len(loss)), 0, space.top[:, 1]].sum())
-            scale = SECOND_ORDER * measured / max(float(curved[:, 0].sum()), 1e-30)
-            self._added = self._added + share * scale * curved
+            every = np.arange(len(loss))
+            of_weights, of_inputs = curved[every, :, space.top[:, 1]], curved[every, space.top[:, 0], :]
+            measured = float(loss[every, 0, space.top[:, 1]].sum())
+            scale = SECOND_ORDER * measured / max(float(of_weights[:, 0].sum()), 1e-30)
+            lasting = of_weights[:, :, None] + INPUTS * of_inputs[:, None, :]
+            self._added = self._added + share * scale * lasting
         self.table: Table = self.plain + self._added
 
     def added(self, genome: Genome) -> float:

@@ -33,7 +33,7 @@ class Outline:
         scored: Genomes that searches of the session scored, and their scores.
         source: Arguments of the command line that give the float model and its data; empty where none did.
         finetune_steps: Steps of fine-tuning that are to follow.
-        second_order: `[groups, weight widths]`, the same to second order, where it counts beside that.
+        second_order: The same to second order, where it counts beside that.
     """
 
     model: str
@@ -140,9 +140,9 @@ def read_second_order(table: Any, sensitivities: Table) -> Table | None:
     if table is None:
         return None
     found = read_table(table)
-    if found.shape != (*sensitivities.shape[:2], 1):
+    if found.shape != sensitivities.shape:
         raise ValueError("the second order of another search space")
-    return found[:, :, 0]
+    return found
 
 
 def write_table(table: Table) -> list[list[list[float | None]]]:

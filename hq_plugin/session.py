@@ -14,7 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from hq_plugin import adapters, lasting, torch_ao
@@ -32,6 +34,7 @@ from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network, warn_of_no_gain
 from hq_plugin.found import Found
+from hq_plugin.input_losses import input_losses
 from hq_plugin.kernels import choose_kernels
 from hq_plugin.lasting import LastingLosses
 from hq_plugin.memory import peak_memory
@@ -96,7 +99,7 @@ class Session:
         device: Where the float model was, and where packed models are returned.
         sensitivities: What each width of each group costs alone, in the float model rounded, before
             meta-training.
-        second_order: `[groups, weight widths]`, the same to second order, where it counts beside that.
+        second_order: The same to second order, where it counts beside that.
         history: History of meta-training, one `{"step", "loss", "batch_statistics"}` a step.
         seconds: Wall time of the stages so far.
         memory: Most bytes in use so far at the end of each stage.
@@ -169,7 +172,7 @@ class Session:
         session.costs = costs
         session.checkpoint = open_checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
-        if lasting.counts_second_order(space, config):
+        if lasting.counts_second_order(config):
             moments = calibration_moments(teacher, space, data, config)
             session.second_order = session._second_order(moments)
         measured = time.perf_counter()
@@ -332,9 +335,21 @@ class Session:
         return policies
 
     def _second_order(self, moments: Mapping[str, Moments]) -> Table | None:
+        """Returns what each width of each group costs alone to second order; None without moments of weights."""
+        weights = self._weight_losses(moments)
+        if weights is None:
+            return None
+        batches = calibration_batches(self.teacher, self.data, self.config)
+
+        def losses(batches: Sequence[Batch]) -> NDArray[np.float64]:
+            return input_losses(self.network, self.teacher, self.space, batches, self.config.seed)
+
+        return weights[:, :, None] + map_split(losses, [batches])[0][:, None, :]
+
+    def _weight_losses(self, moments: Mapping[str, Moments]) -> NDArray[np.float64] | None:
         """Returns what each weight width of each group costs alone to second order; None without moments."""
 
-        def losses(moments: Mapping[str, Moments]) -> Table:
+        def losses(moments: Mapping[str, Moments]) -> NDArray[np.float64]:
             return fisher_losses(self.network, self.space, moments)
 
         # Those of the first process, on all: gradients may differ in their last bits, and plans must not.
@@ -347,7 +362,7 @@ class Session:
         Args:
             moments: Moments of the sites, from which the weights' part is estimated; none measures it.
         """
-        weights = self._second_order(moments)
+        weights = self._weight_losses(moments)
         samples = self.scorer.quick
         with evaluating(self.network) as network:
 

@@ -53,7 +53,7 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
         "seconds": session.seconds,
         "memory": session.memory,
         "sensitivities": write_table(session.sensitivities),
-        "second_order": None if session.second_order is None else write_table(session.second_order[:, :, None]),
+        "second_order": None if session.second_order is None else write_table(session.second_order),
         "tied": tied,
         "outline": write_outline(session, model_name(session.teacher), loss_name(session.loss)),
     }

@@ -1,4 +1,3 @@
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,8 @@ from torch import nn
 import hq_plugin
 from hq_plugin import Config
 from hq_plugin.allocation import monotone
-from hq_plugin.lasting import EMBEDDINGS, SECOND_ORDER, STEPS, LastingLosses, counts_second_order
+from hq_plugin.lasting import EMBEDDINGS, INPUTS, SECOND_ORDER, STEPS, LastingLosses, counts_second_order
 from hq_plugin.session import Session
-from hq_plugin.space import SearchSpace
 
 
 class Text(nn.Module):
@@ -81,7 +79,7 @@ def test_the_search_weighs_what_lasts(session: Session) -> None:
 
 def test_the_second_order_counts_beside_what_is_measured_where_training_follows(session: Session) -> None:
     plain = np.maximum(monotone(session.sensitivities), 0)
-    second_order = np.where(np.isfinite(plain[:, :, 0]), 7.0 * plain[::-1, :, 0], np.inf)  # the other way round
+    second_order = np.where(np.isfinite(plain), 7.0 * plain[::-1], np.inf)  # the other way round
     narrow = np.zeros_like(session.space.top)
     alone, with_it = (
         LastingLosses(session.space, session.sensitivities, STEPS, curved).added(narrow)
@@ -105,7 +103,7 @@ def test_a_model_without_a_gradient_is_planned_by_what_is_measured() -> None:
 
 
 def test_planned_losses_fall_with_each_width_whatever_the_second_order_does(session: Session) -> None:
-    second_order = np.random.RandomState(0).rand(*session.sensitivities.shape[:2])
+    second_order = np.random.RandomState(0).rand(*session.sensitivities.shape)
     second_order[0] = np.nan
     table = LastingLosses(session.space, session.sensitivities, STEPS, second_order).table
     assert not np.isnan(table).any()
@@ -117,15 +115,29 @@ def test_planned_losses_fall_with_each_width_whatever_the_second_order_does(sess
     ("options", "counts"),
     [
         ({}, True),
-        ({"activation_bits": (4, 8)}, False),
+        ({"activation_bits": (4, 8)}, True),
         ({"sensitivities": "measured"}, False),
         ({"finetune_steps": 0}, False),
         ({"effort": "smoke"}, False),
     ],
 )
-def test_the_second_order_counts_where_weights_alone_choose_and_train(
-    session: Session, options: dict[str, Any], counts: bool
-) -> None:
-    config = Config(**{"effort": "fast", **options}).filled()
-    space = SearchSpace.build(session.space.table, replace(config, activation_bits=config.activation_bits or 8))
-    assert counts_second_order(space, config) is counts
+def test_the_second_order_counts_where_training_follows(options: dict[str, Any], counts: bool) -> None:
+    assert counts_second_order(Config(**{"effort": "fast", **options}).filled()) is counts
+
+
+def test_of_the_second_order_inputs_count_more(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    session = hq_plugin.meta_train(
+        trained, batches, effort="smoke", meta_steps=0, finetune_steps=STEPS, activation_bits=(4, 8)
+    )
+    top, rows = session.space.top, np.arange(len(session.space.top))
+    curved = np.zeros_like(session.sensitivities)
+    curved[rows, 0, :] += 1e-3
+    curved[rows, :, 0] += 1e-3
+    plain = LastingLosses(session.space, session.sensitivities, STEPS)
+    weighed = LastingLosses(session.space, session.sensitivities, STEPS, curved)
+    narrow_weights, narrow_inputs = top.copy(), top.copy()
+    narrow_weights[:, 0], narrow_inputs[:, 1] = 0, 0
+    of_weights, of_inputs = (weighed.added(g) - plain.added(g) for g in (narrow_weights, narrow_inputs))
+    chooses = float((top[:, 1] > 0).mean())
+    assert chooses > 0
+    assert of_inputs == pytest.approx(INPUTS * of_weights * chooses, rel=0.01)

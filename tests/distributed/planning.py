@@ -41,7 +41,8 @@ def main(out: Path) -> None:
     torch.set_num_threads(1)
     model = Elsewhere().eval()
     data = [torch.randn(32, 1, 8, 8) for _ in range(6)]
-    session = hq.meta_train(model, data, effort="fast", meta_steps=0, holdout=32, progress=False)
+    options = {"activation_bits": (4, 8), "meta_steps": 0, "holdout": 32, "progress": False}
+    session = hq.meta_train(model, data, effort="fast", **options)
     assert session.second_order is not None
     found = {"second_order": session.second_order.tolist(), "losses": session.losses.table.tolist()}
     (out / f"{processes()[0]}.json").write_text(json.dumps(found))
