@@ -109,8 +109,8 @@ class Config:
         exclude: Site names or shell patterns that stay in floating point and do not count as sites.
         sensitivities: How what each width costs alone is found: `"measured"` runs the network for each;
             `"fisher"` estimates it to second order from a few backward passes, for networks that are too large for
-            that; `"both"` measures it, and where fine-tuning follows and weights alone choose weighs the second
-            order as well: training repairs less of it. None means `"both"`, or what the integration proposes.
+            that; `"both"` measures it, and where fine-tuning follows weighs the second order as well: training
+            repairs less of it. None means `"both"`, or what the integration proposes.
         block: MetaQuantNet block of each site: `"dense"` (the paper's), `"low_rank"`, `"table"` (no
             network, the ablation), or `"auto"`: dense for small sites, low-rank for large ones.
         hidden: Hidden units of a MetaQuantNet block.
