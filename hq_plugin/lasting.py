@@ -71,9 +71,13 @@ class LastingLosses:
             curved = np.where(np.isfinite(falling), np.maximum(falling, 0.0), 0.0)
             every = np.arange(len(loss))
             of_weights, of_inputs = curved[every, :, space.top[:, 1]], curved[every, space.top[:, 0], :]
-            measured = float(loss[every, 0, space.top[:, 1]].sum())
-            scale = SECOND_ORDER * measured / max(float(of_weights[:, 0].sum()), 1e-30)
-            lasting = of_weights[:, :, None] + INPUTS * of_inputs[:, None, :]
+            if space.top[:, 0].any():
+                measured, narrowest = loss[every, 0, space.top[:, 1]], of_weights[:, 0]
+                lasting = of_weights[:, :, None] + INPUTS * of_inputs[:, None, :]
+            else:  # inputs alone choose
+                measured, narrowest = loss[every, space.top[:, 0], 0], of_inputs[:, 0]
+                lasting = of_inputs[:, None, :]
+            scale = SECOND_ORDER * float(measured.sum()) / max(float(narrowest.sum()), 1e-30)
             self._added = self._added + share * scale * lasting
         self.table: Table = self.plain + self._added
 

@@ -141,3 +141,16 @@ def test_of_the_second_order_inputs_count_more(trained: nn.Module, batches) -> N
     chooses = float((top[:, 1] > 0).mean())
     assert chooses > 0
     assert of_inputs == pytest.approx(INPUTS * of_weights * chooses, rel=0.01)
+
+
+def test_the_second_order_counts_where_inputs_alone_choose(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    options = {"meta_steps": 0, "finetune_steps": STEPS, "weight_bits": 4, "activation_bits": (4, 8)}
+    session = hq_plugin.meta_train(trained, batches, effort="smoke", **options)
+    narrow = np.zeros_like(session.space.top)
+    plain = LastingLosses(session.space, session.sensitivities, STEPS)
+    measured = np.maximum(plain.plain, 0)[:, 0, 0].sum()
+    curved = np.zeros_like(session.sensitivities)
+    curved[:, :, 0] = 1e-6
+    weighed = LastingLosses(session.space, session.sensitivities, STEPS, curved)
+    assert measured > 0
+    assert weighed.added(narrow) == pytest.approx(SECOND_ORDER * measured, rel=0.01)

@@ -39,7 +39,7 @@ def test_accumulated_gradients_are_those_of_one_process(alone: dict[str, Any], t
     assert abs(one["meta"][1] - alone["meta"][1]) > 1e-4, "two batches a step are not one"
 
 
-@pytest.mark.parametrize("dies", [5, 20], ids=["sensitivities", "training"])
+@pytest.mark.parametrize("dies", [pytest.param(5, marks=pytest.mark.slow), 20], ids=["sensitivities", "training"])
 def test_a_process_that_dies_ends_the_job_and_a_restart_goes_on(
     dies: int, alone: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -79,6 +79,7 @@ def test_parameters_in_pieces_reach_what_one_process_reaches(alone: dict[str, An
     assert loaded.hq.policy.to_json() == alone["policy"]  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_parameters_in_pieces_survive_a_kill(alone: dict[str, Any], tmp_path: Path) -> None:
     done = run(torchrun(2, tmp_path, 20, module="tests.distributed.sharded", monitor_interval=10))
     assert done.returncode != 0

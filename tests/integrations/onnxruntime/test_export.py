@@ -358,7 +358,7 @@ def layoutlm() -> LayoutLMForSequenceClassification:
     return LayoutLMForSequenceClassification(LayoutLMConfig(**BERT)).eval()
 
 
-@pytest.mark.parametrize("build", [t5, whisper, layoutlm])
+@pytest.mark.parametrize("build", [t5, whisper, pytest.param(layoutlm, marks=pytest.mark.slow)])
 def test_parts_that_cache_and_masks_of_one_row(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(build(), "5bit", config=SMOKE)
@@ -367,7 +367,7 @@ def test_parts_that_cache_and_masks_of_one_row(build, tmp_path: Path) -> None:  
     assert written.difference < 1e-3
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, mixtral])
+@pytest.mark.parametrize("build", [llama, gpt2, pytest.param(mixtral, marks=pytest.mark.slow)])
 def test_a_language_model_generates_with_a_cache(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(
