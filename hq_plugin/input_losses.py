@@ -1,7 +1,7 @@
 """What rounding the inputs of each layer costs to second order, at each width, from one backward pass a batch.
 
 Measured one at a time, the loss of a narrow input drowns in the noise of the few samples that are scored: of a
-MobileNetV3, inputs of 2 bits seemed to cost nothing in two layers, and an eighth of what they do in others. The
+MobileNetV3, inputs of 2 bits seemed to cost nothing in two layers, and a sixteenth of what they do in another. The
 square of the loss's gradient at an input, times that of its rounding error, is known from the same samples without
 that noise (`moments.py` does the same for weights).
 """
