@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hq_plugin.batch import Batch
-from hq_plugin.distillation import random_probe, tensors_of
-from hq_plugin.precision import autocast
+from hq_plugin.moments import probes
 from hq_plugin.space import SearchSpace
 
 
@@ -51,15 +50,10 @@ def input_losses(
             watch = _Watch(quantizer, group.activation_bits, losses[row])
             layer = teacher.get_submodule(site.name)
             handles.append(layer.register_forward_pre_hook(watch.enter, with_kwargs=True))
-    generator, positions = None, 0
+    positions = 0
     try:
         with torch.enable_grad():
-            for batch in batches if handles else ():
-                with autocast():
-                    output = batch.run(teacher)
-                if generator is None:
-                    generator = torch.Generator(tensors_of(output)[0].device).manual_seed(seed)
-                probe, seen = random_probe(output, generator)
+            for probe, seen in probes(teacher, batches if handles else (), seed):
                 positions += seen
                 if probe.requires_grad:
                     probe.backward()

@@ -50,7 +50,8 @@ class LastingLosses:
         steps: Steps of fine-tuning to come; with none, losses stay as they are.
         second_order: `[groups, weight widths, activation widths]`, what each width costs alone to second order,
             weight's and input's added up; None where sensitivities are that, or where it is not known. Its unit
-            does not matter: that of weights counts `SECOND_ORDER` times as much as their sensitivities do.
+            does not matter: that of weights (of inputs, where these alone choose) counts `SECOND_ORDER` times as
+            much as their sensitivities do.
 
     Attributes:
         table: The losses by which policies are planned, falling with each width.

@@ -7,7 +7,7 @@ give the loss of a rounded weight to second order, without running the network f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -153,16 +153,9 @@ def collect_moments(
             handles += lookups.watch(module, sum_)
         else:
             handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
-    generator: torch.Generator | None = None
     try:
-        with torch.enable_grad():
-            for batch in batches:
-                with autocast(), lookups:
-                    output = batch.run(teacher)
-                if generator is None:
-                    tensors = tensors_of(output)
-                    generator = torch.Generator(tensors[0].device if tensors else "cpu").manual_seed(seed)
-                probe, seen = random_probe(output, generator)
+        with torch.enable_grad(), lookups:
+            for probe, seen in probes(teacher, batches, seed):
                 if not probe.requires_grad:
                     raise ConfigError(
                         'sensitivities="fisher" needs an output that hangs on the layers, and holds a tensor of '
@@ -187,6 +180,24 @@ def collect_moments(
             found[name] = moments
     others = [replace(sum_.site, called=False) for sum_ in sums.values() if not sum_.fits]
     return found | (collect_moments(teacher, others, batches, seed) if others else {})
+
+
+def probes(teacher: nn.Module, batches: Iterable[Batch], seed: int) -> Iterator[tuple[Tensor, int]]:
+    """Runs the float model, and yields what the Fisher information's gradients are of, with its positions.
+
+    Args:
+        teacher: The float model, in eval mode.
+        batches: Batches, on the model's device.
+        seed: Seeds what is drawn.
+    """
+    generator: torch.Generator | None = None
+    for batch in batches:
+        with autocast():
+            output = batch.run(teacher)
+        if generator is None:
+            tensors = tensors_of(output)
+            generator = torch.Generator(tensors[0].device if tensors else "cpu").manual_seed(seed)
+        yield random_probe(output, generator)
 
 
 def _parts(batch: Batch) -> list[Batch]:
