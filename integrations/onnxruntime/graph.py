@@ -10,6 +10,9 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+#: Domain of the operators that ONNX Runtime has beside the standard's.
+_CONTRIB = "com.microsoft"
+
 
 def is_whole(model: onnx.ModelProto) -> bool:
     """Whether every input of a node is one of the model, a constant, or another node's output."""
@@ -240,8 +243,9 @@ def integer_products(model: onnx.ModelProto) -> None:
     """Computes in integers what is a product of matrices and whose result stays float.
 
     The runtime does so by itself for some, but not for `Gemm`, which it makes of `MatMul` and `Add`, and not for
-    convolutions of one pixel, which are products over channels: `MatMulInteger` and one multiplication by the
-    steps, which it fuses. Larger convolutions stay: `ConvInteger` was slower than the float one here.
+    convolutions of one pixel, which are products over channels. One operator, since it fuses neither the
+    multiplication by the steps nor the addition of the bias with `MatMulInteger` here. Larger convolutions stay:
+    `ConvInteger` was slower than the float one.
     """
     graph = _Graph(model.graph)
     for node in list(model.graph.node):
@@ -258,7 +262,6 @@ def integer_products(model: onnx.ModelProto) -> None:
             bias is None and len(node.input) > 2
         ):
             continue
-        assert step_in is not None
         assert step is not None
         assert integers is not None
         if node.op_type == "Conv":
@@ -270,7 +273,9 @@ def integer_products(model: onnx.ModelProto) -> None:
             continue
         else:
             matrix, order = integers, []
-        _replace(model.graph, node, _integer_product(graph, node, x, matrix, step_in * step, bias, order))
+        _replace(model.graph, node, _integer_product(graph, node, x, matrix, step, bias, order))
+        if all(entry.domain != _CONTRIB for entry in model.opset_import):
+            model.opset_import.append(helper.make_opsetid(_CONTRIB, 1))
     _drop_unused(model.graph)
 
 
@@ -304,7 +309,7 @@ def _integer_product(
         node: What is replaced.
         x: What dequantizes its input.
         matrix: int8 `[inputs, outputs]`.
-        step: `[outputs]`, product of the input's and the weight's.
+        step: `[outputs]`, the weight's.
         bias: `[outputs]`, or None.
         order: Permutation that puts channels last, or nothing where they are.
     """
@@ -312,18 +317,13 @@ def _integer_product(
     # A name that says what it is to `narrow_integers`.
     weight = graph.add_constant(f"{name}.weight_int8", matrix)
     scale = graph.add_constant(f"{name}.scale", step.reshape(-1).astype(np.float32))
+    shift = "" if bias is None else graph.add_constant(f"{name}.shift", bias.reshape(-1).astype(np.float32))
     source, last, nodes = x.input[0], name, []
     if order:
         source, last = f"{name}.last", f"{name}.result"
         nodes.append(helper.make_node("Transpose", [x.input[0]], [source], perm=order))
-    nodes += [
-        helper.make_node("MatMulInteger", [source, weight, x.input[2]], [f"{name}.integer"]),
-        helper.make_node("Cast", [f"{name}.integer"], [f"{name}.float"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", [f"{name}.float", scale], [last if bias is None else f"{name}.scaled"]),
-    ]
-    if bias is not None:
-        shift = graph.add_constant(f"{name}.shift", bias.reshape(-1).astype(np.float32))
-        nodes.append(helper.make_node("Add", [f"{name}.scaled", shift], [last]))
+    inputs = [source, weight, x.input[1], scale, x.input[2], "", shift]
+    nodes.append(helper.make_node("MatMulIntegerToFloat", inputs, [last], domain=_CONTRIB))
     if order:
         back = [0, len(order) - 1, *range(1, len(order) - 1)]
         nodes.append(helper.make_node("Transpose", [last], [name], perm=back))

@@ -126,7 +126,7 @@ def test_convolutions_with_and_without_quantized_inputs(activation: int, tmp_pat
     assert "BatchNormalization" not in kinds
     # Of three inputs, one after a clip and before it.
     assert kinds.count("QuantizeLinear") == (0 if activation == 16 else 4)
-    assert kinds.count("MatMulInteger") == (0 if activation == 16 else 1)
+    assert kinds.count("MatMulIntegerToFloat") == (0 if activation == 16 else 1)
     assert {t.data_type for t in graph.initializer if "second" in t.name and "weight_int" in t.name} == {
         onnx.TensorProto.INT4
     }
@@ -223,7 +223,7 @@ def test_products_run_in_integers(tmp_path: Path) -> None:
     hq.export(small, tmp_path / "m.onnx", x)
     assert error(tmp_path / "m.onnx", small, torch.randn(3, 3, 8, 8)) < 0.02
     kinds = [node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node]
-    assert kinds.count("MatMulInteger") == 2
+    assert kinds.count("MatMulIntegerToFloat") == 2
     assert kinds.count("Conv") == 2
 
 
