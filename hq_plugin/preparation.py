@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -17,9 +16,6 @@ from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.errors import ConfigError, HQWarning
-from hq_plugin.memory import out_of_memory
-from hq_plugin.moments import Moments, collect_moments
 from hq_plugin.rewriting import hold_parameters, plain_weights, split_tables, splittable
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -31,25 +27,6 @@ def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[
     """Returns the batches from which moments are taken, where the teacher is."""
     device = device_of(teacher)
     return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
-
-
-def calibration_moments(teacher: nn.Module, space: SearchSpace, data: Data, config: Config) -> dict[str, Moments]:
-    """Returns the moments of the sites on a few batches.
-
-    There are none where the model has no gradient, and sensitivities are measured and can do without.
-    """
-    try:
-        return collect_moments(teacher, space.table, calibration_batches(teacher, data, config), config.seed)
-    except (ConfigError, RuntimeError) as error:
-        if config.sensitivities == "fisher" or out_of_memory(error):
-            raise
-        warnings.warn(
-            f"The second order of the loss is not known ({str(error).splitlines()[0]}): policies are planned by "
-            "measured sensitivities alone.",
-            HQWarning,
-            stacklevel=2,
-        )
-        return {}
 
 
 def open_checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Checkpoint | None:

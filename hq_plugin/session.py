@@ -14,12 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from hq_plugin import adapters, lasting, torch_ao
+from hq_plugin import adapters, torch_ao
 from hq_plugin.allocation import best_uniform, dynamic_programming
 from hq_plugin.batch import Batch
 from hq_plugin.blocks import find_blocks
@@ -34,18 +32,16 @@ from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import finetune_network, float_network, generated_network, warn_of_no_gain
 from hq_plugin.found import Found
-from hq_plugin.input_losses import input_losses
 from hq_plugin.kernels import choose_kernels
-from hq_plugin.lasting import LastingLosses
+from hq_plugin.lasting import LastingLosses, counts_second_order
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
 from hq_plugin.metric import EvalFunction, Metric, measured_if_possible
 from hq_plugin.modes import gradients
-from hq_plugin.moments import Moments, SiteMoments, fisher_losses
+from hq_plugin.moments import Moments, SiteMoments
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.preparation import (
     calibration_batches,
-    calibration_moments,
     decisive,
     device_of,
     open_checkpoint,
@@ -59,6 +55,7 @@ from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
+from hq_plugin.second_order import calibration_moments, second_order, weight_losses
 from hq_plugin.seeding import seeded
 from hq_plugin.sharding import placed
 from hq_plugin.space import SearchSpace
@@ -163,8 +160,9 @@ class Session:
             with_latency(costs, budget, teacher, data.holdout[0].to(device_of(teacher)), config)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
-        fisher = config.sensitivities == "fisher"
-        moments = calibration_moments(teacher, space, data, config) if fisher else {}
+        moments: Mapping[str, Moments] = {}
+        if config.sensitivities == "fisher":
+            moments = calibration_moments(teacher, space, calibration_batches(teacher, data, config), config)
         inputs = {name: seen for name, seen in moments.items() if isinstance(seen, SiteMoments)}
         importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
@@ -172,9 +170,10 @@ class Session:
         session.costs = costs
         session.checkpoint = open_checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
-        if lasting.counts_second_order(config):
-            moments = calibration_moments(teacher, space, data, config)
-            session.second_order = session._second_order(moments)
+        if counts_second_order(config):
+            batches = calibration_batches(teacher, data, config)
+            session.second_order = second_order(network, teacher, space, batches, config)
+            del batches  # before anything is trained
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
         session._meta_train(session._sampler(focus))
@@ -334,27 +333,6 @@ class Session:
             policies["uniform"] = self.space.policy(uniform[-1])
         return policies
 
-    def _second_order(self, moments: Mapping[str, Moments]) -> Table | None:
-        """Returns what each width of each group costs alone to second order; None without moments of weights."""
-        weights = self._weight_losses(moments)
-        if weights is None:
-            return None
-        batches = calibration_batches(self.teacher, self.data, self.config)
-
-        def losses(batches: Sequence[Batch]) -> NDArray[np.float64]:
-            return input_losses(self.network, self.teacher, self.space, batches, self.config.seed)
-
-        return weights[:, :, None] + map_split(losses, [batches])[0][:, None, :]
-
-    def _weight_losses(self, moments: Mapping[str, Moments]) -> NDArray[np.float64] | None:
-        """Returns what each weight width of each group costs alone to second order; None without moments."""
-
-        def losses(moments: Mapping[str, Moments]) -> NDArray[np.float64]:
-            return fisher_losses(self.network, self.space, moments)
-
-        # Those of the first process, on all: gradients may differ in their last bits, and plans must not.
-        return map_split(losses, [moments])[0] if moments else None
-
     @_stage
     def _measure_sensitivities(self, moments: Mapping[str, Moments]) -> Table:
         """Finds, on the network as it is, what each width of each group costs alone.
@@ -362,7 +340,7 @@ class Session:
         Args:
             moments: Moments of the sites, from which the weights' part is estimated; none measures it.
         """
-        weights = self._weight_losses(moments)
+        weights = weight_losses(self.network, self.space, moments)
         samples = self.scorer.quick
         with evaluating(self.network) as network:
 
