@@ -150,6 +150,21 @@ def test_they_are_torch_ao_subclasses(tiny: nn.Module) -> None:
     assert isinstance(layer.activation_fake_quant.activation_post_process, ObserverBase)
 
 
+@pytest.mark.parametrize("shape", [(128, 8, 28, 28), (128, 16, 16, 16), (16, 32, 112, 112), (64, 65, 64), (7, 3)])
+def test_ranges_are_those_of_all_places(shape: tuple[int, ...]) -> None:
+    """Pictures have background at their borders, and tokens a class token before them."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).relu()
+    x[..., 0] = 0.0
+    observer, everything = (torch_ao.ActivationObserver(samples=n) for n in (8192, x.numel()))
+    observer(x)
+    everything(x)
+    assert observer.values[0].numel() <= 8192
+    assert len(everything.values[0]) == x.numel()
+    for bits in (4, 8):
+        assert observer.qparams(bits)[0] == pytest.approx(everything.qparams(bits)[0], rel=0.25)
+        assert observer.qparams(bits)[1] == everything.qparams(bits)[1] == 0
+
+
 def test_torch_ao_switches_work(tiny: nn.Module) -> None:
     x = torch.randn(4, 1, 8, 8)
     prepared = torch_ao.prepare(tiny, HybridPolicy(dict.fromkeys(SITES, LayerBits(2, 2)))).eval()
