@@ -43,7 +43,9 @@ rows. *Peak memory* is that of the process. *Ratio* is hq_plugin's distance over
 methods at this budget: below 1 it is the closest.
 
 All rows of a model at one budget are of one file format and one float network; their date is in them. Float
-networks are trained once a machine, and differ between machines.
+networks are trained once a machine, and differ between machines. What was mended or changed since some rows were
+measured is [listed](running.md#methods): several of the MobileNetV3's and the transformer's are from before their
+inputs had the right ranges.
 """
 COMMAND = "python -m tests.benchmarks"
 
