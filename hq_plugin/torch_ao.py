@@ -87,10 +87,9 @@ class ActivationObserver(ObserverBase):
 
 
 def _stride(numel: int, samples: int) -> int:
-    """Returns by which stride to thin a tensor: one that divides none of its sizes.
+    """Returns by which stride to thin a tensor: one that has no divisor in common with its size.
 
-    A stride that has a divisor in common with them sees some places alone: the first column of each seventh row of
-    28 x 28 pixels, which is background in most pictures.
+    Any other sees some places alone: the first column of 32 x 32 pixels, which is background in most pictures.
     """
     stride = max(1, -(-numel // samples))
     while math.gcd(stride, numel) > 1:
