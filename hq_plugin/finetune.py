@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from hq_plugin import torch_ao
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
-from hq_plugin.distillation import LossFunction, training_loss
+from hq_plugin.distillation import Fidelity, LossFunction, training_loss
 from hq_plugin.errors import HQWarning
 from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
@@ -32,6 +33,23 @@ from hq_plugin.weight_blocks import WeightBlock
 
 #: Steps of fine-tuning from which it is worth a warning that they gained nothing.
 MANY_STEPS = 20
+
+
+@dataclass(frozen=True)
+class FineTuned:
+    """What fine-tuning of a policy ended with.
+
+    Attributes:
+        network: The prepared network, which is to be converted.
+        fidelity: How close it is to the float model on all held-out samples.
+        history: One entry a step, as for `Session.history`.
+        seconds: Wall time, that of finding where to start included.
+    """
+
+    network: nn.Module
+    fidelity: Fidelity
+    history: list[dict[str, Any]]
+    seconds: float
 
 
 @torch.no_grad()

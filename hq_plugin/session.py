@@ -30,7 +30,7 @@ from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_n
 from hq_plugin.distribution import alive_together, map_split, processes
 from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
-from hq_plugin.finetune import finetune_network, float_network, generated_network, warn_of_no_gain
+from hq_plugin.finetune import FineTuned, finetune_network, float_network, generated_network, warn_of_no_gain
 from hq_plugin.found import Found
 from hq_plugin.kernels import choose_kernels
 from hq_plugin.lasting import LastingLosses, counts_second_order
@@ -407,52 +407,20 @@ class Session:
         Raises:
             PolicyError: The policy is for another model or outside the search space.
         """
-        if not isinstance(found, (Found, HybridPolicy)):
-            raise PolicyError(
-                f"finetune takes what session.search returned, or a HybridPolicy, not a {type(found).__name__}: "
-                "HybridPolicy.from_json(...) reads one that was saved."
-            )
-        if isinstance(found, HybridPolicy):
-            costs = self.costs.costs(self.space.genome(found))
-            front = predicted_front(self.costs, self.sensitivities, self.losses, self.costs.weight_bytes)
-            found = Found(found, "given", costs, {}, {}, [], {}, front=front)
+        found = self._found(found)
         config = replace(
             self.config,
             finetune_from=start or self.config.finetune_from,
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
         metric = Metric.tried(eval_fn, self.teacher)
-        began = time.perf_counter()
-        network = self._start(found.policy, config)
-        untrained = self._measured(network)
-        self.scorer.forget_targets()
-        stage = f"fine-tuning of {found.policy.to_json()} by {decisive(config)}"
-        history = finetune_network(
-            network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
-        )
-        fidelity = self._measured(network)
-        if not fidelity.distance <= untrained.distance:
-            # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
-            # would cost as much memory as the model.
-            warn_of_no_gain(config.steps.finetune, untrained.distance, fidelity.distance)
-            network = self._start(found.policy, config)
-            fidelity = untrained
-        tuned = time.perf_counter()
+        tuned = self._trained_on(found.policy, config)
         memory = {**self.memory, **found.memory, "finetune": peak_memory()}
-        # accelerate may have trained on another device than the one that the model came from.
-        packed = torch_ao.convert(network).to(self.device)
-        if config.target == "torch" or (config.target == "storage" and budget is not None and budget.latency_ms):
-            batch = self.data.holdout[0].to(self.device)
-            batch = first_samples(batch, budget.batch if budget is not None and budget.latency_ms else batch.size)
-            choose_kernels(packed, *batch.args, **batch.kwargs)
-        seconds = {
-            **self.seconds,
-            **found.seconds,
-            "finetune": tuned - began,
-            "convert": time.perf_counter() - tuned,
-        }
+        began = time.perf_counter()
+        packed = self._converted(tuned.network, config, budget)
+        spent = {"finetune": tuned.seconds, "convert": time.perf_counter() - began}
         labelled = any(batch.labels is not None for batch in self.scorer.batches)
-        float_accuracy = self._measured(self.teacher).accuracy if labelled else None
+        fidelity, float_accuracy = tuned.fidelity, self._measured(self.teacher).accuracy if labelled else None
         packed.hq = Result(  # type: ignore[assignment]
             policy=found.policy,
             budget=str(budget) if budget is not None else "given policy",
@@ -469,8 +437,8 @@ class Session:
             baselines=found.baselines,
             layers=with_activations(self.costs.layers(found.policy), packed),
             float_layers=[vars(layer) for layer in self.space.table.float_layers],
-            history={"meta_training": self.history, "search": found.history, "finetune": history},
-            seconds=seconds,
+            history={"meta_training": self.history, "search": found.history, "finetune": tuned.history},
+            seconds={**self.seconds, **found.seconds, **spent},
             memory={**memory, "convert": peak_memory()},
             config=config.to_json(),
             versions=versions(),
@@ -481,16 +449,52 @@ class Session:
         )
         with tracking(config):
             accuracies = {"accuracy": fidelity.accuracy, "float_accuracy": float_accuracy}
-            track(
-                "result",
-                0,
-                kl=fidelity.distance,
-                bits=found.costs.weight_bits,
-                bytes=found.costs.size,
-                **accuracies,
-            )
+            costs = {"bits": found.costs.weight_bits, "bytes": found.costs.size}
+            track("result", 0, kl=fidelity.distance, **costs, **accuracies)
         adapter = adapters.find(packed)
         return packed if adapter is None else adapter.finish(packed)
+
+    def _found(self, found: Found | HybridPolicy) -> Found:
+        """Returns what a search found, or what there is to say of a policy that was given in its place."""
+        if isinstance(found, Found):
+            return found
+        if not isinstance(found, HybridPolicy):
+            raise PolicyError(
+                f"finetune takes what session.search returned, or a HybridPolicy, not a {type(found).__name__}: "
+                "HybridPolicy.from_json(...) reads one that was saved."
+            )
+        costs = self.costs.costs(self.space.genome(found))
+        front = predicted_front(self.costs, self.sensitivities, self.losses, self.costs.weight_bytes)
+        return Found(found, "given", costs, {}, {}, [], {}, front=front)
+
+    def _trained_on(self, policy: HybridPolicy, config: Config) -> FineTuned:
+        """Trains the network of a policy on (step 3), unless that makes it worse."""
+        began = time.perf_counter()
+        network = self._start(policy, config)
+        untrained = self._measured(network)
+        self.scorer.forget_targets()
+        stage = f"fine-tuning of {policy.to_json()} by {decisive(config)}"
+        history = finetune_network(
+            network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
+        )
+        fidelity = self._measured(network)
+        if not fidelity.distance <= untrained.distance:
+            # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
+            # would cost as much memory as the model.
+            warn_of_no_gain(config.steps.finetune, untrained.distance, fidelity.distance)
+            network, fidelity = self._start(policy, config), untrained
+        return FineTuned(network, fidelity, history, time.perf_counter() - began)
+
+    def _converted(self, network: nn.Module, config: Config, budget: Budget | None) -> nn.Module:
+        """Converts a network into packed layers (step 4), with kernels chosen where it is to run in PyTorch."""
+        # accelerate may have trained on another device than the one that the model came from.
+        packed = torch_ao.convert(network).to(self.device)
+        timed = budget is not None and budget.latency_ms is not None
+        if config.target == "torch" or (config.target == "storage" and timed):
+            batch = self.data.holdout[0].to(self.device)
+            batch = first_samples(batch, budget.batch if budget is not None and timed else batch.size)
+            choose_kernels(packed, *batch.args, **batch.kwargs)
+        return packed
 
     def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
         """Returns the network that fine-tuning starts from."""

@@ -59,7 +59,8 @@ class Task:
         batch_statistics: Whether BatchNorm normalises by each batch's own statistics, as weights that change
             from step to step need it. Else it keeps its running statistics: the loss is then that of the
             network as it will run, without the noise of the batches' statistics. None begins so, and changes
-            after `SEEN` of the steps where the network is still further from its teacher than that noise counts.
+            after `SEEN` of the steps where the network is further from its teacher than that noise counts, and
+            was so before the first: where rates rise, losses may for a while, of a network that is close.
         distance: Distance of outputs by which that is seen; None takes `loss`.
         before_step: Called with the network that runs and each step's number before its forward.
         checkpoint: Where the state is kept and found again; None keeps nothing.
@@ -131,6 +132,8 @@ def _train(
     else:
         wrapped, optimizer = accelerator.prepare(network, optimizer)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    distance = task.distance or task.loss
+    far = task.batch_statistics is None and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
     first, keep = 0, task.checkpoint
     if keep is not None:
         first, task.history[:] = keep.restore(task.stage, network, optimizer)
@@ -156,9 +159,8 @@ def _train(
             if step == first or step % every == 0:
                 good = None  # first, so that two are never in memory
                 good = (step, _state(network))
-            if task.batch_statistics is None and step == math.ceil(SEEN * task.steps):
+            if far and step == math.ceil(SEEN * task.steps):
                 kept.forget()
-                distance = task.distance or task.loss
                 with blocks.resting():
                     by_batch = batch_statistics_pay(network, teacher, task.data, distance, accelerator)
                 if by_batch:

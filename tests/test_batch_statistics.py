@@ -88,6 +88,21 @@ def test_it_is_decided_once_and_survives_an_interruption(  # type: ignore[no-unt
     assert kept is not expected
 
 
+def test_a_close_network_that_rates_throw_back_keeps_its_own_statistics(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, trained, Config(effort="smoke"))
+    job = Task("test", moved(trained, 0.01), trained, data, KL, 20, Rates(0.3, 0.3), batch_statistics=None)
+    seen: list[bool] = []
+
+    def look(network: nn.Module, step: int) -> None:
+        if step == 2:
+            seen.append(batch_statistics_pay(network, trained, data, KL, Accelerator()))
+
+    job.before_step = look
+    train(job)
+    assert seen == [True]
+    assert not any(record["batch_statistics"] for record in job.history)
+
+
 @pytest.mark.parametrize(("by", "rate", "expected"), [(0.01, None, 1.0), (1.0, None, 2.0), (1.0, 1e-4, 1.0)])
 def test_rates_of_weights_that_nobody_gave_rise_with_them(  # type: ignore[no-untyped-def]
     trained: nn.Module, batches, by: float, rate: float | None, expected: float
