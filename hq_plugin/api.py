@@ -42,7 +42,8 @@ def quantize(
     Args:
         model: Any `nn.Module`; it is not changed.
         budget: `"3bit"` (mean effective bits a weight), `"250KB"`, `"4MB"`, `"12%"` (of the float
-            size), `"1.5GBitOps"`, several joined by `+`, or a `Budget`. Never exceeded.
+            size), `"1.5GBitOps"`, several joined by `+`, or a `Budget`. Never exceeded, but for a
+            latency that nothing found keeps: then the fastest is returned, with a warning.
         data: Batches (tensor, tuple or dict) in anything that can be iterated more than once, a
             DataLoader or a Dataset; labels are not needed. None makes synthetic batches up.
         eval_fn: Called with a model in eval mode, returns a number that is reported for the float model, which it

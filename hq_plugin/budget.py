@@ -38,7 +38,7 @@ class Budget:
     Attributes:
         weight_bits: Mean effective bits over the weights of all quantizable sites, their scales
             and zero points counted.
-        size: Bytes of the whole model on disk, what stays float counted.
+        size: Bytes of all tensors of the model, what stays float counted; headers and the report come on top.
         size_fraction: The same as a fraction of the float model's bytes, in (0, 1].
         bitops: Multiply-accumulates × weight bits × activation bits, of one sample, summed over sites.
         latency_ms: Milliseconds of one forward of `batch` samples on this machine, or on the one that the

@@ -22,7 +22,7 @@ class Costs:
 
     Attributes:
         weight_bits: Mean effective bits a weight over all sites, steps and zero points counted.
-        size: Bytes of the whole model on disk, what stays float counted.
+        size: Bytes of all tensors of the model, what stays float counted; headers and the report come on top.
         bitops: Multiply-accumulates × weight bits × activation bits of one sample.
         energy_uj: Microjoules of one sample, by `hq_plugin.cost.ENERGY`.
         latency_ms: Milliseconds of one forward, where the budget limits it: by the profile, or as measured for

@@ -385,7 +385,12 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
 
 
 def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:
-    """Puts the widths of a policy in force in a prepared model."""
+    """Puts the widths of a policy in force in a prepared model.
+
+    Args:
+        prepared: What `prepare` returned for a MetaQuantNet; one that was prepared for a policy has those widths alone.
+        policy: A width for every site that is to change.
+    """
     for name, bits in policy.items():
         layer: Any = prepared.get_submodule(name)
         layer.weight_fake_quant.bits = bits.weight
