@@ -10,9 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
+def has_statistics(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm that keeps running statistics."""
+    return isinstance(module, _BatchNorm) and module.running_mean is not None
+
+
 def foldable(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm that is one learned affine map a channel in eval mode."""
-    return isinstance(module, _BatchNorm) and module.running_mean is not None and module.weight is not None
+    return has_statistics(module) and module.weight is not None
 
 
 @torch.no_grad()

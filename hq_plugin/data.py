@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,6 +92,8 @@ def _read(data: Any, model: nn.Module, config: Config) -> Data:
     split = batch_splitter(model, config)
     wanted = config.steps.holdout * RERANK_FACTOR
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
+        if data.batch_size is None and _length(data.batch_sampler) is not None:
+            return _from_batch_sampler(data, split, wanted)
         if data.batch_size is None or (_chooses(data) and _length(data.sampler) is None):
             return _from_batches(data, split, wanted)
         return _from_dataset(data.dataset, data.batch_size, split, wanted, config.seed, data)
@@ -156,6 +158,34 @@ def _from_dataset(
     held_loader = DataLoader(Subset(dataset, order[:held] if held else order), **options)
     holdout = [make_batch(raw, split) for raw in held_loader]
     return Data(_Batches(loader, split, shuffle=(generator, seed)), holdout, shared=held == 0)
+
+
+def _from_batch_sampler(loader: DataLoader, split: Callable[[Any], Split], wanted: int) -> Data:
+    """Holds out the first batches that a batch sampler draws, and leaves their samples out of those that train."""
+    drawn = [list(batch) for batch in cast(Iterable[list[Any]], loader.batch_sampler)]
+    if not drawn:
+        raise DataError("data is empty: its batch sampler draws no batch.")
+    sizes = np.cumsum([len(batch) for batch in drawn])
+    first = min(int(np.searchsorted(sizes, wanted)) + 1, max(len(drawn) // 4, 1)) if len(drawn) > 1 else 0
+    held = {sample for batch in drawn[:first] for sample in batch}
+    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
+    options |= {"worker_init_fn": loader.worker_init_fn}
+    train = DataLoader(loader.dataset, batch_sampler=_Without(loader.batch_sampler, held), **options)  # type: ignore[arg-type]
+    measures = DataLoader(loader.dataset, batch_sampler=drawn[:first] or drawn, **options)  # type: ignore[arg-type]
+    return Data(_Batches(train, split), [make_batch(raw, split) for raw in measures], shared=not first)
+
+
+class _Without:
+    """A batch sampler's batches, as it draws them anew for each epoch, without some samples."""
+
+    def __init__(self, drawn: Iterable[list[Any]], held: set[Any]) -> None:
+        self.drawn, self.held = drawn, held
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        for batch in self.drawn:
+            kept = [sample for sample in batch if sample not in self.held]
+            if kept:
+                yield kept
 
 
 def _chooses(loader: DataLoader) -> bool:

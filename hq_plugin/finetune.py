@@ -75,10 +75,10 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
         quantizer.block = blocks[id(old)]
         activation: Any = layer.activation_fake_quant
         if activation.bits != FLOAT_BITS and not activation.is_dynamic:
-            step_in, zero_point = activation.steps.qparams(activation.bits)
-            device = activation.steps.log_step.device
-            steps = ActivationSteps((activation.bits,)).to(device)
-            steps.initialise({activation.bits: (float(step_in), float(zero_point))})
+            steps = ActivationSteps((activation.bits,)).to(activation.steps.log_step.device)
+            if bool(activation.steps.calibrated):
+                step_in, zero_point = activation.steps.qparams(activation.bits)
+                steps.initialise({activation.bits: (float(step_in), float(zero_point))})
             activation.steps = steps
         else:
             activation.steps = ActivationSteps(())

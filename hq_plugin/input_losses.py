@@ -47,7 +47,7 @@ def input_losses(
             continue
         for site in group.sites:
             quantizer: Any = network.get_submodule(site.name).activation_fake_quant
-            watch = _Watch(quantizer, group.activation_bits, losses[row])
+            watch = _Watch(quantizer, group.activation_bits, losses[row], group.is_dynamic(site))
             layer = teacher.get_submodule(site.name)
             handles.append(layer.register_forward_pre_hook(watch.enter, with_kwargs=True))
     positions = 0
@@ -73,10 +73,11 @@ class _Watch:
         quantizer: Rounds the input at the width that is set.
         widths: The widths.
         sums: `[widths or more]`, to which is added.
+        dynamic: Whether each row has a step of its own.
     """
 
-    def __init__(self, quantizer: Any, widths: tuple[int, ...], sums: NDArray[np.float64]) -> None:
-        self.quantizer, self.widths, self.sums = quantizer, widths, sums
+    def __init__(self, quantizer: Any, widths: tuple[int, ...], sums: NDArray[np.float64], dynamic: bool) -> None:
+        self.quantizer, self.widths, self.sums, self.dynamic = quantizer, widths, sums, dynamic
 
     def enter(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gives the layer a copy of its input, which nothing else uses or changes, and watches its gradient."""
@@ -91,9 +92,10 @@ class _Watch:
     def see(self, x: Tensor, gradient: Tensor) -> None:
         """Adds what one call of the layer tells."""
         squared = gradient.float().square()
-        before = self.quantizer.bits
+        before = self.quantizer.bits, self.quantizer.is_dynamic
+        self.quantizer.is_dynamic = self.dynamic
         for index, bits in enumerate(self.widths):
             self.quantizer.bits = bits
             error = (self.quantizer(x) - x).float()
             self.sums[index] += 0.5 * float((squared * error.square()).sum())
-        self.quantizer.bits = before
+        self.quantizer.bits, self.quantizer.is_dynamic = before

@@ -39,8 +39,8 @@ class SiteMoments:
     Attributes:
         inputs: `[inputs]`, mean of the squared input over samples and positions; of an embedding, `[rows]`,
             how often each row is looked up for each position of the output.
-        outputs: `[outputs]`, mean of the squared gradient of a sample's loss at the output; of an embedding,
-            `[width]`.
+        outputs: `[outputs]`, the squared gradient of a sample's loss at the output, summed over the positions that
+            the sample has there, mean over samples; of an embedding, `[width]`, the mean over its look-ups.
         kind: Kind of the site.
     """
 
@@ -110,8 +110,12 @@ class _Sums:
         """Returns the moments for a loss that is a mean over `positions`, of which an embedding may see some."""
         if not self.count or not isinstance(self.inputs, Tensor) or not isinstance(self.outputs, Tensor):
             return None
-        inputs = self.inputs / (positions if self.site.kind == "embedding" else self.count)
-        return SiteMoments(inputs, self.outputs / self.count, self.site.kind)
+        # Over all positions the products' sum is taken as the product of the sums over their number: that of the
+        # layer's positions, of which the loss may have fewer (a class for all patches of a picture).
+        inputs, outputs = self.count, positions
+        if self.site.kind == "embedding":  # how often a row is looked up, for each position of the loss
+            inputs, outputs = outputs, inputs
+        return SiteMoments(self.inputs / inputs, self.outputs / outputs, self.site.kind)
 
     @property
     def fits(self) -> bool:

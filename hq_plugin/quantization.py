@@ -174,11 +174,13 @@ class _FakeQuantizeActivation(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, out = ctx.saved_tensors
         grad = grads[0].to(x.dtype)
-        grad_x = torch.ops.aten.hardtanh_backward(grad, x, ctx.low, ctx.high)
+        # The range with its ends, which torch's kernel leaves out: half of what a ReLU gives is 0, the lower one.
+        hair = 1e-3 * ctx.scale
+        grad_x = torch.ops.aten.hardtanh_backward(grad, x, ctx.low - hair, ctx.high + hair)
         # d out/d step = (out - x)/step inside the range, out/step outside (arXiv:1902.08153, eq. 3);
         # d out/d zero_point = -step outside (arXiv:2004.09576, eq. 6).
         grad_step = (_dot(grad, out) - _dot(grad_x, x)) / ctx.scale
-        grad_zero = (grad_x.sum() - grad.sum()) * ctx.scale
+        grad_zero = (grad_x.sum(dtype=torch.float32) - grad.sum(dtype=torch.float32)) * ctx.scale
         return grad_x, grad_step.reshape(()), grad_zero.reshape(()), None
 
 
@@ -195,7 +197,8 @@ def round_to_levels(x: Tensor, scale: float, low: int, high: int) -> Tensor:
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return torch.dot(a.reshape(-1), b.reshape(-1))
+    # Differences of two such sums are what counts, of which half precision would leave nothing.
+    return torch.dot(a.reshape(-1).float(), b.reshape(-1).float())
 
 
 def fake_quantize_activation(x: Tensor, step: Tensor, zero_point: Tensor, bits: int) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.batch import Batch
-from hq_plugin.batchnorm import foldable
+from hq_plugin.batchnorm import has_statistics
 from hq_plugin.sharding import runnable
 
 _TINY = 1e-12
@@ -29,7 +29,7 @@ class Statistics:
 
 
 def _batchnorms(network: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in network.named_modules() if foldable(module)}
+    return {name: module for name, module in network.named_modules() if has_statistics(module)}
 
 
 @torch.no_grad()

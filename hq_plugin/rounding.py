@@ -41,7 +41,7 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
 
     Args:
         network: Any network; it runs as it is.
-        names: Linear layers. Those that never run are left out.
+        names: Linear layers. Those that never run, or read what is not finite, are left out.
         batches: A few batches.
     """
     sums: dict[str, Tensor] = {}
@@ -68,7 +68,7 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total / counts[name] for name, total in sums.items() if bool(total.isfinite().all())}
 
 
 def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -169,10 +169,12 @@ def _inverse_factor(products: Tensor) -> Tensor:
     """Returns the upper Cholesky factor of the inverse of the damped products."""
     matrix = products.double().clone()
     diagonal = matrix.diagonal()
-    diagonal.masked_fill_(diagonal == 0, 1.0)  # an input that is always 0
+    dead = diagonal == 0  # inputs that are always 0
+    mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
+    diagonal.masked_fill_(dead, mean)
     damping = _DAMPING
     while True:
-        damped = matrix + damping * float(diagonal.mean()) * torch.eye(len(matrix), dtype=matrix.dtype).to(matrix)
+        damped = matrix + damping * mean * torch.eye(len(matrix), dtype=matrix.dtype).to(matrix)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not int(failed):
             inverse = torch.cholesky_inverse(lower)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hq_plugin import torch_ao
 from hq_plugin.batch import Batch
-from hq_plugin.batchnorm import foldable
+from hq_plugin.batchnorm import has_statistics
 from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction
 from hq_plugin.errors import HQWarning
@@ -186,7 +186,7 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
         with placed(network) as shell:
             yield shell
         return
-    layers = [module for module in network.modules() if foldable(module)]
+    layers = [module for module in network.modules() if has_statistics(module)]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     try:
         with torch_ao.cached_weights(network):

@@ -504,7 +504,8 @@ class Session:
             network = generated_network(self.network, policy)
         if config.rounding == "second_order":
             batches = calibration_batches(self.teacher, self.data, config)
-            start_from_good_integers(network, batches)
+            with seeded(config.seed):  # so that it may be started again from the same integers
+                start_from_good_integers(network, batches)
         with placed(network, keep=True) as running:
             self.scorer.recalibrate(running, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network

@@ -236,13 +236,17 @@ class HybridActivationFakeQuantize(HybridFakeQuantize):
             self.finish_calibration()
         if not self.active or self.bits == FLOAT_BITS:
             return x
-        self._calibrated = True
+        self._calibrated = self._calibrated or bool(self.steps.calibrated)
         quantized: Tensor = self.steps(x, self.bits)
         return quantized
 
     def finish_calibration(self) -> None:
-        """Sets the steps of every width from what was observed, and forgets the observations."""
-        self.steps.initialise({b: self.activation_post_process.qparams(b) for b in self.steps.widths})
+        """Sets the steps of every width from what was observed, and forgets the observations.
+
+        A layer that saw nothing (an expert that no token chose) is left to calibrate itself when it does.
+        """
+        if self.activation_post_process.values:
+            self.steps.initialise({b: self.activation_post_process.qparams(b) for b in self.steps.widths})
         self.activation_post_process = ActivationObserver(self.bits)
         self.observing = False
 
@@ -388,7 +392,7 @@ def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:
     """Puts the widths of a policy in force in a prepared model.
 
     Args:
-        prepared: What `prepare` returned for a MetaQuantNet; one that was prepared for a policy has those widths alone.
+        prepared: What `prepare` returned for a MetaQuantNet; one prepared for a policy has no other widths.
         policy: A width for every site that is to change.
     """
     for name, bits in policy.items():

@@ -156,9 +156,6 @@ def _train(
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)
         for step in range(first, task.steps):
-            if step == first or step % every == 0:
-                good = None  # first, so that two are never in memory
-                good = (step, _state(network))
             if far and step == math.ceil(SEEN * task.steps):
                 kept.forget()
                 with blocks.resting():
@@ -184,8 +181,12 @@ def _train(
                     if math.isfinite(value):
                         _backward(accelerator, loss)  # which divides by `accumulated`
             if not math.isfinite(value):
-                _stop_at(task, step, value, network, good if step else None, samples)
+                _stop_at(task, step, value, network, good, samples)
                 break
+            # Only now is it known that the state is good.
+            if good is None or step % every == 0:
+                good = None  # first, so that two are never in memory
+                good = (step, _state(network))
             accelerator.clip_grad_norm_(parameters, CLIP)
             optimizer.step()
             optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -234,3 +235,34 @@ def test_a_dataset_without_a_length_says_so() -> None:
 
     with pytest.raises(DataError, match="Endless has no length"):
         prepare_data(Endless(), One(), CONFIG)
+
+
+class Buckets:
+    """A batch sampler that draws other batches for each epoch."""
+
+    def __init__(self) -> None:
+        self.epochs = 0
+
+    def __len__(self) -> int:
+        return 20
+
+    def __iter__(self) -> Iterator[list[int]]:
+        self.epochs += 1
+        order = torch.randperm(200, generator=torch.Generator().manual_seed(self.epochs))
+        return iter([batch.tolist() for batch in order.split(10)])
+
+
+def test_a_batch_sampler_that_shuffles_leaks_nothing_that_is_held_out() -> None:
+    data = prepare_data(DataLoader(TensorDataset(X, Y), batch_sampler=Buckets()), One(), CONFIG)  # type: ignore[arg-type]
+    held = {float(value) for batch in data.holdout for value in batch.args[0]}
+    assert len(held) == 50
+    assert not data.shared
+    epochs = [[batch.args[0].flatten().tolist() for batch in data.train] for _ in range(3)]
+    for batches in epochs:
+        assert {value for batch in batches for value in batch} == {float(value) for value in X} - held
+    assert epochs[0] != epochs[1]
+
+
+def test_a_batch_sampler_of_nothing_says_so() -> None:
+    with pytest.raises(DataError, match="its batch sampler draws no batch"):
+        prepare_data(DataLoader(TensorDataset(X, Y), batch_sampler=[]), One(), CONFIG)

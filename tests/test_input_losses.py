@@ -77,6 +77,20 @@ def test_the_estimate_is_the_distance(setting: tuple[nn.Module, nn.Module, Searc
     assert (estimated[:, -1] == 0).all()
 
 
+def test_rows_have_steps_of_their_own_where_they_are_dynamic(  # type: ignore[no-untyped-def]
+    setting: tuple[nn.Module, nn.Module, SearchSpace, list[Batch]],
+) -> None:
+    model, _, _, batches = setting
+    data = prepare_data([torch.randn(64, 12) for _ in range(10)], model, Config(effort="smoke"))
+    sites = find_sites(model, data.holdout[0].run, 64)
+    config = Config(weight_bits=(4, 8), activation_bits=(4, 16), activation_scheme="dynamic").filled()
+    space = SearchSpace.build(sites, config)
+    network = build_network(model, space, data, config)
+    losses = input_losses(network, model, space, batches, 0)
+    assert (losses[:, 0] > 0).all()
+    assert (losses[:, 1] == 0).all()
+
+
 def test_nothing_stays_behind(setting: tuple[nn.Module, nn.Module, SearchSpace, list[Batch]]) -> None:
     model, network, space, batches = setting
     before = copy.deepcopy(network.state_dict())

@@ -85,6 +85,38 @@ def test_the_second_order_estimate_is_the_distance(
         assert found == pytest.approx(expected, rel=0.3), name
 
 
+def test_the_estimate_holds_where_the_loss_has_fewer_positions_than_a_layer() -> None:
+    torch.manual_seed(0)
+
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(16, 32), nn.Linear(32, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = self.head(torch.tanh(self.body(x)).mean(1))
+            return found
+
+    model = Pooled().eval().requires_grad_(False)
+    with torch.no_grad():
+        model.head.weight.mul_(10)
+    batches = [Batch((torch.randn(64, 50, 16),), {}, None, 64) for _ in range(4)]
+    moments = collect_moments(model, find_sites(model, batches[0].run, 64), batches, seed=0)
+    for name in ("body", "head"):
+        found, expected = 0.0, 0.0
+        for seed in range(10):
+            torch.manual_seed(seed)
+            changed = copy.deepcopy(model)
+            weight = changed.get_submodule(name)._parameters["weight"]
+            assert weight is not None
+            error = 0.05 * weight.std() * torch.randn_like(weight)
+            weight.add_(error)
+            found += moments[name].loss(error)
+            for batch in batches:
+                expected += float(kl_divergence(batch.run(changed), batch.run(model))) / len(batches)
+        assert 0.5 < found / expected < 2, name
+
+
 def test_losses_of_widths(setting: tuple[Words, SiteTable, list[Batch]]) -> None:
     model, table, batches = setting
     config = Config(activation_bits=16, group_size=16, weight_bits=(2, 3, 4, 8), pinned={"embed": 4}).filled()

@@ -165,6 +165,34 @@ def test_activation_gradients_match_autograd_of_the_definition() -> None:
             torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
 
 
+def test_zeros_of_a_relu_are_inside_the_range_and_say_nothing_of_its_zero_point() -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).relu()
+    assert int((x == 0).sum()) > 400
+    for bits in (2, 8):
+        parts = [x.clone(), torch.tensor(5.0 / 2**bits), torch.tensor(0.0)]
+        inputs, step, zero = (part.requires_grad_() for part in parts)
+        fake_quantize_activation(inputs, step, zero, bits).backward(torch.ones(1000))
+        clipped = int((x > (2**bits - 1) * step).sum())
+        assert float(zero.grad) == pytest.approx(-float(step) * clipped, abs=1e-4)
+        assert int(inputs.grad.sum()) == 1000 - clipped
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_steps_of_inputs_in_half_precision_have_the_gradients_of_full(dtype: torch.dtype, bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.nn.functional.gelu(torch.randn(1 << 16, generator=generator)).to(dtype)
+    grad = (0.01 * torch.randn(1 << 16, generator=generator)).to(dtype)
+    found = []
+    for precision in (dtype, torch.float32):
+        step, zero = torch.tensor(3.0 / 2**bits).requires_grad_(), torch.tensor(2.0).requires_grad_()
+        fake_quantize_activation(x.to(precision), step, zero, bits).backward(grad.to(precision))
+        found.append((float(step.grad), float(zero.grad)))
+    # Outputs are rounded to half precision, which the sum of their errors keeps.
+    assert found[0][0] == pytest.approx(found[1][0], rel=0.15, abs=0.05)
+    assert found[0][1] == pytest.approx(found[1][1], rel=0.02)
+
+
 def _reference(x: torch.Tensor, step: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
     def ste(v: torch.Tensor) -> torch.Tensor:
         return v + (v.round() - v).detach()

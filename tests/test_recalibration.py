@@ -65,6 +65,18 @@ def test_few_samples_come_closer_to_all_than_plain_statistics_do(trained: nn.Mod
     assert ours < 0.5 * plain
 
 
+def test_statistics_without_a_scale_are_estimated_as_well() -> None:
+    torch.manual_seed(0)
+    teacher = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, affine=False)).eval()
+    batch = Batch((torch.randn(64, 3),), {}, None, 64)
+    student = copy.deepcopy(teacher)
+    with torch.no_grad():
+        student[0].weight.mul_(2)  # type: ignore[union-attr, operator]
+        student[0].bias.mul_(2)  # type: ignore[union-attr, operator]
+    Recalibration(teacher, [batch])(student)
+    torch.testing.assert_close(student[1].running_var, 4 * teacher[1].running_var)
+
+
 def test_nothing_to_do_without_batchnorm() -> None:
     model = nn.Linear(3, 2)
     batch = Batch((torch.randn(4, 3),), {}, None, 4)

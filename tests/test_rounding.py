@@ -137,6 +137,30 @@ def test_input_products() -> None:
     torch.testing.assert_close(products["0"], x.T @ x / 16)
 
 
+def test_inputs_that_are_not_finite_leave_their_layer_to_nearest_rounding() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8)).eval()
+    x = torch.randn(32, 16)
+    x[0, 0] = torch.nan
+    batch = Batch((x,), {}, None, 32)
+    assert input_products(model, ["0", "1"], [batch]) == {}
+    network = torch_ao.prepare(model, HybridPolicy({"0": LayerBits(3, 16), "1": LayerBits(3, 16)})).eval()
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    start_from_good_integers(network, [batch])
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+
+
+def test_dead_inputs_do_not_raise_the_damping_of_small_ones() -> None:
+    x = 0.01 * correlated(inputs=96)
+    dead = torch.cat([x, torch.zeros(len(x), 32)], 1)
+    weight = torch.randn(8, 128)
+    step = optimal_weight_step(weight, 3)
+    alone = second_order_integers(weight[:, :96], step, None, 3, 0, x.T @ x / len(x))
+    found = second_order_integers(weight, step, None, 3, 0, dead.T @ dead / len(x))
+    assert torch.equal(found[:, :96], alone)
+    assert not torch.equal(alone, quantize_weight(weight[:, :96], step, 3))
+
+
 def test_padding_is_no_input() -> None:
     class Tokens(nn.Module):
         def __init__(self) -> None:

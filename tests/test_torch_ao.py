@@ -349,3 +349,30 @@ def test_a_layer_may_be_called_with_what_is_no_tensor() -> None:
     model = Model().eval()
     packed = torch_ao.convert(torch_ao.prepare(model, HybridPolicy({"positions": LayerBits(8)})))
     torch.testing.assert_close(packed(x), model(x), atol=0.05, rtol=0.05)
+
+
+class TwoWays(nn.Module):
+    """An expert that is asked for, and one that nobody chose yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.way = nn.Linear(8, 8), nn.Linear(8, 8), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = (self.first, self.second)[self.way](x)
+        return found
+
+
+def test_a_layer_that_calibration_did_not_reach_calibrates_itself_when_it_runs() -> None:
+    torch.manual_seed(0)
+    model, x = TwoWays().eval(), 0.01 * torch.randn(64, 8)
+    prepared = torch_ao.prepare(model, HybridPolicy({"first": LayerBits(8, 8), "second": LayerBits(8, 8)}))
+    with torch_ao.calibrate(prepared):
+        prepared(x)
+    with pytest.warns(HQWarning, match="never ran second: the steps of their inputs are made up"):
+        torch_ao.convert(copy.deepcopy(prepared))
+    prepared.way = model.way = 1
+    prepared(x[:0])  # sees nothing either
+    error = (prepared(x) - model(x)).norm() / model(x).norm()
+    assert error < 0.02
+    torch_ao.convert(prepared)

@@ -61,7 +61,7 @@ def breaking_after(steps: int) -> LossFunction:
 def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     job = task(trained, batches, steps=40, loss=breaking_after(30))
-    with pytest.warns(HQWarning, match=r"became nan at step 30 of 40.*state of step 30"):
+    with pytest.warns(HQWarning, match=r"became nan at step 30 of 40.*state of step 28"):
         train(job)
     assert len(job.history) == 30
     assert all(torch.isfinite(value).all() for value in job.network.state_dict().values())
@@ -73,6 +73,19 @@ def test_an_early_nan_costs_no_more_than_training(trained: nn.Module, batches) -
     with pytest.warns(HQWarning, match=r"became nan at step 3 of 2000.*state of step 0"):
         train(job)
     assert all(torch.equal(before[name], p) for name, p in job.network.named_parameters())
+
+
+def test_a_state_counts_as_good_once_its_loss_is_known(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    def break_it(network: nn.Module, step: int) -> None:
+        if step == 12:  # where a state is kept
+            with torch.no_grad():
+                next(network.parameters()).fill_(math.nan)
+
+    job = task(trained, batches, steps=40)
+    job.before_step = break_it
+    with pytest.warns(HQWarning, match=r"became nan at step 12 of 40.*state of step 10"):
+        train(job)
+    assert all(torch.isfinite(value).all() for value in job.network.state_dict().values())
 
 
 def test_an_output_without_a_gradient_says_why(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
