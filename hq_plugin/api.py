@@ -45,7 +45,8 @@ def quantize(
             size), `"1.5GBitOps"`, several joined by `+`, or a `Budget`. Never exceeded, but for a
             latency that nothing found keeps: then the fastest is returned, with a warning.
         data: Batches (tensor, tuple or dict) in anything that can be iterated more than once, a
-            DataLoader or a Dataset; labels are not needed. None makes synthetic batches up.
+            DataLoader or a Dataset; labels are not needed. Samples of a Dataset, or the first batches of an
+            iterable, are held out to measure. None makes synthetic batches up.
         eval_fn: Called with a model in eval mode, returns a number that is reported for the float model, which it
             sees first, for the baselines and for the result.
         config: Options.

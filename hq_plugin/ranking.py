@@ -9,7 +9,6 @@ from torch import nn
 
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.cost import CostTable
-from hq_plugin.distillation import Fidelity
 from hq_plugin.distribution import map_split
 from hq_plugin.interruption import interrupted
 from hq_plugin.lasting import LastingLosses
@@ -70,6 +69,8 @@ def rerank(
 ) -> dict[str, Baseline]:
     """Measures the leaders of a search and its baselines on all held-out data; keeps the best of each kind.
 
+    Where there are several processes, each measures some and all are told, so that they agree to the last bit.
+
     Args:
         scorer: Measures one policy.
         network: The prepared network.
@@ -81,17 +82,21 @@ def rerank(
     best: dict[str, Baseline] = {}
     lowest: dict[str, float] = {}
     candidates = {**seeds, "searched": [scored.genome for scored in leaders]}
-    measured: dict[bytes, Fidelity] = {}
+    distinct = {genome.tobytes(): genome for genomes in candidates.values() for genome in genomes}
+
+    def measure(genome: Genome) -> tuple[float, float | None]:
+        fidelity = scorer.score(network, costs.space.policy(genome))
+        return fidelity.distance, fidelity.accuracy
+
+    measured = dict(zip(distinct, map_split(measure, list(distinct.values()), evenly=sharded()), strict=True))
     for name, genomes in candidates.items():
         for genome in genomes:
-            key, policy = genome.tobytes(), costs.space.policy(genome)
-            if key not in measured:
-                measured[key] = scorer.score(network, policy)
-            fidelity = measured[key]
-            lasts = fidelity.distance + losses.added(genome)
+            distance, accuracy = measured[genome.tobytes()]
+            lasts = distance + losses.added(genome)
             if name not in best or lasts < lowest[name]:
                 lowest[name] = lasts
-                best[name] = Baseline(name, policy, costs.costs(genome), fidelity.distance, fidelity.accuracy)
+                policy = costs.space.policy(genome)
+                best[name] = Baseline(name, policy, costs.costs(genome), distance, accuracy)
     # Where the search found a baseline again, the name says so.
     order = ["searched", "dynamic_programming", "uniform"]
     return {name: best[name] for name in order if name in best}

@@ -478,10 +478,12 @@ class Session:
             network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
         )
         fidelity = self._measured(network)
-        if not fidelity.distance <= untrained.distance:
+        # The first process decides: what each has measured may differ in the last bits.
+        before, after = untrained.distance, fidelity.distance
+        if not map_split(lambda pair: pair[1] <= pair[0], [(before, after)])[0]:
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
             # would cost as much memory as the model.
-            warn_of_no_gain(config.steps.finetune, untrained.distance, fidelity.distance)
+            warn_of_no_gain(config.steps.finetune, before, after)
             network, fidelity = self._start(policy, config), untrained
         return FineTuned(network, fidelity, history, time.perf_counter() - began)
 
