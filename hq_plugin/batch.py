@@ -65,7 +65,10 @@ class Batch:
     @property
     def kept(self) -> Tensor | None:
         """Which positions of padded sequences count, bool `[samples, tokens]`; None where all do."""
-        mask = self.kwargs.get("attention_mask")
+        return self._kept_by("attention_mask")
+
+    def _kept_by(self, name: str) -> Tensor | None:
+        mask = self.kwargs.get(name)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
             return None
         return mask.bool()
@@ -73,20 +76,25 @@ class Batch:
     def without_padding(self, output: Any) -> Any:
         """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
 
-        What a model says of padding is never used: a loss over it would be spent on nothing.
+        What a model says of padding is never used: a loss over it would be spent on nothing. Where there is a
+        `decoder_attention_mask`, it masks all but the parts of the output whose names begin with `encoder_`.
         """
         kept = self.kept
-        if kept is None:
+        decoded = self._kept_by("decoder_attention_mask") if "decoder_attention_mask" in self.kwargs else kept
+        if kept is None and decoded is None:
             return output
 
-        def of(value: Any) -> Any:
+        def of(value: Any, kept: Tensor | None) -> Any:
             if isinstance(value, Tensor):
-                return value[kept] if value.dim() > 2 and value.shape[:2] == kept.shape else value
+                counts = kept is not None and value.dim() > 2 and value.shape[:2] == kept.shape
+                return value[kept] if counts else value
             if isinstance(value, Mapping):
-                return {name: of(part) for name, part in value.items()}
-            return [of(part) for part in value] if isinstance(value, (tuple, list)) else value
+                return {name: of(part, kept) for name, part in value.items()}
+            return [of(part, kept) for part in value] if isinstance(value, (tuple, list)) else value
 
-        return of(output)
+        if not isinstance(output, Mapping):
+            return of(output, decoded)
+        return {name: of(part, kept if name.startswith("encoder_") else decoded) for name, part in output.items()}
 
     def take(self, count: int) -> Batch:
         """Returns the first `count` samples."""

@@ -76,12 +76,15 @@ def perplexity(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Con
     surprise, tokens = 0.0, 0
     for raw in data:
         batch = make_batch(raw, split).to(device)
-        ids, scores = batch.kwargs.get("input_ids"), class_scores(batch.run(model))
+        # Not `batch.run`, which drops padding: what follows a token is read beside it.
+        ids, scores = batch.kwargs.get("input_ids"), class_scores(model(*batch.args, **batch.kwargs))
         if ids is None or scores is None or scores.shape[:2] != ids.shape:
             raise DataError("Perplexity needs a causal language model, and text or batches with input_ids.")
-        losses = F.cross_entropy(scores[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum")
+        mask = torch.ones_like(ids) if batch.kept is None else batch.kept
+        follows = (mask[:, 1:] * mask[:, :-1]).bool()
+        losses = F.cross_entropy(scores[:, :-1][follows].float(), ids[:, 1:][follows], reduction="sum")
         surprise += float(losses)
-        tokens += ids[:, 1:].numel()
+        tokens += int(follows.sum())
     if tokens == 0:
         raise DataError("data is empty: it gave no token to predict.")
     return math.exp(surprise / tokens), tokens

@@ -262,13 +262,13 @@ class _Int8(FoldingKernel):
                 return y.to(x.dtype)
 
             return convolve
-        packed = torch.ops.onednn.qlinear_prepack(integers, None)
+        packed, rows = torch.ops.onednn.qlinear_prepack(integers, None), layer.weight_shape[0]
 
         def multiply(x: Tensor) -> Tensor:
             y = torch.ops.onednn.qlinear_pointwise(
                 quantized(x), step, zero_point, packed, scale, zeros, bias, *PLAIN_OUTPUT
             )
-            return y.to(x.dtype)
+            return y.to(x.dtype).view(*x.shape[:-1], rows)  # of no rows it has no other dimensions
 
         return multiply
 

@@ -180,7 +180,7 @@ class PackedModule(nn.Module):
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, load_step(self.weight_step), self.bits.weight, self._zero_points())
         weight = weight.view(self.weight_shape).to(self.weight_dtype)
-        wanted = self._kernel is None or self._kernel.needs_weight
+        wanted = self._kernel is None or self._kernel.needs_weight or torch.is_grad_enabled()
         if self._cache_enabled and wanted and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
@@ -193,8 +193,12 @@ class PackedModule(nn.Module):
         return load_zero(unpack_bits(self.weight_zero, ZERO_BITS, (rows,)), self.bits.weight)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the float layer's forward on the quantized input and the dequantized weight, or a kernel."""
-        if self._kernel is not None and len(args) == 1 and not kwargs and not torch.compiler.is_compiling():
+        """Runs the float layer's forward on the quantized input and the dequantized weight, or a kernel.
+
+        Kernels have no gradient: where the input wants one (adapters train before this layer), the forward runs.
+        """
+        plain = len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
+        if self._kernel is not None and plain and not _wants_gradient(args[0]):
             run = self._kernel.select(args[0])
             if run is not None:
                 return run(args[0])
@@ -256,6 +260,10 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def _wants_gradient(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 
 def versions(*tensors: Tensor) -> list[tuple[int, int]]:

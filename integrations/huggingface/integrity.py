@@ -24,10 +24,10 @@ _SECTION, _KEY = "quantization_config", "checksum"
 
 
 def add_checksum(folder: Path) -> None:
-    """Writes the checksum of a folder into its config.json."""
+    """Writes the checksum of a folder into its config.json; of the model's files, since adapters may lie beside."""
     file = folder / "config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config[_SECTION][_KEY] = _checksum(config, sorted(map(str, folder.glob("*.safetensors"))))
+    config[_SECTION][_KEY] = _checksum(config, sorted(map(str, folder.glob("model*.safetensors"))))
     write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")  # as transformers writes it
 
 

@@ -23,7 +23,15 @@ MEDIA_FIELDS = ("image", "img", "audio", "speech")
 _DIMENSIONS = {"input_ids": 1, "pixel_values": 3, "input_values": 1, "input_features": 2, "spatial_shapes": 1}
 #: Inputs `[samples, tokens]` that padding at the end is cut from, down to a multiple of so many tokens: kernels
 #: like such lengths.
-_BY_TOKEN, _MULTIPLE = ("input_ids", "attention_mask", "token_type_ids", "position_ids"), 8
+_BY_TOKEN, _MULTIPLE = (
+    (
+        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
+        *("global_attention_mask", "langs", "bbox"),
+    ),
+    8,
+)
+#: What stands for padding in labels, in all of transformers.
+IGNORED = -100
 #: What an encoder-decoder writes of each sound, at most, in tokens.
 _TRANSCRIPT = 32
 
@@ -51,6 +59,8 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
     # Some classifiers say so themselves to the model inside, which must not hear it twice.
     caches = model.can_generate() or "use_cache" in inspect.signature(model.forward).parameters
 
+    masks = "decoder_attention_mask" in inspect.signature(model.forward).parameters
+
     def split(raw: Any) -> Split:
         if isinstance(raw, Mapping):
             kwargs = {name: value for name, value in raw.items() if name not in LABEL_KEYS}
@@ -61,6 +71,8 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
                     kwargs.setdefault("use_cache", False)
             if label is not None and label.dim() == 2 and _reads_labels(model):
                 kwargs.setdefault("decoder_input_ids", _decoder_ids(model, label))
+                if masks:
+                    kwargs.setdefault("decoder_attention_mask", _decoder_mask(label))
             return (), _trimmed(kwargs), label if label is not None and label.dim() == 1 else None
         if isinstance(raw, (tuple, list)):
             last = raw[-1]
@@ -74,7 +86,10 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
 
 
 def _trimmed(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Cuts columns at the end that are padding in every sample; a decoder's copy of the text is cut alike."""
+    """Cuts columns at the end that are padding in every sample; a decoder's copy of the text is cut alike.
+
+    Nothing is cut where another input may have a value for each token: they would no longer fit.
+    """
     ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.dim() != 2 or ids.shape != mask.shape:
         return kwargs
@@ -86,9 +101,11 @@ def _trimmed(kwargs: dict[str, Any]) -> dict[str, Any]:
     names = list(_BY_TOKEN)
     copied = kwargs.get("decoder_input_ids")
     if isinstance(copied, Tensor) and copied.shape == ids.shape and torch.equal(copied[:, 1:], ids[:, :-1]):
-        names.append("decoder_input_ids")
-    fitting = [name for name in names if getattr(kwargs.get(name), "shape", None) == mask.shape]
-    return {**kwargs, **{name: kwargs[name][:, :length] for name in fitting}}
+        names += ["decoder_input_ids", "decoder_attention_mask"]
+    by_token = [name for name, value in kwargs.items() if getattr(value, "shape", ())[:2] == mask.shape]
+    if any(name not in names and not name.startswith("decoder_") for name in by_token):
+        return kwargs
+    return {**kwargs, **{name: kwargs[name][:, :length] for name in by_token if name in names}}
 
 
 def _reads_labels(model: PreTrainedModel) -> bool:
@@ -99,6 +116,13 @@ def _reads_labels(model: PreTrainedModel) -> bool:
 def _decoder_ids(model: Any, labels: Tensor) -> Tensor:
     ids: Tensor = model.prepare_decoder_input_ids_from_labels(labels)
     return ids
+
+
+def _decoder_mask(labels: Tensor) -> Tensor:
+    """Returns at which positions `[samples, tokens]` a decoder is to say something, by what it should: int64."""
+    mask = (labels != IGNORED).long()
+    mask[:, 0] = 1  # a decoder that attends to nothing gives no numbers
+    return mask
 
 
 def positions(model: PreTrainedModel) -> int | None:
@@ -177,7 +201,7 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
     """
     known = {*inspect.signature(model.forward).parameters, *LABEL_KEYS}
     columns = [name for name in rows[0] if name in known and not isinstance(rows[0][name], (str, type(None)))]
-    padding = {"input_ids": model.config.get_text_config().pad_token_id or 0, "labels": -100}
+    padding = {"input_ids": model.config.get_text_config().pad_token_id or 0, "labels": IGNORED}
     tensors = {}
     for name in columns:
         try:

@@ -83,11 +83,12 @@ class _Graph:
             for name in node.input:
                 self.readers.setdefault(name, []).append(node)
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
+        self._returned = {entry.name for entry in graph.output}
 
     def only_reader(self, name: str) -> onnx.NodeProto | None:
-        """Returns the node that reads a value, if there is one alone."""
+        """Returns the node that reads a value, if there is one alone and the graph does not return the value."""
         nodes = self.readers.get(name, [])
-        return nodes[0] if len(nodes) == 1 else None
+        return nodes[0] if len(nodes) == 1 and name not in self._returned else None
 
     def constant(self, name: str) -> NDArray[Any] | None:
         """Returns the value of a constant, or None."""

@@ -32,7 +32,8 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
         layer: The packed layer; it is not changed.
         accuracy_level: Of `MatMulNBits`: 4 lets it compute in 8-bit integers, 1 in float32.
     """
-    if is_plain(layer, nn.Linear) and layer.bits.activation == FLOAT_BITS:
+    in_blocks = layer.bits.group_size % min(_BLOCKS) == 0  # whole channels, which are padded, too
+    if is_plain(layer, nn.Linear) and layer.bits.activation == FLOAT_BITS and in_blocks:
         return NBitsLinear(layer, accuracy_level)
     if is_plain(layer, nn.Linear) and not layer.bits.group_size:
         return _dynamic(layer) if layer.bits.dynamic else IntegerLinear(layer)

@@ -37,7 +37,8 @@ def layer_milliseconds(layer: PackedModule, x: Tensor) -> dict[str, float]:
         layer.bits.dynamic,
         layer.bits.group_size,
         may_clip(layer.bits.weight, layer.bits.activation),  # exact sums of these are slower where x86 lacks VNNI
-        tuple(x.shape),
+        (tuple(x.shape), x.dtype),
+        torch.get_num_threads(),
     )
     if key not in _known:
         _known[key] = median_milliseconds(_runner(nn.Sequential(layer), (x,), {}))

@@ -240,3 +240,26 @@ def test_kernels_by_rows_follow_a_layer_that_moves() -> None:
     assert layer._kernel is not before
     assert layer(torch.randn(2, 64).double()).dtype == torch.float64
     assert (layer._kernel.of(4).kernel.name, layer._kernel.of(5).kernel.name) == ("int4", "bfloat16")
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_gradients_pass_through_a_layer_that_has_a_kernel(name: str) -> None:
+    quantized = name in ("int8", "int8_matmul")
+    layer = packed(nn.Linear(64, 32), LayerBits(4, 8 if quantized else 16, 32 if name == "int4" else 0))
+    if KERNELS[name].refuses(layer) is not None:
+        pytest.skip(str(KERNELS[name].refuses(layer)))
+    x = torch.randn(5, 64, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert x.grad is not None
+    expected, x.grad = x.grad, None
+    layer.set_kernel(Bound(KERNELS[name], layer))
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected)
+    assert not layer(x.detach()).requires_grad
+
+
+def test_a_batch_without_tokens_keeps_its_dimensions() -> None:
+    layer = packed(nn.Linear(32, 16), LayerBits(4, 8))
+    for name in KERNELS:
+        if KERNELS[name].refuses(layer) is None:
+            assert error(layer, name, torch.randn(2, 0, 32)) == 0

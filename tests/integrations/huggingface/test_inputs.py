@@ -5,8 +5,10 @@ import torch
 
 import hq_plugin
 from hq_plugin import Config, ConfigError
+from hq_plugin.batch import Batch
 from hq_plugin.integrations.huggingface.inputs import batches, written
-from tests.integrations.huggingface.conftest import llama, tokenizer
+from hq_plugin.integrations.huggingface.rows import splitter
+from tests.integrations.huggingface.conftest import bart, bert, llama, t5, tokenizer
 
 TEXTS = ["the cat sat on the mat"] * 400
 
@@ -63,3 +65,37 @@ def test_pictures_in_patches(rows: bool) -> None:
     data = [{name: value[i] for name, value in each.items()} for each in given for i in range(2)] if rows else given
     packed = hq_plugin.quantize(model, "4bit", data, effort="smoke", sensitivities="fisher", progress=False)
     assert packed(**given[0]).logits.shape == (2, 3)
+
+
+def test_padding_is_cut_from_all_that_has_a_value_for_each_token() -> None:
+    model = bert()
+    ids, mask = torch.randint(1, 60, (2, 32)), torch.zeros(2, 32, dtype=torch.long)
+    mask[:, :12] = 1
+    boxes = torch.zeros(2, 32, 4, dtype=torch.long)
+    _, kwargs, _ = splitter(model)({"input_ids": ids, "attention_mask": mask, "bbox": boxes})
+    assert {name: tuple(value.shape[:2]) for name, value in kwargs.items() if isinstance(value, torch.Tensor)} == {
+        "input_ids": (2, 16),
+        "attention_mask": (2, 16),
+        "bbox": (2, 16),
+    }
+    _, kwargs, _ = splitter(model)({"input_ids": ids, "attention_mask": mask, "of_each_token": boxes})
+    assert kwargs["input_ids"].shape == kwargs["of_each_token"].shape[:2] == (2, 32)
+
+
+@pytest.mark.parametrize("build", [bart, t5])
+@torch.no_grad()
+def test_a_decoder_s_padding_is_not_looked_at(build) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = build()
+    ids, labels = torch.randint(2, 60, (2, 8)), torch.randint(2, 60, (2, 8))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0  # of the source 13 tokens count, of the target 11
+    labels[0, 7:], labels[1, 4:] = -100, -100
+    args, kwargs, _ = splitter(model)({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    found = Batch(args, kwargs, None, 2).run(model)
+    assert found["logits"].shape == (11, 64)
+    assert found["encoder_last_hidden_state"].shape[0] == 13
+    alone = model(
+        input_ids=ids[:1, :5], decoder_input_ids=kwargs["decoder_input_ids"][:1, :7], use_cache=False
+    ).logits
+    torch.testing.assert_close(found["logits"][:7], alone[0], rtol=1e-4, atol=1e-4)

@@ -376,3 +376,13 @@ def test_models_whose_tensors_transformers_renames(kind: str, tmp_path: Path) ->
     loaded.save_pretrained(tmp_path / "again")
     saved = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("packed", "again")]
     assert saved[0] == saved[1]
+
+
+def test_an_adapter_that_lies_beside_the_model_is_no_part_of_it(
+    packed_llama: LlamaForCausalLM, tmp_path: Path
+) -> None:
+    (tmp_path / "packed").mkdir()
+    save_file({"lora": torch.ones(3)}, tmp_path / "packed" / "adapter_model.safetensors")
+    packed_llama.save_pretrained(tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert torch.equal(logits(loaded), logits(packed_llama))

@@ -460,3 +460,42 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(EngineError, match=r"hq-plugin\[onnx\]"):
         hq.export(small, tmp_path / "m.onnx", x)
+
+
+@pytest.mark.parametrize("group", [8, 24])
+def test_groups_that_no_block_of_the_runtime_fits(group: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 7)).eval()
+    x = torch.randn(4, 24)
+    small = packed(model, {"0": LayerBits(3, 16, group), "2": LayerBits(4, 16)}, x)
+    found = hq.export(small, tmp_path / "m.onnx", x)
+    assert error(tmp_path / "m.onnx", small, x) < 1e-2
+    assert [layer.operator for layer in found.layers] == ["DequantizeLinear", "MatMulNBits"]
+
+
+class Returns(nn.Module):
+    """Returns what lies before a BatchNorm, and a feature map that the next layer quantizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.bn = nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+        self.second, self.third = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 5, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raw = self.first(x)
+        features = torch.relu(self.second(torch.relu(self.bn(raw))))
+        return self.third(features), raw, features
+
+
+def test_results_that_are_returned_stay_as_they_are(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Returns().eval()
+    x = torch.randn(2, 3, 12, 12)
+    names = ("first", "second", "third")
+    small = packed(model, {name: LayerBits(4, 8) for name in names}, x)
+    hq.export(small, tmp_path / "m.onnx", x)
+    made = session(tmp_path / "m.onnx")
+    with torch.no_grad():
+        expected = small(x)
+    for wanted, found in zip(expected, made.run(None, {made.get_inputs()[0].name: x.numpy()}), strict=True):
+        assert float((torch.as_tensor(found) - wanted).norm() / wanted.norm()) < 2e-3
