@@ -180,7 +180,7 @@ class PackedModule(nn.Module):
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, load_step(self.weight_step), self.bits.weight, self._zero_points())
         weight = weight.view(self.weight_shape).to(self.weight_dtype)
-        wanted = self._kernel is None or self._kernel.needs_weight or torch.is_grad_enabled()
+        wanted = self._kernel is None or self._kernel.needs_weight
         if self._cache_enabled and wanted and not torch.compiler.is_compiling():
             self._cached = weight
         return weight
