@@ -46,8 +46,16 @@ class Batch:
         Raises:
             DataError: The model cannot take these inputs; the message gives their shapes.
         """
+        return self.without_padding(self.run_whole(model))
+
+    def run_whole(self, model: nn.Module) -> Any:
+        """Runs a model on this batch; what it says of padding is in the output.
+
+        Raises:
+            DataError: As for `run`.
+        """
         try:
-            return self.without_padding(model(*self.args, **self.kwargs))
+            return model(*self.args, **self.kwargs)
         except HQError:
             raise
         except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
@@ -73,28 +81,30 @@ class Batch:
             return None
         return mask.bool()
 
-    def without_padding(self, output: Any) -> Any:
+    def without_padding(self, output: Any, name: str = "") -> Any:
         """Drops the positions of an output `[samples, tokens, ...]` that `attention_mask` masks.
 
         What a model says of padding is never used: a loss over it would be spent on nothing. Where there is a
-        `decoder_attention_mask`, it masks all but the parts of the output whose names begin with `encoder_`.
+        `decoder_attention_mask`, it is what masks all that no encoder gave.
+
+        Args:
+            output: The output, or parts of it.
+            name: Of the module that gave it: an encoder is known by its name, as its parts of an output are.
         """
         kept = self.kept
         decoded = self._kept_by("decoder_attention_mask") if "decoder_attention_mask" in self.kwargs else kept
         if kept is None and decoded is None:
             return output
 
-        def of(value: Any, kept: Tensor | None) -> Any:
+        def of(value: Any, name: str) -> Any:
             if isinstance(value, Tensor):
-                counts = kept is not None and value.dim() > 2 and value.shape[:2] == kept.shape
-                return value[kept] if counts else value
+                mask = kept if "encoder" in name.replace("_", ".").split(".") else decoded
+                return value if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape else value[mask]
             if isinstance(value, Mapping):
-                return {name: of(part, kept) for name, part in value.items()}
-            return [of(part, kept) for part in value] if isinstance(value, (tuple, list)) else value
+                return {key: of(part, f"{name}.{key}") for key, part in value.items()}
+            return [of(part, name) for part in value] if isinstance(value, (tuple, list)) else value
 
-        if not isinstance(output, Mapping):
-            return of(output, decoded)
-        return {name: of(part, kept if name.startswith("encoder_") else decoded) for name, part in output.items()}
+        return of(output, name)
 
     def take(self, count: int) -> Batch:
         """Returns the first `count` samples."""

@@ -122,7 +122,7 @@ class BlockOutputs:
 
     @staticmethod
     def _of(kept: dict[str, list[Tensor]], name: str, batch: Batch) -> list[Tensor]:
-        return tensors_of(batch.without_padding(kept.get(name, [])))
+        return tensors_of(batch.without_padding(kept.get(name, []), name))
 
     def forget(self) -> None:
         """Lets go of the outputs."""

@@ -138,10 +138,7 @@ def _from_dataset(
     shuffled = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
     order = [samples[i] for i in shuffled]
     held = min(wanted, len(samples) // 4)
-    options: dict[str, Any] = {"batch_size": batch_size}
-    if like is not None:
-        options |= {"collate_fn": like.collate_fn, "num_workers": like.num_workers}
-        options |= {"worker_init_fn": like.worker_init_fn}
+    options: dict[str, Any] = {"batch_size": batch_size} | ({} if like is None else _reading(like))
     train_order = order[held:]
     if len(drawn) > len(samples):
         kept_back = set(order[:held])
@@ -168,10 +165,8 @@ def _from_batch_sampler(loader: DataLoader, split: Callable[[Any], Split], wante
     sizes = np.cumsum([len(batch) for batch in drawn])
     first = min(int(np.searchsorted(sizes, wanted)) + 1, max(len(drawn) // 4, 1)) if len(drawn) > 1 else 0
     held = {sample for batch in drawn[:first] for sample in batch}
-    options: dict[str, Any] = {"collate_fn": loader.collate_fn, "num_workers": loader.num_workers}
-    options |= {"worker_init_fn": loader.worker_init_fn}
-    train = DataLoader(loader.dataset, batch_sampler=_Without(loader.batch_sampler, held), **options)  # type: ignore[arg-type]
-    measures = DataLoader(loader.dataset, batch_sampler=drawn[:first] or drawn, **options)  # type: ignore[arg-type]
+    train = DataLoader(loader.dataset, batch_sampler=_Without(loader.batch_sampler, held), **_reading(loader))  # type: ignore[arg-type]
+    measures = DataLoader(loader.dataset, batch_sampler=drawn[:first] or drawn, **_reading(loader))  # type: ignore[arg-type]
     return Data(_Batches(train, split), [make_batch(raw, split) for raw in measures], shared=not first)
 
 
@@ -186,6 +181,11 @@ class _Without:
             kept = [sample for sample in batch if sample not in self.held]
             if kept:
                 yield kept
+
+
+def _reading(loader: DataLoader) -> dict[str, Any]:
+    """Returns how a loader reads its samples, for another one that reads some of them."""
+    return {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "worker_init_fn")}
 
 
 def _chooses(loader: DataLoader) -> bool:

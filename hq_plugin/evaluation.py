@@ -76,12 +76,11 @@ def perplexity(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Con
     surprise, tokens = 0.0, 0
     for raw in data:
         batch = make_batch(raw, split).to(device)
-        # Not `batch.run`, which drops padding: what follows a token is read beside it.
-        ids, scores = batch.kwargs.get("input_ids"), class_scores(model(*batch.args, **batch.kwargs))
+        ids, scores = batch.kwargs.get("input_ids"), class_scores(batch.run_whole(model))
         if ids is None or scores is None or scores.shape[:2] != ids.shape:
             raise DataError("Perplexity needs a causal language model, and text or batches with input_ids.")
-        mask = torch.ones_like(ids) if batch.kept is None else batch.kept
-        follows = (mask[:, 1:] * mask[:, :-1]).bool()
+        kept = torch.ones_like(ids, dtype=torch.bool) if batch.kept is None else batch.kept
+        follows = kept[:, 1:] & kept[:, :-1]
         losses = F.cross_entropy(scores[:, :-1][follows].float(), ids[:, 1:][follows], reduction="sum")
         surprise += float(losses)
         tokens += int(follows.sum())

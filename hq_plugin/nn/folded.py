@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hq_plugin.batchnorm import affine_of
 from hq_plugin.nn.kernels import REFERENCE, Affine, Bound, FoldingKernel, Run
-from hq_plugin.nn.packed import PackedModule, adopt, versions
+from hq_plugin.nn.packed import PackedModule, adopt, versions, wants_gradient
 
 #: Attribute of a tensor: the token of the pair that made it.
 _MARK = "_hq_normalised"
@@ -78,7 +78,7 @@ class Folded(Bound):
 
     def select(self, x: Tensor) -> Run | None:
         """Returns what computes both; None, so that neither is skipped, for gradients and where that changed."""
-        if not isinstance(x, Tensor) or self._norm.training or (x.requires_grad and torch.is_grad_enabled()):
+        if not isinstance(x, Tensor) or self._norm.training or wants_gradient(x):
             return None
         return self.run if _now(self._norm) == self._known else None
 

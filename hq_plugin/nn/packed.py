@@ -198,7 +198,7 @@ class PackedModule(nn.Module):
         Kernels have no gradient: where the input wants one (adapters train before this layer), the forward runs.
         """
         plain = len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
-        if self._kernel is not None and plain and not _wants_gradient(args[0]):
+        if self._kernel is not None and plain and not wants_gradient(args[0]):
             run = self._kernel.select(args[0])
             if run is not None:
                 return run(args[0])
@@ -222,7 +222,7 @@ class PackedModule(nn.Module):
             return x
         if self.bits.dynamic:
             return fake_quantize_rows(x, bits)
-        if traced or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        if traced or torch.compiler.is_compiling() or wants_gradient(x):
             return fake_quantize_activation(x, self.activation_step, self.activation_zero_point, bits)
         return round_to_levels(x, *self.input_levels())
 
@@ -262,7 +262,8 @@ class PackedModule(nn.Module):
         return f"{super().extra_repr()}, bits={self.bits}"
 
 
-def _wants_gradient(x: Any) -> bool:
+def wants_gradient(x: Any) -> bool:
+    """Whether what is computed from an input is to be differentiated in it."""
     return isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled()
 
 

@@ -23,13 +23,11 @@ MEDIA_FIELDS = ("image", "img", "audio", "speech")
 _DIMENSIONS = {"input_ids": 1, "pixel_values": 3, "input_values": 1, "input_features": 2, "spatial_shapes": 1}
 #: Inputs `[samples, tokens]` that padding at the end is cut from, down to a multiple of so many tokens: kernels
 #: like such lengths.
-_BY_TOKEN, _MULTIPLE = (
-    (
-        *("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
-        *("global_attention_mask", "langs", "bbox"),
-    ),
-    8,
+_BY_TOKEN = (
+    *("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask"),
+    *("global_attention_mask", "langs", "bbox"),
 )
+_MULTIPLE = 8
 #: What stands for padding in labels, in all of transformers.
 IGNORED = -100
 #: What an encoder-decoder writes of each sound, at most, in tokens.
@@ -56,10 +54,10 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
     longest of the data set: a batch of shorter ones loses what all of them have of it.
     """
 
+    known = inspect.signature(model.forward).parameters
     # Some classifiers say so themselves to the model inside, which must not hear it twice.
-    caches = model.can_generate() or "use_cache" in inspect.signature(model.forward).parameters
-
-    masks = "decoder_attention_mask" in inspect.signature(model.forward).parameters
+    caches = model.can_generate() or "use_cache" in known
+    masks = "decoder_attention_mask" in known
 
     def split(raw: Any) -> Split:
         if isinstance(raw, Mapping):

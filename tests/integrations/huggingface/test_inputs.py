@@ -95,6 +95,10 @@ def test_a_decoder_s_padding_is_not_looked_at(build) -> None:  # type: ignore[no
     found = Batch(args, kwargs, None, 2).run(model)
     assert found["logits"].shape == (11, 64)
     assert found["encoder_last_hidden_state"].shape[0] == 13
+    # So it is of the outputs of blocks, which are known by their names.
+    batch, states = Batch(args, kwargs, None, 2), [torch.randn(2, 8, 4)]
+    assert [len(part) for part in batch.without_padding(states, "model.encoder.layers.0")] == [13]
+    assert [len(part) for part in batch.without_padding(states, "model.decoder.layers.0")] == [11]
     alone = model(
         input_ids=ids[:1, :5], decoder_input_ids=kwargs["decoder_input_ids"][:1, :7], use_cache=False
     ).logits
