@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class CausalForward(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+        self.cache = _cache_name(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         """Runs the model on new tokens.
@@ -46,9 +48,17 @@ class CausalForward(nn.Module):
 
         made: Any = self.model
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        output = made(input_ids=input_ids, attention_mask=attention_mask, past_key_values=cache, use_cache=True)
-        layers = [(layer.keys, layer.values) for layer in output.past_key_values.layers]
-        return (output.logits, *(tensor for pair in layers for tensor in pair))
+        output = made(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{self.cache: cache})
+        return output.logits, *_tensors(output[self.cache])
+
+
+def _cache_name(model: nn.Module) -> str:
+    """Returns what a model calls its cache: renamed in transformers 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _tensors(cache: Any) -> list[Tensor]:
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
 
 
 @torch.no_grad()
@@ -58,7 +68,7 @@ def causal_inputs(model: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     batch, new, earlier = 2, 3, 5
     ids = torch.arange(batch * earlier).view(batch, earlier) % made.config.get_text_config().vocab_size
     output = made(input_ids=ids, use_cache=True)
-    past = [tensor for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values)]
+    past = _tensors(output[_cache_name(model)])
     dim = torch.export.Dim
     rows, tokens, before = dim("batch", max=65536), dim("sequence", max=1 << 20), dim("past", min=0, max=1 << 20)
     kwargs = {

@@ -14,9 +14,10 @@ from hq_plugin.integrations.onnxruntime.sessions import open_session
 
 @torch.no_grad()
 def difference(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float | None:
-    """Returns by how much the first output of a file differs from the model's, relative to its norm.
+    """Returns by how much the outputs of a file differ from the model's, each relative to its norm.
 
-    Sums of 8-bit products are exact (`sessions.py`).
+    Sums of 8-bit products are exact (`sessions.py`). Whole numbers, such as the places of the largest scores, are
+    left out: the least rounding may change them.
 
     Args:
         path: The file.
@@ -25,8 +26,8 @@ def difference(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict
         kwargs: Named inputs.
 
     Returns:
-        0 is equal; None where nobody can tell: ONNX Runtime is not installed, or inputs or outputs cannot be
-        matched.
+        The largest of the differences, 0 is equal; None where nobody can tell: ONNX Runtime is not installed, or
+        inputs or outputs cannot be matched.
     """
     try:
         session = open_session(path)
@@ -37,12 +38,17 @@ def difference(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict
         return None
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-    outputs = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
-    if not outputs:
+    expected = [leaf.cpu() for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    found = [torch.as_tensor(value) for value in session.run(None, feed)]
+    # As many as both have: a causal model's cache follows in the file, and may be no tensor in PyTorch.
+    pairs = list(zip(found, expected, strict=False))
+    if any(mine.shape != theirs.shape for mine, theirs in pairs):
         return None
-    expected, found = outputs[0].cpu().double(), torch.as_tensor(session.run(None, feed)[0]).double()
-    if found.shape != expected.shape:
-        return None
+    return max((_apart(mine, theirs) for mine, theirs in pairs if theirs.is_floating_point()), default=None)
+
+
+def _apart(found: Tensor, expected: Tensor) -> float:
+    found, expected = found.double(), expected.double()
     return float((found - expected).norm() / expected.norm().clamp(min=1e-30))
 
 

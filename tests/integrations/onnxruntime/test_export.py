@@ -1,3 +1,4 @@
+import copy
 import importlib
 import math
 import os
@@ -19,6 +20,7 @@ from hq_plugin import EngineError, ExportError, HQWarning, HybridPolicy, LayerBi
 from hq_plugin.cost import CostTable
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.integrations.onnxruntime.sessions import open_session
+from hq_plugin.integrations.onnxruntime.verify import difference
 from hq_plugin.packing import pack_bits
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -352,6 +354,31 @@ def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None: 
         feed, expected = {made.get_inputs()[0].name: pixels.numpy()}, small(pixel_values=pixels)[0]
     found = torch.tensor(made.run(None, feed)[0])
     assert float((found - expected).norm() / expected.norm()) < 0.05
+
+
+class TwoHeads(nn.Module):
+    """Class scores, the best class, and what another head says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(16, 8), nn.Linear(16, 8)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return self.first(x), self.first(x).argmax(-1), self.second(x)
+
+
+def test_every_output_is_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(32, 16)
+    small = hq.quantize(TwoHeads(), "5bit", [x], config=SMOKE)
+    written = hq.export(small, tmp_path / "m.onnx", x, accuracy_level=1)
+    assert written.difference is not None
+    assert written.difference < 1e-3
+    # The same file beside a model whose second head alone says the opposite.
+    other = copy.deepcopy(small)
+    other.second.register_forward_hook(lambda module, args, output: -output)
+    apart = difference(tmp_path / "m.onnx", other, (x,), {})
+    assert apart == pytest.approx(2, abs=0.01)
 
 
 def layoutlm() -> LayoutLMForSequenceClassification:
