@@ -167,18 +167,28 @@ def batch_splitter(model: nn.Module, config: Config) -> Callable[[Any], Split]:
     return config.prepare_batch or _Splitter(model)
 
 
+def label_names(model: nn.Module) -> list[str]:
+    """Returns the names under which labels go, but for inputs that a model's forward needs.
+
+    What a loss is computed from where it is given has a default (transformers' `labels=None`): it is a label.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+    return [name for name in LABEL_KEYS if name not in needed]
+
+
 class _Splitter:
     """Tells inputs from labels by the rules that most pipelines follow.
 
     A dict goes in by keyword, without `labels`, `label`, `targets`, `target` and `y` unless `forward`
-    names them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it is one
+    needs them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it is one
     whole number a sample while the first is floating point.
     """
 
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        self.names = {p.name for p in parameters}
+        self.labels = label_names(model)
         self.takes = sum(p.kind in positional for p in parameters)
         self.takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
@@ -186,8 +196,8 @@ class _Splitter:
         if isinstance(raw, Tensor):
             return (raw,), {}, None
         if isinstance(raw, Mapping):
-            kwargs = {k: v for k, v in raw.items() if k not in LABEL_KEYS}
-            labels = next((raw[k] for k in LABEL_KEYS if isinstance(raw.get(k), Tensor)), None)
+            kwargs = {k: v for k, v in raw.items() if k not in self.labels}
+            labels = next((raw[k] for k in self.labels if isinstance(raw.get(k), Tensor)), None)
             return (), kwargs, labels
         if isinstance(raw, (tuple, list)):
             args = tuple(raw)

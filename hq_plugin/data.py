@@ -91,6 +91,8 @@ def _warn_if_few(data: Data) -> None:
 def _read(data: Any, model: nn.Module, config: Config) -> Data:
     split = batch_splitter(model, config)
     wanted = config.steps.holdout * RERANK_FACTOR
+    if isinstance(data, DataLoader) and _iterates_itself(data):
+        return _from_batches(data, split, wanted)
     if isinstance(data, DataLoader) and not isinstance(data.dataset, IterableDataset):
         if data.batch_size is None and _length(data.batch_sampler) is not None:
             return _from_batch_sampler(data, split, wanted)
@@ -185,7 +187,17 @@ class _Without:
 
 def _reading(loader: DataLoader) -> dict[str, Any]:
     """Returns how a loader reads its samples, for another one that reads some of them."""
-    return {name: getattr(loader, name) for name in ("collate_fn", "num_workers", "worker_init_fn")}
+    names = ("collate_fn", "num_workers", "worker_init_fn", "multiprocessing_context", "timeout")
+    return {name: getattr(loader, name) for name in names}
+
+
+def _iterates_itself(loader: DataLoader) -> bool:
+    """Whether a subclass gives other batches than its dataset does: what it does to them must not be lost.
+
+    accelerate's only place them; the same do timm's, which keep their workers.
+    """
+    known = ("accelerate.", "timm.", "torch.")
+    return type(loader).__iter__ is not DataLoader.__iter__ and not type(loader).__module__.startswith(known)
 
 
 def _chooses(loader: DataLoader) -> bool:

@@ -12,6 +12,11 @@ from hq_plugin.data import prepare_data
 from tests.test_data import CONFIG, Named, One, Two, X, Y
 
 
+class NeedsY(nn.Module):
+    def forward(self, x: Tensor, y: Tensor, label: Tensor | None = None) -> Tensor:
+        return x + y
+
+
 @pytest.mark.parametrize(
     ("model", "raw", "args", "kwargs", "labels"),
     [
@@ -24,6 +29,8 @@ from tests.test_data import CONFIG, Named, One, Two, X, Y
         (Named(), {"input_ids": X, "attention_mask": X}, 0, ["input_ids", "attention_mask"], False),
         (Named(), {"input_ids": X, "attention_mask": X, "labels": Y}, 0, ["input_ids", "attention_mask"], True),
         (One(), (X, X), 1, [], False),
+        (NeedsY(), {"x": X, "y": X}, 0, ["x", "y"], False),
+        (NeedsY(), {"x": X, "y": X, "label": Y}, 0, ["x", "y"], True),
     ],
 )
 def test_inputs_and_labels_are_told_apart(model, raw, args: int, kwargs: list[str], labels: bool) -> None:  # type: ignore[no-untyped-def]

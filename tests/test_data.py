@@ -62,6 +62,17 @@ def test_a_loader_keeps_its_batch_size_and_collation() -> None:
     assert not values(data.holdout) & values(data.train)
 
 
+def test_a_loader_that_changes_its_batches_is_read_as_it_is() -> None:
+    class Scaling(DataLoader[Any]):
+        def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+            for x, y in super().__iter__():
+                yield x + 1000, y
+
+    data = prepare_data(Scaling(TensorDataset(X, Y), batch_size=10), One(), CONFIG)
+    assert min(values(data.train) | values(data.holdout)) >= 1000
+    assert not values(data.holdout) & values(data.train)
+
+
 def test_a_list_of_batches_is_split_without_overlap() -> None:
     data = prepare_data(list(X.split(10)), One(), CONFIG)
     assert not values(data.holdout) & values(data.train)

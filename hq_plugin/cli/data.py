@@ -73,15 +73,16 @@ def _arrays(path: Path, model: Any) -> Any:
     import torch
     from torch.utils.data import StackDataset, TensorDataset
 
-    from hq_plugin.batch import LABEL_KEYS
+    from hq_plugin.batch import label_names
 
-    names = [*inspect.signature(model.forward).parameters, *LABEL_KEYS]
+    as_labels = label_names(model)
+    names = [*inspect.signature(model.forward).parameters, *as_labels]
     try:
         with np.load(path, allow_pickle=False) as arrays:
             found = {name: torch.from_numpy(arrays[name]) for name in arrays if name in {"x", *names}}
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{path} is no .npz file of numbers: {error}") from error
-    inputs = {name: _as_input(array) for name, array in found.items() if name not in LABEL_KEYS}
+    inputs = {name: _as_input(array) for name, array in found.items() if name not in as_labels}
     if not inputs:
         raise DataError(f"{path} has no array x: the inputs, one a row; and none named as an input of the model.")
     first, *others = found
@@ -91,7 +92,7 @@ def _arrays(path: Path, model: Any) -> Any:
                 f"{path} has {len(found[first])} rows in {first}, but {len(found[name])} in {name}: one for each "
                 "sample."
             )
-    labels = {name: array.long() for name, array in found.items() if name in LABEL_KEYS}
+    labels = {name: array.long() for name, array in found.items() if name in as_labels}
     if set(inputs) == {"x"}:
         return TensorDataset(inputs["x"], *labels.values())
     columns: Any = inputs | labels

@@ -38,7 +38,7 @@ class DequantizedFolding(FoldingKernel):
     def bind(self, layer: PackedModule, norm: Affine | None = None) -> Run:
         """Returns the float layer's forward on a quantized input."""
         made = adopt(layer, layer._float_type)
-        made.__dict__.update(_cached=None, _kernel=None)
+        made.__dict__.update(_cached=None, _lent=None, _kernel=None)
         weight: Tensor = layer.weight.detach()
         bias: Tensor | None = layer._parameters["bias"]
         if norm is not None:

@@ -256,6 +256,8 @@ class _Int8(FoldingKernel):
             packed = torch.ops.onednn.qconv_prepack(integers, scale, step, zero_point, *settings)
 
             def convolve(x: Tensor) -> Tensor:
+                if x.dim() == 3:  # one sample, without a batch
+                    return convolve(x[None])[0]
                 y = torch.ops.onednn.qconv2d_pointwise(
                     quantized(x), step, zero_point, packed, scale, zeros, bias, *settings, *PLAIN_OUTPUT
                 )

@@ -84,6 +84,11 @@ class PackedModule(nn.Module):
     _cache_enabled: bool
     _cached: Tensor | None
     _kernel: Any
+    #: A weight that was read from outside and is not kept, with its sum: whoever has it may edit it (a merged
+    #: adapter), which is seen when the layer runs next.
+    _lent: tuple[Tensor, float] | None = None
+    #: Whether the layer's own forward is what reads the weight.
+    _running: bool = False
     #: Identity and version of the steps of the input, and the numbers that they are.
     _levels: tuple[list[tuple[int, int]], tuple[float, int, int]] | None = None
 
@@ -176,14 +181,32 @@ class PackedModule(nn.Module):
         """The dequantized weight, in the shape and dtype of the float layer's."""
         if self._cached is not None:
             return self._cached
+        if torch.compiler.is_compiling():
+            return self._dequantized()
+        if self._lent is not None and not self._running:
+            return self._lent[0]
+        # What is kept must serve training, too, whatever the mode of who reads it first.
+        with torch.inference_mode(False), torch.no_grad():
+            weight = self._dequantized()
+        renormalised = getattr(self, "max_norm", None) is not None  # by its own forward, in place
+        wanted = self._kernel is None or self._kernel.needs_weight
+        if self._cache_enabled and wanted and not renormalised:
+            self._cached = weight
+        elif not self._running and not weight.is_meta:
+            self._lent = weight, float(weight.sum())
+        return weight
+
+    def _dequantized(self) -> Tensor:
         integers = unpack_bits(self.weight_packed, self.bits.weight, self.weight_shape)
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, load_step(self.weight_step), self.bits.weight, self._zero_points())
-        weight = weight.view(self.weight_shape).to(self.weight_dtype)
-        wanted = self._kernel is None or self._kernel.needs_weight
-        if self._cache_enabled and wanted and not torch.compiler.is_compiling():
-            self._cached = weight
-        return weight
+        return weight.view(self.weight_shape).to(self.weight_dtype)
+
+    def _take_back(self) -> None:
+        """Keeps a weight that was edited since it was read from outside; lets go of any other."""
+        if self._lent is not None:
+            weight, total = self._lent
+            self._cached, self._lent = (None if float(weight.sum()) == total else weight), None
 
     def _zero_points(self) -> Tensor | None:
         """Returns the zero points of the groups, float32 `[rows]`."""
@@ -197,8 +220,13 @@ class PackedModule(nn.Module):
 
         Kernels have no gradient: where the input wants one (adapters train before this layer), the forward runs.
         """
-        plain = len(args) == 1 and not kwargs and not torch.compiler.is_compiling()
-        if self._kernel is not None and plain and not wants_gradient(args[0]):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and self._lent is not None:
+            self._take_back()
+        plain = len(args) == 1 and not kwargs and not compiling
+        # A kernel that needs no weight knows nothing of one that was edited.
+        edited = self._cached is not None and self._kernel is not None and not self._kernel.needs_weight
+        if self._kernel is not None and plain and not edited and not wants_gradient(args[0]):
             run = self._kernel.select(args[0])
             if run is not None:
                 return run(args[0])
@@ -206,11 +234,17 @@ class PackedModule(nn.Module):
             args = (self.quantize_input(args[0]), *args[1:])
         else:
             kwargs = {name: self.quantize_input(value) for name, value in kwargs.items()}
-        return super().forward(*args, **kwargs)
+        if compiling or self._cached is not None:
+            return super().forward(*args, **kwargs)
+        self.__dict__["_running"] = True
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__["_running"] = False
 
     def set_kernel(self, kernel: Any) -> None:
         """Sets what computes the layer, a `Bound` or `ByRows` of `nn/kernels.py`; None is its own forward."""
-        self._kernel, self._cached = kernel, None
+        self._kernel, self._cached, self._lent = kernel, None, None
 
     def quantize_input(self, x: Any) -> Any:
         """Returns a layer's input as its own forward sees it: rounded, unless it is not to be quantized."""
@@ -245,9 +279,10 @@ class PackedModule(nn.Module):
             if before is not None and after is not None and after.dtype != _FIXED_DTYPES[name]:
                 self._buffers[name] = before.to(after.device)
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype, device=self.weight_step.device)).dtype
-        self._cached = None
+        self._cached = self._lent = None
         if self._kernel is not None:
             self._kernel = self._kernel.again(self)
+            self._lent = None
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -255,7 +290,14 @@ class PackedModule(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_kernel": None, "_levels": None}
+        return {
+            **self.__dict__,
+            "_cached": None,
+            "_lent": None,
+            "_running": False,
+            "_kernel": None,
+            "_levels": None,
+        }
 
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""
@@ -315,7 +357,7 @@ def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
     for name in WEIGHT_BUFFERS:
         if name in owner._buffers:
             other._buffers[name] = owner._buffers[name]
-    other._cached = None
+    other._cached = other._lent = None
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
@@ -334,11 +376,11 @@ def check_unedited(model: nn.Module) -> None:
         ModelError: They were edited in place. Merging a LoRA adapter does that, and it would be lost.
     """
     for name, module in packed_modules(model).items():
+        module._take_back()
         if module._cached is not None:
-            kept, module._cached = module._cached, None
-            fresh = module.weight
-            module._cached = kept
-            if not torch.equal(kept, fresh):
+            with torch.no_grad():
+                edited = not torch.equal(module._cached, module._dequantized())
+            if edited:
                 raise ModelError(
                     f"The dequantized weight of {name!r} was edited (by merging an adapter?): the packed integers "
                     "do not hold that. Save the adapter beside the packed model, or merge it into the float model "
@@ -361,7 +403,7 @@ def cache_weights(model: nn.Module, enabled: bool) -> nn.Module:
         `model`.
     """
     for module in packed_modules(model).values():
-        module._cache_enabled, module._cached = enabled, None
+        module._cache_enabled, module._cached, module._lent = enabled, None, None
         if not enabled and module._kernel is not None and module._kernel.holds_weight:
             module.set_kernel(None)
     return model

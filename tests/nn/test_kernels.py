@@ -263,3 +263,16 @@ def test_a_batch_without_tokens_keeps_its_dimensions() -> None:
     for name in KERNELS:
         if KERNELS[name].refuses(layer) is None:
             assert error(layer, name, torch.randn(2, 0, 32)) == 0
+
+
+@torch.no_grad()
+def test_a_convolution_takes_one_sample_without_a_batch() -> None:
+    torch.manual_seed(0)
+    layer = packed(nn.Conv2d(3, 8, 3, padding=1), LayerBits(5, 8))
+    kernel = KERNELS["int8"]
+    if kernel.refuses(layer) is not None:
+        pytest.skip("oneDNN is not there")
+    x = torch.randn(3, 9, 9)
+    expected = layer(x)
+    layer.set_kernel(Bound(kernel, layer))
+    torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)

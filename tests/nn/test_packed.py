@@ -6,11 +6,13 @@ import timm
 import torch
 from torch import nn
 
+from hq_plugin.errors import ModelError
 from hq_plugin.nn import (
     PackedConv2d,
     PackedLinear,
     PackedModule,
     cache_weights,
+    check_unedited,
     packed_modules,
     packed_type,
     share_packed_weight,
@@ -184,3 +186,41 @@ def test_gradients_reach_the_input() -> None:
     layer(x).sum().backward()
     assert x.grad is not None
     assert float(x.grad.abs().sum()) > 0
+
+
+def test_a_forward_in_inference_mode_leaves_gradients_possible() -> None:
+    layer = pack(nn.Linear(6, 4), LayerBits(4, 16))
+    with torch.inference_mode():
+        layer(torch.randn(2, 6))
+    x = torch.randn(2, 6, requires_grad=True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(x.grad, layer.weight.sum(0).expand(2, 6))
+
+
+def test_an_embedding_that_renormalises_its_rows_is_not_edited() -> None:
+    torch.manual_seed(0)
+    packed = pack(nn.Embedding(10, 8, max_norm=0.5), LayerBits(5, 16))
+    ids = torch.arange(10)
+    assert float(packed(ids).norm(dim=1).max()) <= 0.5 + 1e-4
+    check_unedited(packed)
+    assert torch.equal(packed(ids), packed(ids))
+
+
+@pytest.mark.parametrize("edits", [True, False])
+def test_a_weight_that_is_lent_is_taken_back(edits: bool) -> None:
+    packed = cache_weights(pack(nn.Linear(6, 4), LayerBits(4, 16)), False)
+    x = torch.randn(2, 6)
+    before = packed(x)
+    assert packed._lent is None  # its own forward keeps nothing
+    weight = packed.weight
+    assert packed.weight is weight
+    if edits:
+        weight.data += 1.0
+        torch.testing.assert_close(packed(x), before + x.sum(1, keepdim=True))
+        with pytest.raises(ModelError, match="edited"):
+            check_unedited(packed)
+    else:
+        assert torch.equal(packed(x), before)
+        check_unedited(packed)
+        assert packed._cached is None
+    assert packed._lent is None

@@ -33,7 +33,8 @@ import hq_plugin as hq
 from hq_plugin import DataError, HQWarning, ModelError, torch_ao
 from hq_plugin.distillation import kl_divergence
 from hq_plugin.integrations.huggingface import ADAPTER, inputs, rows
-from hq_plugin.nn import PackedModule, packed_modules
+from hq_plugin.kernels import use_kernel
+from hq_plugin.nn import PackedModule, cache_weights, packed_modules
 from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer, wav2vec2
 
 
@@ -263,6 +264,34 @@ def test_lora_trains_on_packed_layers(packed_llama: LlamaForCausalLM, tmp_path: 
     merged = adapted.merge_and_unload()
     with pytest.raises(ModelError, match="merging an adapter"):
         merged.save_pretrained(tmp_path / "merged")
+    with pytest.raises(ModelError, match="merging an adapter"):
+        hq.save(merged, tmp_path / "merged")
+
+
+@pytest.mark.parametrize("kept", ["kernel", "nothing"])
+def test_a_merged_adapter_holds_where_no_weight_is_kept(kept: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    x = torch.randn(40, 64)
+    small = hq.quantize(layer, "5bit", [x], config=SMOKE)
+    if kept == "kernel":
+        assert use_kernel(small, "int8_matmul") == ["0", "2"]
+    else:
+        cache_weights(small, False)
+    with torch.no_grad():
+        before = small(x)
+        adapted = get_peft_model(
+            copy.deepcopy(small), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        )
+        if kept == "kernel":
+            use_kernel(adapted.get_base_model(), "int8_matmul")
+        else:
+            cache_weights(adapted, False)
+        wanted = adapted(x)
+        merged = adapted.merge_and_unload()
+        # Sums in another order round some inputs of the second layer otherwise.
+        assert float((merged(x) - wanted).norm() / wanted.norm()) < 0.03
+        assert float((before - wanted).norm() / wanted.norm()) > 0.3
     with pytest.raises(ModelError, match="merging an adapter"):
         hq.save(merged, tmp_path / "merged")
 
