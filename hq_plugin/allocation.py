@@ -141,6 +141,7 @@ def monotone(loss: Table) -> Table:
     result = np.where(np.isfinite(loss), loss, -np.inf)
     for axis in (1, 2):
         result = np.flip(np.maximum.accumulate(np.flip(result, axis), axis), axis)
-    scale = max(float(result.max(initial=0.0)), 1e-9) * 1e-6
+    # Of each group's own: one that is huge must not make the falls of all others larger than their losses.
+    scale = np.maximum(result.max(axis=(1, 2), initial=0.0, keepdims=True), 1e-9) * 1e-6
     fall = np.add.outer(np.arange(loss.shape[1]), np.arange(loss.shape[2])) * scale
     return np.where(np.isfinite(loss), np.maximum(result, 0.0) - fall, np.inf)

@@ -6,7 +6,7 @@ Outputs may be tensors, tuples, dicts or objects with `logits`. Nothing here run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -34,15 +34,16 @@ def tensors_of(output: Any) -> list[Tensor]:
 def class_scores(output: Any) -> Tensor | None:
     """Returns the class scores in an output, `[..., classes]`, or None if it has none.
 
-    These are `output.logits` or `output["logits"]`, or an output that is one tensor
-    `[samples, classes]` with at least two classes.
+    These are `output.logits` or `output["logits"]`, whose classes are the last dimension, or the second of four
+    (pictures: one class a pixel), or an output that is one tensor `[samples, classes]`. There are at least two
+    classes: one number is what a regression says.
     """
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(logits, Tensor):
-        return logits
-    if isinstance(output, Tensor) and output.dim() == 2 and output.shape[1] > 1:
-        return output
-    return None
+    scores = output if isinstance(output, Tensor) and output.dim() == 2 else logits
+    if not isinstance(scores, Tensor):
+        return None
+    scores = scores.movedim(1, -1) if scores.dim() == 4 else scores
+    return scores if scores.dim() > 1 and scores.shape[-1] > 1 else None
 
 
 #: Elements of class scores worked on at once: a vocabulary has tens of thousands of them for each token.
@@ -107,30 +108,57 @@ def _sampled_cross_entropy(scores: Tensor, generator: torch.Generator | None = N
     return F.cross_entropy(flat, labels, reduction="sum")
 
 
-def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Returns the mean squared error over the variance of the teacher's elements, a scalar."""
-    student, teacher = student.float(), teacher.float()
-    return (student - teacher).square().mean() / teacher.var(correction=0).clamp_min(1e-12)
+#: The least variance by which an error is divided.
+_LEAST_VARIANCE = 1e-12
+
+
+def variances(outputs: Sequence[Any]) -> list[float]:
+    """Returns the variance of each floating tensor of a model's output over several of its outputs."""
+    parts = [[tensor.detach().float().flatten() for tensor in tensors_of(output)] for output in outputs]
+    alike = [part for part in parts if len(part) == len(parts[0])]
+    joined = [torch.cat(same) for same in zip(*alike, strict=True)]
+    return [float(x.var(correction=0).clamp_min(_LEAST_VARIANCE)) if x.numel() else 1.0 for x in joined]
 
 
 #: What each further tensor of an output counts beside its `last_hidden_state`.
 _BESIDE = 0.1
 
 
-def relative_error(student: Any, teacher: Any) -> Tensor:
+class RelativeError:
     """Squared error over the teacher's variance, the mean over the floating tensors of an output.
 
     Where one of them is `last_hidden_state`, it counts ten times as much as each of the others: a pooler that
     nobody may ever have trained (BERT's, of sentence encoders) is not to have half of the say.
+
+    Args:
+        examples: Outputs of the teacher, by whose variance errors are divided: that of one batch may be of one
+            sample, and have none.
     """
-    pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
-    if not pairs:
-        raise ModelError(
-            f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
-            "Pass loss=<function of the student's and the teacher's output>."
+
+    def __init__(self, examples: Sequence[Any]) -> None:
+        self.variances = variances(examples)
+
+    def __call__(self, student: Any, teacher: Any) -> Tensor:
+        """Returns the error, a scalar.
+
+        Raises:
+            ModelError: The output holds no floating tensor.
+        """
+        pairs = list(zip(tensors_of(student), tensors_of(teacher), strict=True))
+        if not pairs:
+            raise ModelError(
+                f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
+                "Pass loss=<function of the student's and the teacher's output>."
+            )
+        known = self.variances if len(self.variances) == len(pairs) else variances([teacher])
+        errors = torch.stack(
+            [
+                (mine.float() - theirs.float()).square().mean() / variance
+                for (mine, theirs), variance in zip(pairs, known, strict=True)
+            ]
         )
-    errors = torch.stack([squared_error(s, t) for s, t in pairs])
-    return (errors * torch.tensor(_shares(teacher, [t for _, t in pairs]), device=errors.device)).sum()
+        shares = torch.tensor(_shares(teacher, [theirs for _, theirs in pairs]), device=errors.device)
+        return (errors * shares).sum()
 
 
 def _shares(output: Any, tensors: list[Tensor]) -> list[float]:
@@ -140,42 +168,49 @@ def _shares(output: Any, tensors: list[Tensor]) -> list[float]:
     return [weight / sum(weights) for weight in weights]
 
 
-def random_probe(output: Any, generator: torch.Generator | None = None) -> tuple[Tensor, int]:
+def random_probe(
+    output: Any, loss: LossFunction | None = None, generator: torch.Generator | None = None
+) -> tuple[Tensor, int]:
     """Returns a scalar whose gradients tell to second order what an output's distance to itself makes of errors.
 
-    For class scores it is the cross-entropy of labels drawn from them, for other outputs a product with random
-    numbers. The mean over positions of half its squared directional derivative is then the KL divergence, or the
-    relative squared error, of a small error in that direction (the Gauss-Newton matrix).
+    For a divergence of class scores it is the cross-entropy of labels drawn from them, for a squared error a
+    product with random numbers. The mean over positions of half its squared directional derivative is then the
+    KL divergence, or the relative squared error, of a small error in that direction (the Gauss-Newton matrix).
+    What a function of the user's own makes of errors is not known: the divergence is taken in its place where
+    there are class scores.
 
     Args:
         output: Of a network that is differentiated.
+        loss: The distance; None is what suits the output.
         generator: Draws what is random; None is torch's own.
 
     Returns:
         The scalar, summed over positions, and their number; 0 and 1 where the output holds no tensor.
     """
-    scores = class_scores(output)
+    squared = isinstance(loss, RelativeError)
+    scores = None if squared else class_scores(output)
     if scores is not None:
         return _sampled_cross_entropy(scores, generator), scores.shape[:-1].numel()
-    tensors = [tensor for tensor in tensors_of(output) if tensor.numel()]
-    if not tensors:
-        return torch.zeros(()), 1
-    positions = max(tensor.shape[:-1].numel() for tensor in tensors)
-    total = torch.zeros((), device=tensors[0].device)
-    for tensor, share in zip(tensors, _shares(output, tensors), strict=True):
-        wide = tensor.float()
-        noise = torch.randn(wide.shape, generator=generator, device=wide.device)
-        scale = 2 * share * positions / (wide.numel() * float(wide.detach().var(correction=0).clamp_min(1e-12)))
-        total = total + math.sqrt(scale) * (wide * noise).sum()
+    tensors = tensors_of(output)
+    known = loss.variances if isinstance(loss, RelativeError) else []
+    known = known if len(known) == len(tensors) else variances([output])
+    shares = _shares(output, tensors)
+    positions = max((tensor.shape[:-1].numel() for tensor in tensors if tensor.numel()), default=1)
+    total = torch.zeros((), device=tensors[0].device) if tensors else torch.zeros(())
+    for tensor, share, variance in zip(tensors, shares, known, strict=True):
+        if tensor.numel():
+            noise = torch.randn(tensor.shape, generator=generator, device=tensor.device)
+            scale = 2 * share * positions / (tensor.numel() * variance)
+            total = total + math.sqrt(scale) * (tensor.float() * noise).sum()
     return total, positions
 
 
-def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
-    """Returns the distillation loss that fits an example of the teacher's output.
+def loss_function(loss: str | LossFunction, *examples: Any) -> LossFunction:
+    """Returns the distillation loss that fits examples of the teacher's output.
 
     Args:
         loss: `"auto"`, `"kl"`, `"mse"` or a function, which is returned as it is.
-        example: One output of the teacher.
+        examples: Outputs of the teacher, one at least.
 
     Raises:
         ModelError: `"kl"` is asked for, but the output holds no class scores.
@@ -183,18 +218,18 @@ def loss_function(loss: str | LossFunction, example: Any) -> LossFunction:
     """
     if not isinstance(loss, str):
         with torch.no_grad():
-            value = loss(example, example)
+            value = loss(examples[0], examples[0])
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ConfigError(
                 f"loss returned {got}. It takes the outputs of student and teacher and returns one number."
             )
         return loss
-    scores = class_scores(example)
+    scores = class_scores(examples[0])
     if loss == "kl" and scores is None:
         raise ModelError('loss="kl" needs class scores: an output [samples, classes], or with `.logits`.')
     if loss == "mse" or scores is None:
-        return relative_error
+        return RelativeError(examples)
     return _kl_of_outputs
 
 
@@ -212,7 +247,7 @@ def loss_name(loss: LossFunction) -> str:
     """Returns what a distillation loss is called in reports."""
     if loss is _kl_of_outputs:
         return "KL divergence"
-    if loss is relative_error:
+    if isinstance(loss, RelativeError):
         return "relative squared error"
     name = str(getattr(loss, "__name__", type(loss).__name__))
     return "custom loss" if name == "<lambda>" else name

@@ -17,12 +17,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hq_plugin.batch import Batch
+from hq_plugin.distillation import LossFunction
 from hq_plugin.moments import probes
 from hq_plugin.space import SearchSpace
 
 
 def input_losses(
-    network: nn.Module, teacher: nn.Module, space: SearchSpace, batches: Iterable[Batch], seed: int
+    network: nn.Module,
+    teacher: nn.Module,
+    space: SearchSpace,
+    batches: Iterable[Batch],
+    seed: int,
+    loss: LossFunction | None = None,
 ) -> NDArray[np.float64]:
     """Estimates what each width of each group's inputs costs alone, in the unit of the network's loss.
 
@@ -35,6 +41,7 @@ def input_losses(
         space: The search space.
         batches: A few batches, on the model's device.
         seed: Seeds what is drawn.
+        loss: The distance; None is what suits the output.
 
     Returns:
         `[groups, activation widths]`, relative to each group's widest; infinite where a group lacks the width.
@@ -53,7 +60,7 @@ def input_losses(
     positions = 0
     try:
         with torch.enable_grad():
-            for probe, seen in probes(teacher, batches if handles else (), seed):
+            for probe, seen in probes(teacher, batches if handles else (), seed, loss):
                 positions += seen
                 if probe.requires_grad:
                     probe.backward()
@@ -85,7 +92,9 @@ class _Watch:
         x = args[0] if name is None else kwargs[name]
         # Parameters need no gradient, so the graph starts at the first layer that is watched.
         own = x.clone() if x.requires_grad else x.detach().clone().requires_grad_(True)
-        own.register_hook(lambda gradient: self.see(own.detach(), gradient))
+        # The hook must not hold the tensor that holds it: nothing would find that circle.
+        seen = own.detach()
+        own.register_hook(lambda gradient: self.see(seen, gradient))
         return ((own, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: own})
 
     @torch.no_grad()

@@ -28,9 +28,27 @@ def set_training_modes(network: nn.Module, batch_statistics: bool) -> None:
     """
     network.eval()
     for module in network.modules():
-        # cuDNN computes gradients of recurrent layers in training mode only.
-        if (batch_statistics and isinstance(module, _BatchNorm)) or isinstance(module, nn.RNNBase):
+        if (batch_statistics and isinstance(module, _BatchNorm)) or _needs_training_mode(module):
             module.train()
+
+
+def _needs_training_mode(module: nn.Module) -> bool:
+    """cuDNN computes gradients of recurrent layers in training mode only."""
+    return isinstance(module, nn.RNNBase) and any(p.is_cuda for p in module.parameters(recurse=False))
+
+
+@contextmanager
+def without_recurrent_dropout(network: nn.Module) -> Iterator[None]:
+    """Inside, recurrent layers drop nothing, in training mode either: no part of theirs could be left in eval."""
+    layers = [module for module in network.modules() if isinstance(module, nn.RNNBase)]
+    kept = [layer.dropout for layer in layers]
+    for layer in layers:
+        layer.dropout = 0.0
+    try:
+        yield
+    finally:
+        for layer, dropout in zip(layers, kept, strict=True):
+            layer.dropout = dropout
 
 
 class KeptValues:

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from hq_plugin.batch import Batch
-from hq_plugin.distillation import random_probe, tensors_of
+from hq_plugin.distillation import LossFunction, random_probe, tensors_of
 from hq_plugin.errors import ConfigError
 from hq_plugin.precision import autocast
 from hq_plugin.sites import Site
@@ -126,7 +126,7 @@ class _Sums:
 
 
 def collect_moments(
-    teacher: nn.Module, sites: Iterable[Site], batches: Iterable[Batch], seed: int
+    teacher: nn.Module, sites: Iterable[Site], batches: Iterable[Batch], seed: int, loss: LossFunction | None = None
 ) -> dict[str, Moments]:
     """Runs the float model forwards and backwards, and returns the moments of its sites by name.
 
@@ -138,6 +138,7 @@ def collect_moments(
         sites: The sites.
         batches: A few batches, on the model's device.
         seed: Seeds what is drawn.
+        loss: The distance; None is what suits the output.
 
     Raises:
         ConfigError: No gradient reaches the layers from the model's output.
@@ -159,7 +160,7 @@ def collect_moments(
             handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
     try:
         with torch.enable_grad(), lookups:
-            for probe, seen in probes(teacher, batches, seed):
+            for probe, seen in probes(teacher, batches, seed, loss):
                 if not probe.requires_grad:
                     raise ConfigError(
                         'sensitivities="fisher" needs an output that hangs on the layers, and holds a tensor of '
@@ -183,16 +184,19 @@ def collect_moments(
         if moments is not None:
             found[name] = moments
     others = [replace(sum_.site, called=False) for sum_ in sums.values() if not sum_.fits]
-    return found | (collect_moments(teacher, others, batches, seed) if others else {})
+    return found | (collect_moments(teacher, others, batches, seed, loss) if others else {})
 
 
-def probes(teacher: nn.Module, batches: Iterable[Batch], seed: int) -> Iterator[tuple[Tensor, int]]:
+def probes(
+    teacher: nn.Module, batches: Iterable[Batch], seed: int, loss: LossFunction | None = None
+) -> Iterator[tuple[Tensor, int]]:
     """Runs the float model, and yields what the Fisher information's gradients are of, with its positions.
 
     Args:
         teacher: The float model, in eval mode.
         batches: Batches, on the model's device.
         seed: Seeds what is drawn.
+        loss: The distance; None is what suits the output.
     """
     generator: torch.Generator | None = None
     for batch in batches:
@@ -201,7 +205,7 @@ def probes(teacher: nn.Module, batches: Iterable[Batch], seed: int) -> Iterator[
         if generator is None:
             tensors = tensors_of(output)
             generator = torch.Generator(tensors[0].device if tensors else "cpu").manual_seed(seed)
-        yield random_probe(output, generator)
+        yield random_probe(output, loss, generator)
 
 
 def _parts(batch: Batch) -> list[Batch]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hq_plugin import adapters
@@ -16,11 +18,16 @@ from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
+from hq_plugin.distillation import LossFunction, RelativeError, loss_function
 from hq_plugin.rewriting import hold_parameters, plain_weights, split_tables, splittable
+from hq_plugin.sharding import sharded
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import fingerprint
 from hq_plugin.usage import rows_by_use
+
+#: Samples whose outputs tell what errors are divided by.
+_EXAMPLES = 64
 
 
 def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
@@ -29,13 +36,32 @@ def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[
     return [batch.to(device) for batch in islice(iter(data.train), config.calibration_batches)]
 
 
+@torch.no_grad()
+def distance_of(teacher: nn.Module, data: Data, config: Config) -> LossFunction:
+    """Returns the distance of a configuration, as the teacher's outputs for held-out samples want it."""
+    device, examples, samples = device_of(teacher), [], 0
+    for batch in data.holdout:
+        examples.append(batch.to(device).run(teacher))
+        samples += batch.size
+        loss = loss_function(config.loss, *examples)
+        # Only errors that are divided by variances hang on more than what the output is made of.
+        if not isinstance(loss, RelativeError) or samples >= _EXAMPLES:
+            break
+    return loss
+
+
+def at_work(teacher: nn.Module) -> nn.Module:
+    """Returns a teacher where it is to run: on accelerate's device, in place, unless it is sharded."""
+    return teacher if sharded() else teacher.to(Accelerator().device)
+
+
 def open_checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Checkpoint | None:
     """Opens the checkpoint that a configuration asks for."""
     if config.checkpoint_dir is None:
         return None
     key = {
         "float model": fingerprint(teacher.state_dict()),
-        "budget": None if budget is None else str(budget),
+        "budget": None if budget is None else asdict(budget),
         **decisive(config),
     }
     return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds)

@@ -79,7 +79,8 @@ def set_trainable(prepared: nn.Module, float_too: bool) -> None:
         prepared: The model.
         float_too: Whether its float layers and biases do, beside the quantized weights and their steps.
     """
-    prepared.requires_grad_(float_too)
+    for parameter in prepared.parameters():
+        parameter.requires_grad_(float_too and (parameter.is_floating_point() or parameter.is_complex()))
     for layer in qat_layers(prepared).values():
         for module in (layer.weight_fake_quant, layer.activation_fake_quant):
             assert isinstance(module, nn.Module)

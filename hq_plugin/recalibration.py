@@ -38,19 +38,29 @@ def measured_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[st
 
     Args:
         network: Any network; only the running statistics of its BatchNorm layers change.
-        batches: The batches, whose statistics are averaged.
+        batches: The batches; of their statistics the mean is taken, each weighted by how much it is of.
     """
     layers = _batchnorms(network)
     network.eval()
     momenta = {name: layer.momentum for name, layer in layers.items()}
+    seen = dict.fromkeys(layers.values(), 0)
+
+    def weigh(layer: Any, args: tuple[Any, ...]) -> None:
+        # Torch's own cumulative mean has a last, smaller batch count as much as the others.
+        values = args[0].numel()
+        seen[layer] += values
+        layer.momentum = values / max(seen[layer], 1)
+
+    hooks = [layer.register_forward_pre_hook(weigh) for layer in layers.values()]
     for layer in layers.values():
         layer.reset_running_stats()
-        layer.momentum = None  # torch's way to ask for a cumulative mean
         layer.train()
     try:
         for batch in batches:
             batch.run(network)
     finally:
+        for hook in hooks:
+            hook.remove()
         for name, layer in layers.items():
             layer.momentum = momenta[name]
             layer.eval()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hq_plugin import torch_ao
 from hq_plugin.batch import Batch
-from hq_plugin.distillation import random_probe
+from hq_plugin.distillation import LossFunction, random_probe
 from hq_plugin.nn.split import whole_name
 from hq_plugin.precision import autocast
 from hq_plugin.qat_layers import qat_layers
@@ -71,7 +71,9 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
     return {name: total / counts[name] for name, total in sums.items() if bool(total.isfinite().all())}
 
 
-def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, Tensor]:
+def gradient_products(
+    network: nn.Module, names: Iterable[str], batches: Iterable[Batch], loss: LossFunction | None = None
+) -> dict[str, Tensor]:
     """Returns the outer products of gradients at what embeddings looked up, `[width, width]` float32.
 
     Gradients of random products of the output, or of the likelihood of labels drawn from its class scores: their
@@ -82,6 +84,7 @@ def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterabl
         network: A prepared network; its gradients are lost.
         names: Its embeddings.
         batches: A few batches.
+        loss: The distance; None is what suits the output.
 
     Returns:
         Products by the name of the embedding, or of the whole that a table is part of. Those that no gradient
@@ -104,7 +107,7 @@ def gradient_products(network: nn.Module, names: Iterable[str], batches: Iterabl
         with torch.enable_grad():
             for batch in batches if handles else ():
                 with autocast():
-                    probe, _ = random_probe(batch.run(network))
+                    probe, _ = random_probe(batch.run(network), loss)
                 if probe.requires_grad:
                     probe.backward()
                 network.zero_grad()
@@ -205,7 +208,9 @@ def inside(weight: Tensor, integers: Tensor, step: Tensor, zero: Tensor | None, 
     return torch.minimum(torch.maximum(weight, below), above)
 
 
-def start_from_good_integers(network: nn.Module, batches: Iterable[Batch]) -> None:
+def start_from_good_integers(
+    network: nn.Module, batches: Iterable[Batch], loss: LossFunction | None = None
+) -> None:
     """Moves the weights of a network with a fixed policy onto integers found to second order.
 
     Layers and embeddings that share a weight want different integers, and are left as they are.
@@ -213,6 +218,7 @@ def start_from_good_integers(network: nn.Module, batches: Iterable[Batch]) -> No
     Args:
         network: A prepared network whose layers have tables of one width; changed in place.
         batches: A few batches; of linear layers the float network's inputs are what counts.
+        loss: The distance; None is what suits the output.
     """
     batches = list(batches)
     layers: dict[str, Any] = {
@@ -226,7 +232,7 @@ def start_from_good_integers(network: nn.Module, batches: Iterable[Batch]) -> No
     for name, product in products.items():
         _round(layers[name], product)
     embeddings = [name for name in layers if name not in linear]
-    gradients = gradient_products(network, embeddings, batches)
+    gradients = gradient_products(network, embeddings, batches, loss)
     for name in embeddings:
         if whole_name(name) in gradients:
             _round(layers[name], gradients[whole_name(name)])

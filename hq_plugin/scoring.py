@@ -70,6 +70,8 @@ class Scorer:
             network: A network with the teacher's layers.
             samples: How many; None takes those of a candidate. If there are fewer, all.
         """
+        if not any(has_statistics(module) for module in self.teacher.modules()):
+            return
         samples = self.recalibration if samples is None else samples
         if samples not in self._recalibrations:
             # Data may be augmented at random; which samples these are must not hang on what was read before.
@@ -109,11 +111,12 @@ class Scorer:
         return fidelity
 
     def forget_targets(self) -> None:
-        """Frees the float model's outputs, before memory is needed; they are computed again when they are.
+        """Frees what can be had again, before memory is needed: the float model's outputs, and training samples.
 
-        Of a language model they are as large as its weights.
+        Of a language model outputs are as large as its weights.
         """
         self._targets.clear()
+        self._recalibrations = {n: kept for n, kept in self._recalibrations.items() if n == self.recalibration}
         self._running = None
 
     def _target(self, number: int, batch: Batch) -> Any:

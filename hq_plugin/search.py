@@ -69,6 +69,10 @@ class SearchResult:
     seeds: dict[str, list[Genome]] = field(default_factory=dict)
 
 
+#: A rise from which on a network says nothing any more, and how much worse than all others such a width counts.
+_HUGE, _WORSE = 1e6, 10.0
+
+
 def additive_sensitivities(
     space: SearchSpace,
     score: Score,
@@ -106,6 +110,7 @@ def additive_sensitivities(
             f"The loss of the widest policy on held-out data is {base} before step 0. Look at the data, the model "
             "(does its own output hold NaN?) and the loss function."
         )
+    found: dict[tuple[int, int, int], float] = {}
     with progress(show) as bars:
         measured = np.minimum(top, 1) if narrowest else top
         bar = bars.task("sensitivities", total=int(measured[:, list(columns)].sum()))
@@ -117,13 +122,18 @@ def additive_sensitivities(
                 genome[row, column] = index
                 policies.append(space.policy(genome))
             for (column, index), value in zip(places, score(policies) if policies else [], strict=True):
-                rise[column][row, index] = min(value - base, 1e6)
-            for column in columns:
-                rise[column][row, top[row, column]] = 0.0
-                if narrowest:
-                    bits = (space.groups[row].weight_bits, space.groups[row].activation_bits)[column]
-                    rise[column][row, : len(bits)] = rise[column][row, 0] * _quartered(bits)
+                found[column, row, index] = value - base
             bar.advance(len(places))
+    # An output that overflows at one width must not make all other losses nothing beside it.
+    worst = max([1.0, *(_WORSE * value for value in found.values() if value < _HUGE)])
+    for (column, row, index), value in found.items():
+        rise[column][row, index] = value if value < _HUGE else worst
+    for column in columns:
+        for row, group in enumerate(space.groups):
+            rise[column][row, top[row, column]] = 0.0
+            if narrowest:
+                bits = (group.weight_bits, group.activation_bits)[column]
+                rise[column][row, : len(bits)] = rise[column][row, 0] * _quartered(bits)
     table: Table = rise[0][:, :, None] + rise[1][:, None, :]
     return table
 

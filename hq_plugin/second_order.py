@@ -16,6 +16,7 @@ from torch import nn
 from hq_plugin.batch import Batch
 from hq_plugin.config import Config
 from hq_plugin.cost import Table
+from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import map_split
 from hq_plugin.errors import ConfigError, HQWarning
 from hq_plugin.input_losses import input_losses
@@ -25,14 +26,14 @@ from hq_plugin.space import SearchSpace
 
 
 def calibration_moments(
-    teacher: nn.Module, space: SearchSpace, batches: Sequence[Batch], config: Config
+    teacher: nn.Module, space: SearchSpace, batches: Sequence[Batch], config: Config, loss: LossFunction
 ) -> dict[str, Moments]:
     """Returns the moments of the sites on a few batches.
 
     There are none where the model has no gradient, and sensitivities are measured and can do without.
     """
     try:
-        return collect_moments(teacher, space.table, batches, config.seed)
+        return collect_moments(teacher, space.table, batches, config.seed, loss)
     except (ConfigError, RuntimeError) as error:
         if config.sensitivities == "fisher" or out_of_memory(error):
             raise
@@ -63,7 +64,12 @@ def weight_losses(
 
 
 def second_order(
-    network: nn.Module, teacher: nn.Module, space: SearchSpace, batches: Sequence[Batch], config: Config
+    network: nn.Module,
+    teacher: nn.Module,
+    space: SearchSpace,
+    batches: Sequence[Batch],
+    config: Config,
+    loss: LossFunction,
 ) -> Table | None:
     """Returns what each width of each group costs alone, weight's and input's added up.
 
@@ -73,15 +79,16 @@ def second_order(
         space: The search space.
         batches: A few batches, on the model's device.
         config: Options.
+        loss: The distance.
 
     Returns:
         `[groups, weight widths, activation widths]`; None where the model has no gradient.
     """
-    weights = weight_losses(network, space, calibration_moments(teacher, space, batches, config))
+    weights = weight_losses(network, space, calibration_moments(teacher, space, batches, config, loss))
     if weights is None:
         return None
 
     def losses(batches: Sequence[Batch]) -> NDArray[np.float64]:
-        return input_losses(network, teacher, space, batches, config.seed)
+        return input_losses(network, teacher, space, batches, config.seed, loss)
 
     return weights[:, :, None] + map_split(losses, [batches])[0][:, None, :]

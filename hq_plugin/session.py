@@ -6,6 +6,7 @@ policy (step 2), `finetune` trains it on and converts it (steps 3 and 4); `quant
 
 from __future__ import annotations
 
+import copy
 import functools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,7 +27,7 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
-from hq_plugin.distillation import Fidelity, LossFunction, loss_function, loss_name
+from hq_plugin.distillation import Fidelity, LossFunction, loss_name
 from hq_plugin.distribution import alive_together, map_split, processes
 from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
@@ -41,9 +42,11 @@ from hq_plugin.modes import gradients
 from hq_plugin.moments import Moments, SiteMoments
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.preparation import (
+    at_work,
     calibration_batches,
     decisive,
     device_of,
+    distance_of,
     open_checkpoint,
     search_space,
     teacher_of,
@@ -105,11 +108,18 @@ class Session:
     """
 
     def __init__(
-        self, teacher: nn.Module, network: nn.Module, space: SearchSpace, data: Data, config: Config
+        self,
+        teacher: nn.Module,
+        network: nn.Module,
+        space: SearchSpace,
+        data: Data,
+        config: Config,
+        loss: LossFunction,
+        device: torch.device,
     ) -> None:
         self.teacher, self.network, self.space = teacher, network, space
         self.data, self.config = data, config
-        self.device = device_of(teacher)
+        self.device, self.loss = device, loss
         self.costs = CostTable(space)
         self.history: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
@@ -119,9 +129,6 @@ class Session:
         self.sensitivities: Table
         self.second_order: Table | None = None
         self.checkpoint: Checkpoint | None = None
-        with torch.no_grad():
-            example = data.holdout[0].to(device_of(teacher)).run(teacher)
-        self.loss: LossFunction = loss_function(config.loss, example)
         self.blocks = find_blocks(teacher, [site.name for site in space.table])
         self._scorer: Scorer | None = None
 
@@ -160,19 +167,21 @@ class Session:
             with_latency(costs, budget, teacher, data.holdout[0].to(device_of(teacher)), config)
         focus = costs.resources(budget) if budget is not None else []
         began = time.perf_counter()
+        device, teacher = device_of(teacher), at_work(teacher)
+        loss = distance_of(teacher, data, config)
         moments: Mapping[str, Moments] = {}
         if config.sensitivities == "fisher":
-            moments = calibration_moments(teacher, space, calibration_batches(teacher, data, config), config)
+            moments = calibration_moments(teacher, space, calibration_batches(teacher, data, config), config, loss)
         inputs = {name: seen for name, seen in moments.items() if isinstance(seen, SiteMoments)}
         importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
-        session = cls(teacher, network, space, data, config)
+        session = cls(teacher, network, space, data, config, loss, device)
         session.costs = costs
         session.checkpoint = open_checkpoint(teacher, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         if counts_second_order(config):
             batches = calibration_batches(teacher, data, config)
-            session.second_order = second_order(network, teacher, space, batches, config)
+            session.second_order = second_order(network, teacher, space, batches, config, loss)
             del batches  # before anything is trained
         measured = time.perf_counter()
         session.memory["sensitivities"] = peak_memory()
@@ -248,15 +257,21 @@ class Session:
 
     @property
     def _example(self) -> Batch:
-        """The first held-out batch, where the teacher is."""
-        return self.data.holdout[0].to(device_of(self.teacher))
+        """The first held-out batch, where the float model was."""
+        return self.data.holdout[0].to(self.device)
+
+    @property
+    def _at_home(self) -> nn.Module:
+        """The teacher where the float model was: it may work on another device than results are to run on."""
+        here = device_of(self.teacher) == self.device
+        return self.teacher if here else copy.deepcopy(self.teacher).to(self.device)
 
     def _milliseconds(self, policy: HybridPolicy, samples: int) -> float:
         """Times the model under a policy, in the first process where there are several."""
-        batch = self._example
+        teacher, batch = self._at_home, self._example
 
         def timed(policy: HybridPolicy) -> float:
-            return policy_milliseconds(self.teacher, self.space, policy, batch, samples, self.config.target)
+            return policy_milliseconds(teacher, self.space, policy, batch, samples, self.config.target)
 
         return float(map_split(timed, [policy])[0])
 
@@ -307,7 +322,7 @@ class Session:
     def _resources(self, budget: str | Budget) -> list[Resource]:
         """Turns a budget into limits; measures the machine first, where latency is limited."""
         budget = Budget.parse(budget)
-        with_latency(self.costs, budget, self.teacher, self._example, self.config)
+        with_latency(self.costs, budget, self._at_home, self._example, self.config)
         return self.costs.resources(budget)
 
     def baselines(self, budget: str | Budget) -> dict[str, HybridPolicy]:
@@ -379,7 +394,7 @@ class Session:
         """
         budget = Budget.parse(budget)
         with tracking(self.config):
-            metric = Metric.tried(eval_fn, self.teacher)
+            metric = Metric.tried(eval_fn, self._at_home)
             return self.finetune(self.search(budget, eval_fn=metric), budget=budget, eval_fn=metric)
 
     @_stage
@@ -413,7 +428,7 @@ class Session:
             finetune_from=start or self.config.finetune_from,
             finetune_steps=self.config.steps.finetune if steps is None else steps,
         )
-        metric = Metric.tried(eval_fn, self.teacher)
+        metric = Metric.tried(eval_fn, self._at_home)
         tuned = self._trained_on(found.policy, config)
         memory = {**self.memory, **found.memory, "finetune": peak_memory()}
         began = time.perf_counter()
@@ -500,14 +515,14 @@ class Session:
 
     def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
         """Returns the network that fine-tuning starts from."""
-        if config.finetune_from == "float":
-            network = float_network(self.teacher, policy, self.data, config)
-        else:
-            network = generated_network(self.network, policy)
-        if config.rounding == "second_order":
-            batches = calibration_batches(self.teacher, self.data, config)
-            with seeded(config.seed):  # so that it may be started again from the same integers
-                start_from_good_integers(network, batches)
+        with seeded(config.seed):  # so that it may be started again from the same steps and integers
+            if config.finetune_from == "float":
+                network = float_network(self.teacher, policy, self.data, config)
+            else:
+                network = generated_network(self.network, policy)
+            if config.rounding == "second_order":
+                batches = calibration_batches(self.teacher, self.data, config)
+                start_from_good_integers(network, batches, self.loss)
         with placed(network, keep=True) as running:
             self.scorer.recalibrate(running, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network

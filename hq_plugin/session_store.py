@@ -20,7 +20,7 @@ from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
 from hq_plugin.nn.split import saved_orders
 from hq_plugin.outline import Outline, read_outline, read_second_order, read_table, write_outline, write_table
-from hq_plugin.preparation import search_space, teacher_of
+from hq_plugin.preparation import at_work, device_of, distance_of, search_space, teacher_of
 from hq_plugin.search import Scored
 from hq_plugin.session import Session
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
@@ -111,12 +111,13 @@ def read_session(
                 f"{directory} was made from another float model, or from other weights. Load the same checkpoint."
             )
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
+        device, teacher = device_of(teacher), at_work(teacher)
         space = search_space(teacher, data, config)
         size = sum(tensor.numel() for tensor in [*tensors.values(), *teacher.state_dict().values()])
         with at_most(_SLACK * size, _SLACK * len(tensors)):
             network = build_network(teacher, space, data, config)
         network.load_state_dict(tensors)
-        session = Session(teacher, network.eval(), space, data, config)
+        session = Session(teacher, network.eval(), space, data, config, distance_of(teacher, data, config), device)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
         session.memory = dict(content.get("memory", {}))
         session.sensitivities = read_table(content["sensitivities"])

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
 from hq_plugin.batch_statistics import agree_on_statistics, batch_statistics_pay, follow_batches
@@ -25,7 +26,7 @@ from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
 from hq_plugin.interruption import Interruption, deferred, interrupted
-from hq_plugin.modes import KeptValues, set_training_modes
+from hq_plugin.modes import KeptValues, set_training_modes, without_recurrent_dropout
 from hq_plugin.progress import progress
 from hq_plugin.rates import Rates
 from hq_plugin.sharding import placed, sharded
@@ -96,12 +97,14 @@ def train(task: Task) -> None:
     """
     if task.steps == 0:
         return
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    # Statistics of BatchNorm are averaged in the end: until then processes keep their own.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(kwargs_handlers=[unused])
     warn_if_alone()
     with (
         placed(task.network, keep=True, device=accelerator.device) as network,
         placed(task.teacher, device=accelerator.device) as teacher,
+        without_recurrent_dropout(network),
         # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
         nullcontext(Interruption()) if task.checkpoint is None else deferred() as stop,
     ):
@@ -130,7 +133,11 @@ def _train(
     if pieces:
         wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
     else:
-        wrapped, optimizer = accelerator.prepare(network, optimizer)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch renames `broadcast_buffers`, accelerate not yet
+            wrapped, optimizer = accelerator.prepare(network, optimizer)
+        for buffer in network.buffers():
+            broadcast(buffer)  # in place; the processes' own may differ in their last bits
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distance = task.distance or task.loss
     far = task.batch_statistics is None and batch_statistics_pay(network, teacher, task.data, distance, accelerator)

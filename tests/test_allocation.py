@@ -105,3 +105,11 @@ def test_monotone_removes_noise_but_keeps_order() -> None:
     smooth = monotone(table)
     assert np.all(np.diff(smooth[0, :, 0]) < 0)
     assert smooth[0, 0, 0] == pytest.approx(6.0, rel=1e-4)
+
+
+def test_one_huge_loss_leaves_the_others_theirs() -> None:
+    loss = np.stack([np.array([[0.02 * 0.25**k] for k in range(6)])] * 4)
+    expected = monotone(loss)[1:]
+    loss[0, 0] = 1e6
+    np.testing.assert_array_equal(monotone(loss)[1:], expected)
+    np.testing.assert_allclose(expected, loss[1:], atol=1e-6)

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from hq_plugin import ModelError, distillation
 from hq_plugin.distillation import (
     Fidelity,
+    RelativeError,
     class_scores,
     kl_divergence,
     loss_function,
     loss_name,
-    relative_error,
+    random_probe,
     training_loss,
 )
 
@@ -28,17 +29,33 @@ def test_hidden_states_count_most() -> None:
     teacher = {"last_hidden_state": hidden, "pooler_output": pooled}
     near = {"last_hidden_state": hidden + 1, "pooler_output": pooled}
     pooler = {"last_hidden_state": hidden, "pooler_output": pooled + 1}
-    one, other = float(relative_error(near, teacher)), float(relative_error(pooler, teacher))
+    error = RelativeError([teacher])
+    one, other = float(error(near, teacher)), float(error(pooler, teacher))
     assert one == pytest.approx(1 / 1.1 / float(hidden.var(correction=0)), rel=1e-4)
     assert other == pytest.approx(0.1 / 1.1 / float(pooled.var(correction=0)), rel=1e-4)
     # Without that name all count alike.
-    alike = relative_error((hidden, pooled + 1), (hidden, pooled))
+    alike = RelativeError([(hidden, pooled)])((hidden, pooled + 1), (hidden, pooled))
     assert float(alike) == pytest.approx(0.5 / float(pooled.var(correction=0)), rel=1e-4)
 
 
 def test_relative_error_is_free_of_scale() -> None:
     t, s = torch.randn(5, 3, 4), torch.randn(5, 3, 4)
-    assert float(relative_error(s, t)) == pytest.approx(float(relative_error(s * 100, t * 100)), rel=1e-4)
+    scaled = RelativeError([t * 100])(s * 100, t * 100)
+    assert float(RelativeError([t])(s, t)) == pytest.approx(float(scaled), rel=1e-4)
+
+
+def test_a_batch_of_one_sample_counts_as_one_sample() -> None:
+    t = torch.randn(65, 1)
+    s = t + 0.03 * torch.randn(65, 1)
+    distances = []
+    for parts in ((64, 1), (33, 32)):
+        loss = loss_function("auto", *t.split(parts))
+        fidelity = Fidelity(loss)
+        for mine, theirs in zip(s.split(parts), t.split(parts), strict=True):
+            fidelity.update(mine, theirs, None, len(mine))
+        distances.append(fidelity.distance)
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+    assert distances[0] == pytest.approx(float((s - t).square().mean() / t.var(correction=0)), rel=1e-4)
 
 
 def test_what_auto_takes() -> None:
@@ -49,10 +66,12 @@ def test_what_auto_takes() -> None:
     for other in (
         torch.randn(4, 3, 8, 8),
         torch.randn(4, 1),
+        SimpleNamespace(logits=torch.randn(4, 1)),
+        {"logits": torch.randn(4, 1, 8, 8)},
         (torch.randn(4, 3), torch.randn(4)),
         {"x": torch.randn(3, 4)},
     ):
-        assert loss_function("auto", other) is relative_error
+        assert isinstance(loss_function("auto", other), RelativeError)
     own = lambda s, t: (s - t).abs().mean()  # noqa: E731
     assert loss_function(own, logits) is own
 
@@ -61,7 +80,29 @@ def test_mistakes() -> None:
     with pytest.raises(ModelError, match="class scores"):
         loss_function("kl", torch.randn(4, 3, 8, 8))
     with pytest.raises(ModelError, match="no floating-point tensor"):
-        relative_error(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+        RelativeError([])(torch.zeros(3, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+
+
+def test_classes_of_pixels_are_compared() -> None:
+    teacher = SimpleNamespace(logits=torch.randn(2, 5, 8, 3))
+    # The same for all columns of a picture, and another class nearly everywhere.
+    student = SimpleNamespace(logits=teacher.logits + 3 * torch.randn(2, 5, 8, 1))
+    fidelity = Fidelity(loss_function("auto", teacher))
+    labels = teacher.logits.argmax(1)
+    fidelity.update(student, teacher, labels, 2)
+    assert fidelity.distance > 0.5
+    assert fidelity.agreement is not None
+    assert fidelity.agreement < 0.6
+    assert fidelity.accuracy == fidelity.agreement
+
+
+def test_what_a_squared_error_makes_of_errors_is_not_what_a_divergence_does() -> None:
+    # Softmax of such scores has no gradient to speak of; their squared error bends alike everywhere.
+    scores = (100 * torch.randn(64, 4)).requires_grad_(True)
+    probe, positions = random_probe(scores, loss_function("mse", scores.detach()), torch.Generator().manual_seed(0))
+    probe.backward()
+    assert positions == 64
+    assert int((scores.grad.abs().sum(1) > 1e-3).sum()) == 64
 
 
 def test_fidelity_counts_over_batches() -> None:
@@ -108,7 +149,8 @@ def test_training_softens_scores_and_nothing_else() -> None:
     student, teacher = torch.randn(4, 10), torch.randn(4, 10)
     soft = training_loss(loss_function("auto", teacher), 3.0)
     assert torch.equal(soft(student, teacher), kl_divergence(student, teacher, 3.0))
-    assert training_loss(relative_error, 3.0) is relative_error
+    error = RelativeError([teacher])
+    assert training_loss(error, 3.0) is error
 
 
 def test_losses_have_names_for_reports() -> None:

@@ -1,6 +1,7 @@
 """What rounding inputs costs to second order: that it is the distance, however a layer gets its input."""
 
 import copy
+import gc
 
 import numpy as np
 import pytest
@@ -107,3 +108,14 @@ def test_inputs_of_one_width_cost_nothing(setting: tuple[nn.Module, nn.Module, S
     model, network, space, batches = setting
     pinned = SearchSpace.build(space.table, Config(weight_bits=(4, 8), activation_bits=8).filled())
     np.testing.assert_array_equal(input_losses(network, model, pinned, batches, 0), np.zeros((4, 1)))
+
+
+def test_inputs_are_not_kept(setting: tuple[nn.Module, nn.Module, SearchSpace, list[Batch]]) -> None:
+    model, network, space, batches = setting
+
+    def alive() -> int:
+        input_losses(network, model, space, batches, 0)
+        gc.collect()
+        return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+    assert alive() == alive()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import hq_plugin as hq
-from hq_plugin.distillation import relative_error
+from hq_plugin.distillation import RelativeError
 from hq_plugin.interruption import deferred, interrupted
 from tests.test_checkpoint import OPTIONS, batches, model
 
@@ -44,7 +44,7 @@ class Interrupting:
         self.calls += inside(self.function) and not inside("batch_statistics_pay")
         if self.calls == 3:
             os.kill(os.getpid(), signal.SIGINT)
-        return relative_error(student, teacher)
+        return RelativeError([teacher])(student, teacher)
 
 
 def job(directory: str, out: str) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hq_plugin import Config, ConfigError
 from hq_plugin.batch import Batch
-from hq_plugin.distillation import kl_divergence, relative_error
+from hq_plugin.distillation import RelativeError, kl_divergence
 from hq_plugin.meta_training import build_network
 from hq_plugin.moments import collect_moments, fisher_losses
 from hq_plugin.sites import SiteTable, find_sites
@@ -59,7 +59,7 @@ class States(Words):
     ("made", "distance"),
     [
         (None, lambda found, wanted: kl_divergence(found["logits"], wanted["logits"])),
-        (States, relative_error),
+        (States, lambda found, wanted: RelativeError([wanted])(found, wanted)),
     ],
     ids=["divergence", "squared error without class scores"],
 )

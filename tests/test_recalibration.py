@@ -81,3 +81,15 @@ def test_nothing_to_do_without_batchnorm() -> None:
     model = nn.Linear(3, 2)
     batch = Batch((torch.randn(4, 3),), {}, None, 4)
     Recalibration(model, [batch])(model)
+
+
+def test_a_cut_batch_counts_as_what_it_is(trained: nn.Module, some: list[Batch]) -> None:
+    model = copy.deepcopy(trained)
+    seen: list[torch.Tensor] = []
+    model.bn1.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    statistics = measured_statistics(model, [some[0], some[1].take(2)])
+    total = sum(x.shape[0] for x in seen)
+    mean = sum(x.mean((0, 2, 3)) * (x.shape[0] / total) for x in seen)
+    variance = sum(x.var((0, 2, 3)) * (x.shape[0] / total) for x in seen)
+    torch.testing.assert_close(statistics["bn1"].mean, mean)
+    torch.testing.assert_close(statistics["bn1"].variance, variance)

@@ -1,6 +1,7 @@
 """The search against exhaustive search, on a score that is not additive."""
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -124,3 +125,16 @@ def test_of_the_narrowest_width_alone_others_follow() -> None:
     table = additive_sensitivities(space, each(score), narrowest=True)
     assert len(seen) == 1 + 4 * 2, "the widest policy, and the narrowest weight and activation of each site"
     np.testing.assert_allclose(table, additive_sensitivities(space, each(score)), atol=1e-12)
+
+
+def test_a_width_that_overflows_is_the_worst_and_nothing_more() -> None:
+    space, _ = build(weight_bits=(2, 8))
+    first = next(iter(space.policy(space.top)))
+
+    def score(policy: HybridPolicy) -> float:
+        return math.inf if policy[first].weight == 2 else sum(1.0 / b.weight for b in policy.values())
+
+    table = additive_sensitivities(space, each(score))
+    assert table[1:, 0, 0] == pytest.approx(1 / 2 - 1 / 8)
+    assert table[0, 0, 0] == pytest.approx(10 * (1 / 2 - 1 / 8))
+    assert table[0, 1, 0] == 0

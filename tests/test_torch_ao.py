@@ -376,3 +376,11 @@ def test_a_layer_that_calibration_did_not_reach_calibrates_itself_when_it_runs()
     error = (prepared(x) - model(x)).norm() / model(x).norm()
     assert error < 0.02
     torch_ao.convert(prepared)
+
+
+def test_parameters_that_are_no_floats_stay_as_they_are(tiny: nn.Module) -> None:
+    tiny.places = nn.Parameter(torch.arange(3), requires_grad=False)
+    prepared = torch_ao.prepare(tiny, random_policy(tiny, torch.randn(16, 1, 8, 8)))
+    torch_ao.set_trainable(prepared, True)
+    assert not prepared.places.requires_grad
+    assert prepared.stem._parameters["weight"].requires_grad

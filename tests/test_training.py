@@ -15,6 +15,7 @@ from hq_plugin.batch import make_batch
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import LossFunction, loss_function
+from hq_plugin.modes import set_training_modes, without_recurrent_dropout
 from hq_plugin.rates import Rates
 from hq_plugin.seeding import seeded
 from hq_plugin.training import Task, train
@@ -269,3 +270,15 @@ def test_a_graph_that_is_kept_between_forwards_says_what_to_do() -> None:
     job.network.get_parameter("bias").requires_grad_(False)  # what train_float=False does
     train(job)
     assert len(job.history) == 3
+
+
+def test_recurrent_layers_drop_nothing_while_they_train() -> None:
+    torch.manual_seed(0)
+    network = nn.LSTM(4, 8, 2, dropout=0.5)
+    set_training_modes(network, batch_statistics=True)
+    assert not network.training  # cuDNN alone needs that
+    network.train()
+    x = torch.randn(3, 5, 4)
+    with without_recurrent_dropout(network):
+        assert torch.equal(network(x)[0], network(x)[0])
+    assert network.dropout == 0.5
