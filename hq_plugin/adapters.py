@@ -79,6 +79,14 @@ class Unwrapped:
     wrap: Callable[[nn.Module], Any]
 
 
+def opened(model: Any) -> Any:
+    """Returns the module inside what may wrap one: a pipeline, torch.compile, data parallelism."""
+    while isinstance(model, _HOLDERS) or type(model).__name__ == "OptimizedModule":
+        model = model.module if isinstance(model, _HOLDERS) else model._orig_mod  # torch.compile's
+    inside = getattr(model, "model", None)
+    return inside if not isinstance(model, nn.Module) and isinstance(inside, nn.Module) else model
+
+
 def unwrap(model: Any) -> Unwrapped:
     """Takes a model out of what a library wraps around it; a bare model comes back, ready to be quantized.
 
@@ -87,14 +95,15 @@ def unwrap(model: Any) -> Unwrapped:
     Raises:
         ModelError: The library knows that the model cannot be quantized.
     """
-    while isinstance(model, _HOLDERS) or type(model).__name__ == "OptimizedModule":
-        model = model.module if isinstance(model, _HOLDERS) else model._orig_mod  # torch.compile's
+    inside = opened(model)
+    if inside is not model and isinstance(model, nn.Module):
+        model = inside
     if not isinstance(model, nn.Module):
-        opened = next((o for o in (adapter.unwrap(model) for adapter in _imported()) if o is not None), None)
-        return opened or Unwrapped(model, None, lambda packed: packed)
+        found = next((o for o in (adapter.unwrap(model) for adapter in _imported()) if o is not None), None)
+        return found or Unwrapped(model, None, lambda packed: packed)
     adapter = find(model)
-    opened = None if adapter is None else adapter.unwrap(model)
-    return opened or Unwrapped(model, None, lambda packed: packed)
+    found = None if adapter is None else adapter.unwrap(model)
+    return found or Unwrapped(model, None, lambda packed: packed)
 
 
 def find(model: nn.Module) -> Adapter | None:

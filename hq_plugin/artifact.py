@@ -81,6 +81,7 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
         ModelError: The model holds no packed layer, or its dequantized weights were edited.
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
+    model = adapters.opened(model)
     packed = packed_modules(model)
     if not packed:
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")

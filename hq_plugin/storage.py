@@ -64,7 +64,7 @@ def write_directory(
         return target
     staging: Path | None = None
     try:
-        _check_target(target, kind, overwrite)
+        check_target(target, kind, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         save_file(
@@ -79,7 +79,7 @@ def write_directory(
             (staging / name).chmod(0o644)  # safetensors 0.8 lets only the owner read
         staging.chmod(0o755)
         with locked(target.parent):
-            _check_target(target, kind, overwrite)  # again: another process may have been faster
+            check_target(target, kind, overwrite)  # again: another process may have been faster
             _move_into_place(staging, target)
     except ArtifactPathError:
         raise
@@ -136,7 +136,12 @@ def check_place(target: Path) -> None:
         ) from error
 
 
-def _check_target(target: Path, kind: str, overwrite: bool) -> None:
+def check_target(target: Path, kind: str, overwrite: bool) -> None:
+    """Finds out whether something may be saved into a directory: what is not ours is never deleted.
+
+    Raises:
+        ArtifactPathError: It is no directory, or holds something else, or what may not be replaced.
+    """
     if not target.exists() and not target.is_symlink():
         return
     if not target.is_dir():

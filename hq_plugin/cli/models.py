@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hq_plugin.cli.references import call, integration, named_values
-from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, HQWarning, ModelError
+from hq_plugin.errors import ArtifactPathError, ConfigError, HQWarning, ModelError
 
 if TYPE_CHECKING:
     from hq_plugin.config import Config
@@ -245,27 +245,28 @@ def is_pretrained(directory: Path) -> bool:
         return False
 
 
-def check_out(out: Path, overwrite: bool, kind: str) -> None:
+def check_out(out: Path, overwrite: bool, kind: str, pretrained: bool | None = None) -> None:
     """Finds out before the work, not after it, that a result would have no place.
 
     Args:
         out: The directory.
         overwrite: Whether one of this kind may be replaced.
         kind: `"model"` or `"session"`.
+        pretrained: Whether `save_pretrained` is to write it; None while that is not known.
 
     Raises:
         ArtifactPathError: It holds something, or cannot be written.
     """
-    from hq_plugin.storage import check_place, read_json
+    from hq_plugin.storage import check_place, check_target
 
     check_place(out)
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
-    try:
-        if kind != "model" or not is_pretrained(out):
-            read_json(out, f"hq_plugin {kind}", None)
-    except ArtifactError as error:
-        raise ArtifactPathError(f"{out} holds something else. Choose a new directory.") from error
+    replaces_pretrained = kind == "model" and pretrained is not False and is_pretrained(out)
+    if pretrained and not replaces_pretrained:
+        raise ArtifactPathError(f"{out} holds something else, which is not deleted. Choose a new directory.")
+    if not replaces_pretrained:
+        check_target(out, f"hq_plugin {kind}", overwrite=True)
     if not overwrite:
         raise ArtifactPathError(f"{out} holds a saved {kind}. Give --overwrite or another directory.")
 

@@ -97,6 +97,7 @@ def quantize(
             activation_bits=activation_bits,
         )
         source = load_trained_model(model, model_arg, checkpoint, pretrained, seed)
+        check_out(out, overwrite, "model", source.is_hugging_face)
         options |= {} if source.processor is None else {"processor": source.processor}
         packed = _quantize(source.model, budget, load_data(data, source), session, policy, options)
         save_model(packed, source.processor, out, overwrite)

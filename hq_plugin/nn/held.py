@@ -105,9 +105,19 @@ def _holding_type(base: Any, names: tuple[str, ...]) -> type[Any]:
 
         return property(ask, doc="The held weight.")
 
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        # By its name, pickle would find the class without held weights.
+        return _empty, (base, names), self.__dict__
+
     content: dict[str, Any] = {name: asking(name) for name in names}
     content |= {"__module__": base.__module__, "__qualname__": base.__qualname__, "_held_names": names}
+    content["__reduce_ex__"] = reduced
     return type(base.__name__, (base,), content)
 
 
 __all__ = ["HOLDER", "HeldWeight", "held_name", "with_held_weights"]
+
+
+def _empty(base: Any, names: tuple[str, ...]) -> Any:
+    made: Any = _holding_type(base, names)
+    return made.__new__(made)

@@ -299,6 +299,10 @@ class PackedModule(nn.Module):
             "_levels": None,
         }
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # No module has these classes by a name, by which pickle (spawned processes, copies) would look for them.
+        return _empty, (self._float_type,), self.__getstate__()
+
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""
         return f"{super().extra_repr()}, bits={self.bits}"
@@ -321,6 +325,12 @@ def packed_type(float_type: Any) -> type[Any]:
         return float_type
     name = f"Packed{float_type.__name__}"
     return type(name, (PackedModule, float_type), {"_float_type": float_type, "__module__": __name__})
+
+
+def _empty(float_type: Any) -> PackedModule:
+    made: Any = packed_type(float_type)
+    empty: PackedModule = made.__new__(made)
+    return empty
 
 
 PackedLinear = packed_type(nn.Linear)

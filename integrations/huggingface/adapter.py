@@ -22,6 +22,7 @@ from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import inputs, rows
 from hq_plugin.integrations.huggingface.layers import with_linear_layers
 from hq_plugin.integrations.huggingface.quantizer import attach
+from hq_plugin.integrations.huggingface.strangers import checked, offline
 
 _LOG = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ class HuggingFaceAdapter:
                 # A shallow copy: the user's pipeline keeps the float model.
                 copied = object.__new__(type(pipe))
                 copied.__dict__.update(pipe.__dict__)
-                copied.model = packed
+                copied.model, copied.hq = packed, packed.hq
                 return copied
 
             return Unwrapped(with_linear_layers(_checked(pipe.model)), processor, wrap)
@@ -174,10 +175,12 @@ class HuggingFaceAdapter:
                 f"transformers {transformers.__version__} has no model class {name!r}. Upgrade transformers, or "
                 "pass a float model: hq_plugin.load(directory, model)."
             )
+        values = checked(values)
         try:
-            config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
-            with torch.random.fork_rng(devices=[]), no_init_weights():
-                model: Any = without_memory(lambda: made(config))
+            with offline():
+                config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
+                with torch.random.fork_rng(devices=[]), no_init_weights():
+                    model: Any = without_memory(lambda: made(config))
             model.tie_weights()  # a part of the initialisation that was left out
         except Exception as error:  # whatever a class makes of a damaged configuration
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,20 @@ from hq_plugin.policy import FLOAT_BITS, LayerBits
 
 #: A name on the hub, alone or under that of its owner.
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+
+
+#: Last line of a card, with what it is a digest of: the card as it was written.
+_MARK = "<!-- hq_plugin {} -->"
+
+
+def is_unedited(page: str) -> bool:
+    """Whether a card is as `card` returned it, so that another may replace it."""
+    text, _, mark = page.rstrip("\n").rpartition("\n")
+    return mark == _MARK.format(_digest(text))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def card(class_name: str, origin: str, config: Any) -> str:
@@ -83,7 +98,8 @@ def card(class_name: str, origin: str, config: Any) -> str:
         "mismatch: the weights are packed integers.",
         "",
     ]
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    return f"{text}\n{_MARK.format(_digest(text))}\n"
 
 
 def _activation(bits: LayerBits) -> str:

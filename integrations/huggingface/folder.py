@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -26,6 +27,7 @@ from hq_plugin.compact import read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
+from hq_plugin.exclusive import exchange
 from hq_plugin.image_files import find_images
 from hq_plugin.nn import packed_modules
 from hq_plugin.storage import JSON_LIMIT
@@ -37,6 +39,10 @@ _PROCESSORS = {
     "input_values": AutoFeatureExtractor,
     "input_features": AutoFeatureExtractor,
 }
+
+
+#: Files that an earlier save of a model left, and that the next one may lack.
+_OF_A_MODEL = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)")
 
 
 def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any]:
@@ -60,7 +66,9 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
     try:
         config = AutoConfig.from_pretrained(reference, **packed)
         name = (getattr(config, "architectures", None) or [""])[0]
-        made: Any = getattr(transformers, name, AutoModelForCausalLM if packed else AutoModel)
+        made: Any = getattr(transformers, name, None)
+        if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
+            made = AutoModelForCausalLM if packed else AutoModel
         arguments = {"dtype": torch.float32, "use_safetensors": True, **packed, **arguments}
         model: nn.Module = made.from_pretrained(reference, **arguments).eval()
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
@@ -104,12 +112,13 @@ def _gguf(reference: str | Path, arguments: dict[str, Any]) -> dict[str, str]:
 def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
     """Saves a quantized model as `save_pretrained` does, with its processor and report, whole or not at all.
 
-    What is there is replaced: the caller knows that it may be.
+    The model that is there is replaced: the caller knows that it may be. What else there is (an adapter, notes)
+    stays beside the new one.
 
     Raises:
         ArtifactPathError: The directory cannot be written.
     """
-    target = Path(directory).expanduser()
+    target = Path(directory).expanduser().resolve()
     if not is_first():
         wait_for_all()
         return target
@@ -120,9 +129,14 @@ def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
         model.save_pretrained(staging / "new")
         if processor is not None:
             processor.save_pretrained(staging / "new")
-        if target.exists():
-            target.rename(staging / "old")
-        (staging / "new").rename(target)
+        for kept in target.iterdir() if target.is_dir() else ():
+            if not (staging / "new" / kept.name).exists() and not _OF_A_MODEL.fullmatch(kept.name):
+                copy = shutil.copytree if kept.is_dir() else shutil.copy2
+                copy(kept, staging / "new" / kept.name)
+        if not (target.exists() and exchange(staging / "new", target)):
+            if target.exists():
+                target.rename(staging / "old")
+            (staging / "new").rename(target)
     except OSError as error:
         raise ArtifactPathError(f"{target} could not be written: {error}. Choose another directory.") from error
     finally:

@@ -6,7 +6,6 @@ A model card, a checksum and the report's data. The tensors are `quantizer.py`'s
 from __future__ import annotations
 
 import functools
-import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,10 +14,11 @@ from torch import nn
 
 from hq_plugin.compact import write_beside
 from hq_plugin.distribution import is_first
-from hq_plugin.integrations.huggingface.card import card
+from hq_plugin.integrations.huggingface.card import card, is_unedited
 from hq_plugin.integrations.huggingface.integrity import add_checksum
 from hq_plugin.nn import check_unedited, packed_modules
 from hq_plugin.result import Result
+from hq_plugin.storage import write_text
 
 if TYPE_CHECKING:
     # Imported while transformers still is: see `quantizer.py`.
@@ -30,12 +30,12 @@ _EMPTY_CARD = "This model card has been automatically generated."
 
 def bind(model: PreTrainedModel) -> None:
     """Makes a packed model write what is ours when it is saved or pushed."""
-    # Bound methods, and not a subclass: the model keeps its class, and a deep copy binds to the copy.
+    # No subclass: the model keeps its class. A copy, or what was pickled, binds to the copy.
     if not any(parameter.is_floating_point() for parameter in model.parameters()):
         base: Any = type(model)
         model.__class__ = _with_dtype(base)
-    model.save_pretrained = types.MethodType(_save_pretrained, model)
-    model._upload_modified_files = types.MethodType(_upload_modified_files, model)
+    model.save_pretrained = functools.partial(_save_pretrained, model)  # type: ignore[method-assign]
+    model._upload_modified_files = functools.partial(_upload_modified_files, model)  # type: ignore[method-assign]
 
 
 @functools.cache
@@ -48,8 +48,17 @@ def _with_dtype(base: Any) -> Any:
     def dtype(self: nn.Module) -> torch.dtype:
         return next(layer.weight_dtype for layer in packed_modules(self).values())
 
-    content = {"dtype": property(dtype), "__module__": base.__module__, "__qualname__": base.__qualname__}
+    def reduced(self: nn.Module, protocol: Any) -> Any:
+        return _empty, (base,), self.__dict__
+
+    own = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__reduce_ex__": reduced}
+    content = {"dtype": property(dtype), **own}
     return type(base.__name__, (base,), content)
+
+
+def _empty(base: Any) -> Any:
+    made = _with_dtype(base)
+    return made.__new__(made)
 
 
 def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
@@ -64,7 +73,8 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
     type(self).save_pretrained(self, save_directory, **options)
     if options["is_main_process"]:
         add_checksum(Path(save_directory))
-        _write_card(self, save_directory)
+        if _card_is_ours(Path(save_directory)):
+            _write_card(self, save_directory)
         _write_report(self, save_directory)
 
 
@@ -78,8 +88,7 @@ def _is_stored_otherwise(model: PreTrainedModel) -> bool:
 
 def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, **options: Any) -> Any:
     """As `PreTrainedModel._upload_modified_files`, with our card where transformers put an empty one."""
-    page = Path(working_dir) / "README.md"
-    if not page.exists() or _EMPTY_CARD in page.read_text(encoding="utf-8"):
+    if _card_is_ours(Path(working_dir)):
         _write_card(self, working_dir)
     # `save_pretrained(push_to_hub=True)` uploads before it returns to us.
     add_checksum(Path(working_dir))
@@ -87,10 +96,19 @@ def _upload_modified_files(self: PreTrainedModel, working_dir: Any, *args: Any, 
     return type(self)._upload_modified_files(self, working_dir, *args, **options)
 
 
+def _card_is_ours(directory: Path) -> bool:
+    """Whether a model card may be written: there is none, or it is an empty one, or an earlier one of ours."""
+    page = directory / "README.md"
+    if not page.exists():
+        return True
+    text = page.read_text(encoding="utf-8", errors="replace")
+    return _EMPTY_CARD in text or is_unedited(text)
+
+
 def _write_card(model: PreTrainedModel, directory: Any) -> None:
     config: Any = model.config.quantization_config
     page = card(type(model).__name__, getattr(model.config, "_name_or_path", ""), config)
-    (Path(directory) / "README.md").write_text(page, encoding="utf-8")
+    write_text(Path(directory) / "README.md", page)
 
 
 def _write_report(model: PreTrainedModel, directory: Any) -> None:

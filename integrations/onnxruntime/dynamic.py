@@ -44,8 +44,9 @@ class DynamicLinear(nn.Module):
         """Stands for the float weight where code asks for its dtype, device or shape."""
         return torch.empty(getattr(self, self._name).shape[::-1], dtype=self._dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
+        x = input  # which some call by its name
         found, step, zero = quantize_rows(x, self._bits)
         weight = getattr(self, self._name)
         product: Tensor = ops.symbolic(

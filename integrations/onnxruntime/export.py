@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hq_plugin import adapters
 from hq_plugin.distribution import is_first, wait_for_all
@@ -27,7 +28,7 @@ from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
 from hq_plugin.integrations.onnxruntime.rewrites import Rewritten
 from hq_plugin.integrations.onnxruntime.sessions import EXACT_SUMS
 from hq_plugin.integrations.onnxruntime.verify import difference
-from hq_plugin.nn import packed_modules
+from hq_plugin.nn import check_unedited, packed_modules
 from hq_plugin.nn.saturation import may_clip, saturates
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.storage import write_bytes
@@ -135,8 +136,12 @@ def export(
         ModelError: The model holds no packed layer.
         ExportError: An operator cannot be exported, or the file cannot be written.
     """
+    model = adapters.opened(model)
     if not packed_modules(model):
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
+    check_unedited(model)
+    # What is compared with the file runs in eval mode and, as the file does, in float32 on the CPU.
+    model = nn.Module.float(copy.deepcopy(model).eval().cpu())  # transformers forbids its own
     causal = is_causal(model)
     if cache and not causal:
         raise ExportError(f"{type(model).__name__} does not generate text from a cache. Leave cache=None.")
@@ -223,11 +228,11 @@ def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:
-    """Returns a copy of a model whose packed layers are in their exported form, tied ones once."""
+    """Returns a copy of a model, in eval mode, whose packed layers are in their exported form, tied ones once."""
     if accuracy_level not in range(5):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not possible: give 0 to 4.")
     holder = nn.Module()
-    made: Any = copy.deepcopy(model).eval().cpu()
+    made: Any = copy.deepcopy(model)
     if hasattr(made, "set_experts_implementation"):
         # transformers' other ways to compute a mixture of experts depend on which expert each token takes.
         made.set_experts_implementation("batched_mm")
@@ -254,13 +259,16 @@ def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, An
     else:
         args, kwargs = (tuple(given) if isinstance(given, (tuple, list)) else (given,)), {}
     kwargs = {name: value for name, value in kwargs.items() if value is not None}
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, _as_exported, (args, kwargs))
+    tensors = [value for value in tree_leaves(found) if isinstance(value, Tensor) and value.dim()]
+    if any(value.shape[0] != 1 for value in tensors):
+        return found  # what has one row beside those with more is for all of them
     # A batch of one would be taken for a constant.
-    return tuple(_doubled(value) for value in args), {name: _doubled(value) for name, value in kwargs.items()}
+    return tree_map_only(Tensor, lambda value: torch.cat([value, value]) if value.dim() else value, found)  # type: ignore[no-any-return]
 
 
-def _doubled(value: Any) -> Any:
-    single = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == 1
-    return torch.cat([value, value]) if single else value
+def _as_exported(value: Tensor) -> Tensor:
+    return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
 
 
 def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | tuple[Any, ...]:

@@ -105,8 +105,9 @@ class NBitsLinear(nn.Module):
         """Stands for the float weight where code asks for its dtype, device or shape."""
         return torch.empty(self.rows, self.inputs, dtype=self._dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
+        x = input  # which some call by its name
         attributes: dict[str, Any] = {
             "K": self.inputs,
             "N": self.rows,
@@ -148,10 +149,10 @@ class IntegerLinear(nn.Module):
         """Stands for the float weight where code asks for its dtype, device or shape."""
         return torch.empty(self.shape[::-1], dtype=self.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
         weight = _dequantized(getattr(self, self._name), self.scale, self.zero, axis=1)
-        y = self.input(x) @ weight
+        y = self.input(input) @ weight
         return y if self.bias is None else y + self.bias
 
 
@@ -182,8 +183,9 @@ class IntegerEmbedding(nn.Module):
         """Stands for the float weight where code asks for its dtype, device or shape."""
         return torch.empty(getattr(self, self._name).shape, dtype=self._dtype)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Looks rows up."""
+        ids = input  # which some call by its name
         integers = nn.functional.embedding(ids, getattr(self, self._name)).to(self._dtype)
         step = nn.functional.embedding(ids, self.scale)
         values = integers.unflatten(-1, (step.shape[-1], -1))
@@ -239,6 +241,8 @@ class _Dequantizing(nn.Module):
         made: Any = self
         if args:
             args = (made.input_quantizer(args[0]), *args[1:])
+        else:
+            kwargs = {name: made.input_quantizer(value) for name, value in kwargs.items()}
         return super().forward(*args, **kwargs)
 
 

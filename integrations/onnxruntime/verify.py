@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from hq_plugin.integrations.onnxruntime.sessions import open_session
 
@@ -21,7 +21,7 @@ def difference(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict
 
     Args:
         path: The file.
-        model: What it was made from, in eval mode.
+        model: What it was made from, in eval mode and on the CPU, as its inputs are.
         args: Inputs.
         kwargs: Named inputs.
 
@@ -36,9 +36,7 @@ def difference(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict
     feed = _feed([entry.name for entry in session.get_inputs()], args, kwargs)
     if feed is None:
         return None
-    device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), (args, kwargs))
-    expected = [leaf.cpu() for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
+    expected = [leaf for leaf in tree_leaves(model(*args, **kwargs)) if isinstance(leaf, Tensor)]
     found = [torch.as_tensor(value) for value in session.run(None, feed)]
     # As many as both have: a causal model's cache follows in the file, and may be no tensor in PyTorch.
     pairs = list(zip(found, expected, strict=False))

@@ -29,12 +29,15 @@ def to_torchao(model: nn.Module) -> nn.Module:
     holder = nn.Module()
     holder.add_module("model", copy.deepcopy(model))
     made: dict[int, nn.Module] = {}
-    weights: dict[int, nn.Parameter] = {}
+    weights: dict[tuple[int, bool], nn.Parameter] = {}
     for layer in packed_modules(holder).values():
         plain = is_plain(layer, nn.Linear) or is_plain(layer, nn.Embedding)
         if plain and (layer.bits.activation == FLOAT_BITS or _per_token(layer)):
-            weight = weights.setdefault(layer.weight_packed.data_ptr(), _weight(layer))
-            made[id(layer)] = _layer(layer, weight)
+            # A tensor says how its input is rounded: tied layers share it where they agree on that.
+            key = layer.weight_packed.data_ptr(), _per_token(layer)
+            if key not in weights:
+                weights[key] = _weight(layer)
+            made[id(layer)] = _layer(layer, weights[key])
     if not made:
         raise ModelError(
             "No layer fits torchao's tensors: they are for Linear and Embedding layers with float inputs, or 8-bit "

@@ -1,4 +1,5 @@
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,10 @@ def test_attention_and_encoder_layers_whose_weights_are_read(fast_path: bool) ->
             assert f"0.layers.{index}.{name}" in policy
     error = (packed(x) - model(x)).norm() / model(x).norm()
     assert error < 0.6
+
+
+def test_modules_that_hold_weights_are_pickled(mixture: Mixture) -> None:
+    holding = with_held_weights(mixture, ["experts.held.up"])
+    assert "experts.held.up" in dict(holding.named_modules())
+    again = pickle.loads(pickle.dumps(holding.experts))
+    assert torch.equal(again(X, torch.tensor(1)), mixture.experts(X, torch.tensor(1)))

@@ -1,4 +1,5 @@
 import copy
+import pickle
 import shutil
 
 import pytest
@@ -224,3 +225,15 @@ def test_a_weight_that_is_lent_is_taken_back(edits: bool) -> None:
         check_unedited(packed)
         assert packed._cached is None
     assert packed._lent is None
+
+
+def test_packed_layers_are_pickled_by_the_class_that_they_stand_for() -> None:
+    model = timm.create_model("tf_efficientnet_lite0", num_classes=3).eval()
+    model.conv_stem = pack(model.conv_stem, LayerBits(4, 8))
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        again = pickle.loads(pickle.dumps(model))
+        assert type(again.conv_stem) is type(model.conv_stem)
+        assert type(copy.deepcopy(model.conv_stem)) is type(model.conv_stem)
+        assert torch.equal(again(x), expected)

@@ -102,6 +102,9 @@ def test_a_pipeline_in_a_pipeline_out(tmp_path: Path) -> None:
     assert not packed_modules(made.model)
     answer = packed("the cat", max_new_tokens=4, do_sample=False)
     assert answer[0]["generated_text"].startswith("the cat")
+    assert packed.hq is packed.model.hq
+    hq.save(packed, tmp_path / "ours")
+    assert packed_modules(hq.load(tmp_path / "ours")).keys() == packed_modules(packed.model).keys()
     packed.save_pretrained(tmp_path / "pipeline")
     again = pipeline("text-generation", model=str(tmp_path / "pipeline"))
     assert again("the cat", max_new_tokens=4, do_sample=False) == answer

@@ -1,5 +1,6 @@
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from transformers import (
 
 import hq_plugin as hq
 from hq_plugin import ArtifactError, ModelError
-from hq_plugin.integrations.huggingface import HqConfig, inputs
+from hq_plugin.integrations.huggingface import ADAPTER, HqConfig, inputs
 from hq_plugin.integrations.huggingface.card import card
+from hq_plugin.integrations.huggingface.folder import write_folder
 from hq_plugin.nn import packed_modules
 from tests.benchmarks import architectures
 from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer
@@ -386,3 +388,60 @@ def test_an_adapter_that_lies_beside_the_model_is_no_part_of_it(
     packed_llama.save_pretrained(tmp_path / "packed")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert torch.equal(logits(loaded), logits(packed_llama))
+
+
+def test_a_pickled_model_saves_what_it_was(packed_llama: LlamaForCausalLM, folder: Path, tmp_path: Path) -> None:
+    again = pickle.loads(pickle.dumps(packed_llama))
+    assert torch.equal(logits(again), logits(packed_llama))
+    again.save_pretrained(tmp_path / "again")
+    assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in folder.iterdir()}
+
+
+def test_a_card_that_was_edited_stays(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    packed_llama.save_pretrained(tmp_path)
+    page = tmp_path / "README.md"
+    written = page.read_text()
+    page.write_text(card("Another", "", packed_llama.config.quantization_config))
+    packed_llama.save_pretrained(tmp_path)
+    assert page.read_text() == written, "ours, of another model"
+    page.write_text(written.replace("## Loading", "## My own words"))
+    packed_llama.save_pretrained(tmp_path)
+    assert "My own words" in page.read_text()
+
+
+def test_what_lies_beside_a_model_stays(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    target = write_folder(packed_llama, None, tmp_path / "small")
+    (target / "notes").mkdir()
+    (target / "notes" / "a.txt").write_text("mine")
+    (target / "adapter_model.safetensors").write_bytes(b"an adapter")
+    (target / "model-00002-of-00002.safetensors").write_bytes(b"of an earlier save")
+    (tmp_path / "link").symlink_to(target)
+    write_folder(packed_llama, None, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert (target / "notes" / "a.txt").read_text() == "mine"
+    assert (target / "adapter_model.safetensors").read_bytes() == b"an adapter"
+    assert not (target / "model-00002-of-00002.safetensors").exists()
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(target)), logits(packed_llama))
+
+
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("TimmBackbone", {"backbone": "hf-hub:some/one"}),
+        (
+            "TimmWrapperForImageClassification",
+            {"architecture": "resnet10t", "model_args": {"checkpoint_path": "x.pth"}},
+        ),
+        ("BertModel", {"num_labels": 1_000_000_000}),
+        ("DetrModel", {"backbone": "some/one", "use_timm_backbone": False, "backbone_config": None}),
+    ],
+)
+def test_a_configuration_from_a_file_fetches_nothing(name: str, config: dict[str, object]) -> None:
+    with pytest.raises(ArtifactError, match="saved"):
+        ADAPTER.rebuild({"class": name, "config": config})
+
+
+def test_weights_that_are_fetched_anyway_are_not_when_ours_replace_them() -> None:
+    config = {"backbone": "resnet10t", "use_timm_backbone": True, "use_pretrained_backbone": True}
+    rebuilt = ADAPTER.rebuild({"class": "DetrModel", "config": {**config, "backbone_config": None}})
+    assert next(rebuilt.parameters()).is_meta or next(rebuilt.parameters()).numel()

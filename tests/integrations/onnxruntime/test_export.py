@@ -526,3 +526,54 @@ def test_results_that_are_returned_stay_as_they_are(tmp_path: Path) -> None:
         expected = small(x)
     for wanted, found in zip(expected, made.run(None, {made.get_inputs()[0].name: x.numpy()}), strict=True):
         assert float((torch.as_tensor(found) - wanted).norm() / wanted.norm()) < 2e-3
+
+
+def test_the_model_is_not_changed_whatever_its_mode(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Dropout(0.5)).eval()
+    x = torch.randn(4, 3, 9, 9)
+    small = packed(model, {"0": LayerBits(5, 8)}, x).train()
+    before = copy.deepcopy(small.state_dict())
+    written = hq.export(small, tmp_path / "m.onnx", x)
+    assert written.difference is not None
+    assert written.difference < 1e-3
+    assert small.training
+    assert all(torch.equal(value, before[name]) for name, value in small.state_dict().items())
+
+
+def test_a_model_in_half_precision_computes_in_single_precision(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    x = torch.randn(4, 64)
+    small = packed(model, {"0": LayerBits(4, 16, 32), "2": LayerBits(5, 8)}, x).half()
+    written = hq.export(small, tmp_path / "m.onnx", x.half(), accuracy_level=1)
+    assert written.difference is not None
+    assert written.difference < 1e-3
+    assert next(small.parameters()).dtype == torch.float16
+
+
+class Named(nn.Module):
+    """Calls its layers by keyword, and adds what is the same for all samples."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.dynamic, self.first = nn.Embedding(12, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.static, self.conv = nn.Linear(32, 32), nn.Conv1d(6, 6, 3, padding=1)
+
+    def forward(self, ids: Tensor, shift: Tensor) -> Tensor:
+        x = self.dynamic(input=self.embed(input=ids)) + shift
+        return self.conv(input=self.static(input=self.first(input=x)))
+
+
+def test_layers_called_by_keyword_and_inputs_of_one_row(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids, shift = torch.randint(12, (4, 6)), torch.randn(1, 6, 32)
+    policy = {"embed": LayerBits(4, 16), "dynamic": LayerBits(4, 8, dynamic=True), "first": LayerBits(4, 16)}
+    policy |= {"static": LayerBits(4, 8), "conv": LayerBits(4, 8)}
+    prepared = torch_ao.prepare(Named().eval(), HybridPolicy(policy)).eval()
+    with torch.no_grad():
+        prepared(ids, shift)
+    small = torch_ao.convert(prepared)
+    written = hq.export(small, tmp_path / "m.onnx", (ids, shift), accuracy_level=1)
+    assert written.difference is not None
+    assert written.difference < 0.02

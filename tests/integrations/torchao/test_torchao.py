@@ -114,3 +114,28 @@ def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(EngineError, match=r"hq-plugin\[torchao\]"):
         importlib.import_module("hq_plugin.integrations.torchao")
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(48, 32), nn.Linear(32, 48, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.embed(ids))
+
+
+def test_a_tied_head_keeps_its_quantized_input() -> None:
+    torch.manual_seed(0)
+    prepared = torch_ao.prepare(
+        Tied().eval(), HybridPolicy({"embed": LayerBits(4, 16), "head": LayerBits(4, 8, dynamic=True)})
+    ).eval()
+    ids = torch.arange(40).view(4, 10)
+    with torch.no_grad():
+        prepared(ids)
+        small = torch_ao.convert(prepared)
+        made = to_torchao(small)
+        assert made.head.weight.activation_quantization == "int8_asym_per_token"
+        assert made.embed.weight.activation_quantization is None
+        assert float((made(ids) - small(ids)).norm() / small(ids).norm()) < 0.02
