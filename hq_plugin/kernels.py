@@ -228,7 +228,8 @@ def relative_error(found: Tensor, expected: Tensor, layer: PackedModule, x: Tens
 
 def _key(layer: PackedModule, x: Tensor) -> str:
     shape = f"{tuple(x.shape)} {tuple(x.stride())}"
-    return f"{layer} {tuple(layer.weight_shape)} {x.dtype} {shape} {device_name(x.device)}"
+    unpacks = "" if layer._cache_enabled else " unpacks each time"  # so that other kernels win
+    return f"{layer} {tuple(layer.weight_shape)} {x.dtype} {shape} {device_name(x.device)}{unpacks}"
 
 
 def _cache_file() -> Path:

@@ -79,6 +79,19 @@ def optimal_weight_qparams(
 
 def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool) -> tuple[Tensor, Tensor]:
     low, high = flat.amin(1), flat.amax(1)
+    step, zero, error = _pulled_in(flat, low, high, bits, importance, whole)
+    if bool(((low > 0) | (high < 0)).any()):
+        # Zero points that can be stored lie in the range: a row of one sign may want one that reaches to 0.
+        other = _pulled_in(flat, low.clamp(max=0), high.clamp(min=0), bits, importance, whole)
+        better = other[2] < error
+        step, zero = torch.where(better, other[0], step), torch.where(better, other[1], zero)
+    return step, zero
+
+
+def _pulled_in(
+    flat: Tensor, low: Tensor, high: Tensor, bits: int, importance: Tensor | None, whole: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the best steps, zero points and their errors, beginning with ranges between `low` and `high`."""
     levels, lowest = 2**bits - 1, weight_range(bits)[0] + weight_offset(bits)
 
     def qparams(bottom: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,7 +115,7 @@ def _row_qparams(flat: Tensor, bits: int, importance: Tensor | None, whole: bool
             best_error = torch.where(better, error, best_error)
             best_step, best_zero = torch.where(better, step, best_step), torch.where(better, zero, best_zero)
             best_low, best_high = torch.where(better, bottom, best_low), torch.where(better, top, best_high)
-    return best_step, best_zero
+    return best_step, best_zero, best_error
 
 
 def optimal_group_qparams(

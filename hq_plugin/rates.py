@@ -87,10 +87,11 @@ class Rates:
         ]
         if self.weights is None:
             channels = _input_channels(network)
+            alike: dict[tuple[float, bool], list[nn.Parameter]] = {}  # an optimizer steps group by group
             for piece, whole in own:
                 share = _relative_rate(whole, self.width, channels.get(id(whole), 1))
-                marked = rises and whole.dim() >= 2
-                groups.append({"params": [piece], "lr": share * scale * self.base, "rises": marked})
+                alike.setdefault((share * scale * self.base, rises and whole.dim() >= 2), []).append(piece)
+            groups += [{"params": same, "lr": rate, "rises": rise} for (rate, rise), same in alike.items()]
         else:
             groups.append({"params": [piece for piece, _ in own], "lr": self.weights * self.base})
         return [group for group in groups if group["params"]]

@@ -79,6 +79,14 @@ def test_zero_points_pay_where_a_group_is_not_symmetric() -> None:
         assert affine < 0.35 * symmetric
 
 
+@pytest.mark.parametrize(("bits", "most"), [(2, 0.0053), (3, 0.0015), (4, 0.00036)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_groups_of_one_sign_are_covered(bits: int, most: float, sign: int) -> None:
+    weight = sign * (0.5 + torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) / 2)
+    step, zero = optimal_weight_qparams(weight, bits)
+    assert float((fake_quantize_weight(weight, step, bits, zero) - weight).square().mean()) < most
+
+
 def test_importance_moves_the_error_away_from_what_matters() -> None:
     rows = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     importance = torch.ones(32)

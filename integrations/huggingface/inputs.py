@@ -141,6 +141,7 @@ def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> 
             )
         return {"input_ids": torch.tensor(stream[: count * length]).view(count, length)}
     if getattr(read, "pad_token", None) is None:
+        read = copy.deepcopy(read)  # the user's is as it was
         read.pad_token = read.eos_token
     encoded = dict(read(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"))
     if model.config.is_encoder_decoder:
