@@ -170,7 +170,8 @@ def second_order_integers(
 
 def _inverse_factor(products: Tensor) -> Tensor:
     """Returns the upper Cholesky factor of the inverse of the damped products."""
-    matrix = products.double().clone()
+    # Apple's GPUs have no double precision.
+    matrix = (products.cpu() if products.device.type == "mps" else products).double().clone()
     diagonal = matrix.diagonal()
     dead = diagonal == 0  # inputs that are always 0
     mean = 1.0 if bool(dead.all()) else float(diagonal[~dead].mean())
@@ -183,7 +184,7 @@ def _inverse_factor(products: Tensor) -> Tensor:
             inverse = torch.cholesky_inverse(lower)
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not int(failed):
-                return upper.float()
+                return upper.float().to(products.device)
         damping *= 10
 
 
