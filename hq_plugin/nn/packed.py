@@ -192,7 +192,7 @@ class PackedModule(nn.Module):
         wanted = self._kernel is None or self._kernel.needs_weight
         if self._cache_enabled and wanted and not renormalised:
             self._cached = weight
-        elif not self._running and not weight.is_meta:
+        elif not self._running and type(weight) is Tensor and not weight.is_meta:  # none without values
             self._lent = weight, float(weight.sum())
         return weight
 
