@@ -193,7 +193,7 @@ class PackedModule(nn.Module):
         if self._cache_enabled and wanted and not renormalised:
             self._cached = weight
         elif not self._running and type(weight) is Tensor and not weight.is_meta:  # none without values
-            self._lent = weight, float(weight.sum())
+            self._lent = weight, float(weight.sum(dtype=torch.float32))
         return weight
 
     def _dequantized(self) -> Tensor:
@@ -206,7 +206,7 @@ class PackedModule(nn.Module):
         """Keeps a weight that was edited since it was read from outside; lets go of any other."""
         if self._lent is not None:
             weight, total = self._lent
-            self._cached, self._lent = (None if float(weight.sum()) == total else weight), None
+            self._cached, self._lent = (None if float(weight.sum(dtype=torch.float32)) == total else weight), None
 
     def _zero_points(self) -> Tensor | None:
         """Returns the zero points of the groups, float32 `[rows]`."""
