@@ -376,7 +376,7 @@ def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]
         hq.quantize(build("llama"), "4bit", [{"input_ids": torch.zeros(2, 65, dtype=torch.long)}] * 4, config=SMOKE)
     with pytest.raises(DataError, match="longer than the 64"):
         hq.quantize(build("llama"), "4bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=65)
-    later = [{"input_ids": torch.zeros(2, n, dtype=torch.long)} for n in (8, 8, 8, 8, 8, 8, 8, 65)]
+    later = [{"input_ids": torch.zeros(2, n, dtype=torch.long)} for n in (8, 8, 8, 65, 65, 65, 65, 65)]
     with pytest.raises(DataError, match="longer than the 64"):
         hq.quantize(build("llama"), "4bit", DataLoader(later, batch_size=None), config=SMOKE)
     with pytest.raises(DataError, match="more text"):
