@@ -228,11 +228,11 @@ def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:
-    """Returns a copy of a model, in eval mode, whose packed layers are in their exported form, tied ones once."""
+    """Returns a copy of a model whose packed layers are in their exported form, tied ones once."""
     if accuracy_level not in range(5):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not possible: give 0 to 4.")
     holder = nn.Module()
-    made: Any = copy.deepcopy(model)
+    made: Any = copy.deepcopy(model).eval().cpu()
     if hasattr(made, "set_experts_implementation"):
         # transformers' other ways to compute a mixture of experts depend on which expert each token takes.
         made.set_experts_implementation("batched_mm")
