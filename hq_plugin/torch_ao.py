@@ -29,6 +29,7 @@ from hq_plugin.batchnorm import fold_batchnorm
 from hq_plugin.errors import HQWarning, ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
 from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
+from hq_plugin.nn.packed import versions
 from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
 from hq_plugin.qat_layers import QATMixin, qat_layers, qat_type, set_trainable
@@ -111,11 +112,16 @@ class HybridFakeQuantize(FakeQuantizeBase):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.bits = bits
+        self._switch: tuple[list[tuple[int, int]], bool] | None = None
 
     @property
     def active(self) -> bool:
         """Whether it quantizes now (torch.ao's `disable_fake_quant` and `enable_fake_quant` decide)."""
-        return bool(self.fake_quant_enabled[0])
+        # The switch is a tensor: a GPU is asked for its value only when that may have changed.
+        now = versions(self.fake_quant_enabled)
+        if self._switch is None or self._switch[0] != now:
+            self._switch = now, bool(self.fake_quant_enabled[0])
+        return self._switch[1]
 
     def extra_repr(self) -> str:
         """Shows the width."""

@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hq_plugin import quantization
 from hq_plugin.optimal_qparams import optimal_activation_qparams, optimal_weight_qparams, optimal_weight_step
 from hq_plugin.quantization import (
     activation_range,
@@ -158,6 +159,15 @@ def test_weight_gradients_are_those_of_lsq() -> None:
     assert float(step.grad) == pytest.approx(-1.1, abs=1e-5)
 
 
+@pytest.fixture(params=["numbers", "tensors"])
+def steps_as(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How steps of inputs are read: on a CPU as numbers, elsewhere not at all; both run here."""
+    if request.param == "tensors":
+        monkeypatch.setattr(quantization, "_reads_numbers", lambda x: False)
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("steps_as")
 def test_activation_gradients_match_autograd_of_the_definition() -> None:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 50, generator=generator)
@@ -173,6 +183,7 @@ def test_activation_gradients_match_autograd_of_the_definition() -> None:
             torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("steps_as")
 def test_zeros_of_a_relu_are_inside_the_range_and_say_nothing_of_its_zero_point() -> None:
     x = torch.randn(1000, generator=torch.Generator().manual_seed(0)).relu()
     assert int((x == 0).sum()) > 400
@@ -185,6 +196,7 @@ def test_zeros_of_a_relu_are_inside_the_range_and_say_nothing_of_its_zero_point(
         assert int(inputs.grad.sum()) == 1000 - clipped
 
 
+@pytest.mark.usefixtures("steps_as")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_steps_of_inputs_in_half_precision_have_the_gradients_of_full(dtype: torch.dtype, bits: int) -> None:
@@ -245,3 +257,17 @@ def test_rows_have_a_step_each_from_their_own_values(bits: int, seed: int, scale
 def test_degenerate_inputs_have_steps() -> None:
     assert (optimal_weight_step(torch.zeros(3, 4), 4) > 0).all()
     assert optimal_activation_qparams(torch.zeros(5), 0.0, 0.0, 8)[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_steps_as_tensors_round_as_numbers_do(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(1 << 14, generator=torch.Generator().manual_seed(0)).to(dtype)
+    step, zero = torch.tensor(0.0237), torch.tensor(101.4)
+    expected = fake_quantize_activation(x, step, zero, 8)
+    monkeypatch.setattr(quantization, "_reads_numbers", lambda x: False)
+    found = fake_quantize_activation(x, step, zero, 8)
+    assert found.dtype == dtype
+    # 1 / step is a float32 there: what lies half way between two integers may be rounded to the other.
+    apart = (found != expected).float().mean()
+    assert float(apart) < (0.001 if dtype == torch.float32 else 0.2)
+    torch.testing.assert_close(found.float(), expected.float(), atol=0.03, rtol=0.02)
