@@ -44,8 +44,7 @@ methods at this budget: below 1 it is the closest.
 
 All rows of a model at one budget are of one file format and one float network; their date is in them. Float
 networks are trained once a machine, and differ between machines. What was mended or changed since some rows were
-measured is [listed](running.md#methods): several of the MobileNetV3's and the transformer's are from before their
-inputs had the right ranges.
+measured is [listed](running.md#methods).
 """
 COMMAND = "python -m tests.benchmarks"
 
