@@ -81,10 +81,15 @@ class Unwrapped:
 
 def opened(model: Any) -> Any:
     """Returns the module inside what may wrap one: a pipeline, torch.compile, data parallelism."""
-    while isinstance(model, _HOLDERS) or type(model).__name__ == "OptimizedModule":
-        model = model.module if isinstance(model, _HOLDERS) else model._orig_mod  # torch.compile's
+    model = _unheld(model)
     inside = getattr(model, "model", None)
     return inside if not isinstance(model, nn.Module) and isinstance(inside, nn.Module) else model
+
+
+def _unheld(model: Any) -> Any:
+    while isinstance(model, _HOLDERS) or type(model).__name__ == "OptimizedModule":
+        model = model.module if isinstance(model, _HOLDERS) else model._orig_mod  # torch.compile's
+    return model
 
 
 def unwrap(model: Any) -> Unwrapped:
@@ -95,9 +100,7 @@ def unwrap(model: Any) -> Unwrapped:
     Raises:
         ModelError: The library knows that the model cannot be quantized.
     """
-    inside = opened(model)
-    if inside is not model and isinstance(model, nn.Module):
-        model = inside
+    model = _unheld(model)
     if not isinstance(model, nn.Module):
         found = next((o for o in (adapter.unwrap(model) for adapter in _imported()) if o is not None), None)
         return found or Unwrapped(model, None, lambda packed: packed)

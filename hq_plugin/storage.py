@@ -80,7 +80,7 @@ def write_directory(
         staging.chmod(0o755)
         with locked(target.parent):
             check_target(target, kind, overwrite)  # again: another process may have been faster
-            _move_into_place(staging, target)
+            move_into_place(staging, target)
     except ArtifactPathError:
         raise
     except (OSError, SafetensorError) as error:
@@ -167,7 +167,8 @@ def check_target(target: Path, kind: str, overwrite: bool) -> None:
         raise ArtifactPathError(f"{target} holds a saved {kind}. Pass overwrite=True or another directory.")
 
 
-def _move_into_place(staging: Path, target: Path) -> None:
+def move_into_place(staging: Path, target: Path) -> None:
+    """Puts a directory in the place of another one on the same disk; at every moment one whole one exists."""
     if not target.exists():
         staging.rename(target)
         return

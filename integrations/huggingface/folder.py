@@ -27,10 +27,9 @@ from hq_plugin.compact import read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
-from hq_plugin.exclusive import exchange
 from hq_plugin.image_files import find_images
 from hq_plugin.nn import packed_modules
-from hq_plugin.storage import JSON_LIMIT
+from hq_plugin.storage import JSON_LIMIT, move_into_place
 
 #: Main input of a model, to what makes it.
 _PROCESSORS = {
@@ -133,16 +132,11 @@ def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
             if not (staging / "new" / kept.name).exists() and not _OF_A_MODEL.fullmatch(kept.name):
                 copy = shutil.copytree if kept.is_dir() else shutil.copy2
                 copy(kept, staging / "new" / kept.name)
-        if not (target.exists() and exchange(staging / "new", target)):
-            if target.exists():
-                target.rename(staging / "old")
-            (staging / "new").rename(target)
+        move_into_place(staging / "new", target)
     except OSError as error:
         raise ArtifactPathError(f"{target} could not be written: {error}. Choose another directory.") from error
     finally:
         if staging is not None:
-            if (staging / "old").exists() and not target.exists():
-                (staging / "old").rename(target)
             shutil.rmtree(staging, ignore_errors=True)
         wait_for_all()
     return target
