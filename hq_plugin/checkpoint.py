@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.distribution import is_first, wait_for_all
+from hq_plugin.distribution import in_first, is_first
 from hq_plugin.errors import ArtifactError, ArtifactPathError, HQWarning
 from hq_plugin.exclusive import locked
 from hq_plugin.sharding import in_pieces_like, whole
@@ -51,9 +51,7 @@ class Checkpoint:
         self.directory, self.interval = Path(directory).expanduser(), interval
         self._holders, self._warned = 0, False
         wanted = json.loads(json.dumps(dict(key)))
-        if is_first():
-            self._claim(wanted)
-        wait_for_all()
+        in_first(lambda: self._claim(wanted))
         self._scores = self._read_scores()
         self._last = time.monotonic()
 

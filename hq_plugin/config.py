@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hq_plugin.errors import ConfigError
-from hq_plugin.policy import ACTIVATION_BITS, WEIGHT_BITS
+from hq_plugin.policy import ACTIVATION_BITS, LEFT_OUT, WEIGHT_BITS
 from hq_plugin.untrusted import check_types
 
 Effort = Literal["smoke", "fast", "balanced", "best"]
@@ -60,6 +60,7 @@ TARGETS: dict[str, tuple[int, ...]] = {
 DEFAULTS: dict[str, Any] = {
     "group_size": 0,
     "embedding_parts": 1,
+    "embedding_columns": 1,
     "activation_scheme": "static",
     "sensitivities": "both",
     "rounding": "nearest",
@@ -88,11 +89,15 @@ class Config:
             point. One number fixes it. None means 8, or a choice of 2, 3, 4, 5, 6 and 8 where the
             budget limits BitOps.
         embedding_bits: Widths among which embeddings may choose. None takes `weight_bits`, or what the integration
-            proposes: rows of rare tokens bear a width of 1.
+            proposes: rows of rare tokens bear a width of 1. With 0 among them, blocks of columns
+            (`embedding_columns`) may be left out.
         embedding_parts: Tables into which an embedding of 4096 rows or more is split, each with a width of its
             own: rows are sorted by how often the data looks them up, and each table has 1.5 times the rows of the
             one before it. Where each row lies is stored, and counted. Embeddings that are tied, or named by
             `exclude`, `pinned` or `groups`, stay whole. None means 1, or what the integration proposes.
+        embedding_columns: Blocks of columns into which each of these tables is split, each with a width of its own:
+            rows are turned onto their principal axes, so that the first columns vary most, and a layer turns back
+            what was looked up. It is quantized, and counted. None means 1, or what the integration proposes.
         activation_scheme: Where steps of quantized inputs come from: `"static"`, calibrated, one a tensor; or
             `"dynamic"`, computed when a linear layer runs, one for each row (token), which costs a little time
             and is much closer where tokens differ, as in transformers. Convolutions stay static. None means
@@ -105,7 +110,8 @@ class Config:
         zero_points: Zero points of groups: `"fractional"`, or `"whole"`, as ONNX Runtime's fast kernels want
             them. None means fractional, but whole for `target="onnxruntime"`.
         pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
-        groups: Lists of site names or shell patterns; the sites of one list share their widths.
+        groups: Lists of names or shell patterns of sites, the layers that are quantized: those of one list share
+            their widths.
         exclude: Site names or shell patterns that stay in floating point and do not count as sites.
         sensitivities: How what each width costs alone is found: `"measured"` runs the network for each;
             `"fisher"` estimates it to second order from a few backward passes, for networks that are too large for
@@ -152,7 +158,8 @@ class Config:
             the integration proposes.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
         self_written: Share of the text that a model which writes text is trained on that it writes itself,
-            0 to 1, where `data` is text. None means 0, or what the integration proposes.
+            0 to 1, where `data` is text: up to 128 samples with effort `"fast"`, 384 with `"balanced"`, 2048 with
+            `"best"`, beside as much of yours as makes up the rest. None means 0, or what the integration proposes.
         processor: Tokenizer or image processor, where `data` is text or pictures.
         prepare_batch: Splits a batch into `(args, kwargs, labels)` where the rules of
             `hq_plugin.data` do not fit.
@@ -174,6 +181,7 @@ class Config:
     activation_bits: tuple[int, ...] | int | None = None
     embedding_bits: tuple[int, ...] | int | None = None
     embedding_parts: int | None = None
+    embedding_columns: int | None = None
     activation_scheme: Literal["static", "dynamic"] | None = None
     group_size: int | tuple[int, ...] | None = None
     zero_points: Literal["fractional", "whole"] | None = None
@@ -238,11 +246,10 @@ class Config:
         if self.activation_bits is not None:
             widths = _widths("activation_bits", self.activation_bits, ACTIVATION_BITS)
             object.__setattr__(self, "activation_bits", widths)
-        for name in ("exclude", "groups"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise ConfigError(f"{name}={value!r} is a string; give a list of names or patterns.")
-            object.__setattr__(self, name, tuple(tuple(g) if name == "groups" else g for g in value))
+        object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
+        if isinstance(self.groups, str) or any(isinstance(group, str) for group in self.groups or ()):
+            raise ConfigError(f'groups={self.groups!r} must be lists of names or patterns: [["first", "second"]].')
+        object.__setattr__(self, "groups", tuple(_patterns("groups", group) for group in self.groups or ()))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
             self._check_number(name, least=0, optional=True)
         self._check_number("seed", least=0)
@@ -259,6 +266,7 @@ class Config:
             "sequence_length",
             "calibration_batches",
             "embedding_parts",
+            "embedding_columns",
         ):
             self._check_number(name, least=1, optional=True)
         if isinstance(self.group_size, (list, tuple)):
@@ -277,13 +285,14 @@ class Config:
         for name in ("checkpoint_dir", "tracker_dir"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers)
+        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers or ())
         object.__setattr__(self, "trackers", trackers)
 
     def _fast_widths(self, name: str) -> tuple[int, ...]:
         """Returns the given widths of weights that the target runs fast."""
-        widths = _widths(name, getattr(self, name), tuple(WEIGHT_BITS))
-        fast = tuple(bits for bits in widths if bits in TARGETS[self.target])
+        left_out = (LEFT_OUT,) if name == "embedding_bits" else ()
+        widths = _widths(name, getattr(self, name), (*left_out, *WEIGHT_BITS))
+        fast = tuple(bits for bits in widths if bits in (*left_out, *TARGETS[self.target]))
         if not fast:
             raise ConfigError(
                 f"{name}={getattr(self, name)!r}: {self.target} runs none of them fast, but "
@@ -392,6 +401,16 @@ def _name_of(value: Any) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return f"{getattr(value, '__module__', '?')}:{getattr(value, '__qualname__', type(value).__name__)}"
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Returns names or patterns of layers; None has none."""
+    if isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} is a string; give a list of names or patterns.")
+    patterns = tuple(value or ())
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise ConfigError(f"{name}={value!r} must be a list of names or patterns.")
+    return patterns
 
 
 def _widths(name: str, value: Any, possible: tuple[int, ...]) -> tuple[int, ...]:

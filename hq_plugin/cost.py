@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hq_plugin.budget import Budget, format_bytes, format_count
 from hq_plugin.errors import BudgetError
 from hq_plugin.packing import packed_bytes
-from hq_plugin.policy import HybridPolicy, LayerBits
+from hq_plugin.policy import LEFT_OUT, HybridPolicy, LayerBits
 from hq_plugin.result import Costs, LayerReport
 from hq_plugin.sites import Site
 from hq_plugin.space import Genome, SearchSpace
@@ -56,6 +56,8 @@ class Resource:
 
 def weight_bytes(shape: tuple[int, ...], bits: LayerBits) -> int:
     """Returns the bytes of a weight of a shape: packed integers, steps and zero points."""
+    if bits.weight == LEFT_OUT:
+        return 0
     numel = math.prod(shape)
     packed = packed_bytes(numel, bits.weight)
     if bits.group_size:

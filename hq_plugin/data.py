@@ -45,11 +45,14 @@ class Data:
 
     def forever(self) -> Iterator[Batch]:
         """Yields training batches without end, epoch after epoch, in an order that only the seed decides."""
+        largest = 0
         for epoch in count():
             empty = True
             for batch in self.train.epoch(epoch) if isinstance(self.train, _Batches) else self.train:
-                empty = False
-                yield batch
+                empty, largest = False, max(largest, batch.size)
+                # One sample that is left over is passed over: BatchNorm cannot normalise it by itself.
+                if batch.size > 1 or largest == 1:
+                    yield batch
             if empty:
                 raise DataError("data ended: a second pass over it gave no batch. Pass a list or a Dataset.")
 

@@ -132,6 +132,30 @@ def map_split(function: Callable[[T], Any], items: Sequence[T], evenly: bool = F
     return [result for _, result in sorted(gather_object(mine), key=lambda pair: pair[0])]
 
 
+def in_first(function: Callable[[], T]) -> T:
+    """Calls a function in the first process alone, and returns what it returned, or raises what it raised, in all.
+
+    Does not initialise anything.
+
+    Args:
+        function: Its result is sent between processes: plain data.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return function()
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = function()
+        except Exception as error:  # whatever it is: the others wait for it
+            outcome[1] = error
+    with alive_together():
+        torch.distributed.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: T = outcome[0]
+    return result
+
+
 @functools.cache
 def warn_if_alone() -> None:
     """Warns, once, where several processes were asked for and each is alone, as happens on CPUs."""

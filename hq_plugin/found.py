@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hq_plugin.budget import Budget
 from hq_plugin.policy import HybridPolicy
 from hq_plugin.result import Baseline, Costs
 
@@ -24,6 +25,7 @@ class Found:
             outside it (`search_overhead`), and in ranking the best again on more data (`search_reranking`).
         memory: Most bytes in use so far at the end of the search.
         front: What additive sensitivities predict to be best over the budget's first limit.
+        budget: What was searched under; None where the policy was given.
     """
 
     policy: HybridPolicy
@@ -35,3 +37,4 @@ class Found:
     seconds: dict[str, float]
     memory: dict[str, dict[str, int]] = field(default_factory=dict)
     front: list[dict[str, Any]] = field(default_factory=list)
+    budget: Budget | None = None

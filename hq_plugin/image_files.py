@@ -48,8 +48,8 @@ def find_images(folder: str | Path, extensions: Collection[str]) -> ImageFiles:
     entries = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     flat = any(path.is_file() and path.suffix.lower() in extensions for path in entries)
     found = {path.name: below(path) for path in ([] if flat else entries) if path.is_dir()}
-    classes = [name for name, paths in found.items() if paths]
-    if flat or len(classes) < 2:  # one folder inside tells no classes apart
+    classes = list(found)  # empty ones, too: who trained on all of them numbered them so
+    if flat or sum(bool(paths) for paths in found.values()) < 2:  # one folder inside tells no classes apart
         files = ImageFiles(below(root), None, [])
     else:
         paths = [path for name in classes for path in found[name]]

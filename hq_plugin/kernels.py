@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_plugin import adapters
 from hq_plugin.errors import HQWarning, KernelError
 from hq_plugin.folding import batchnorm_after, fold, unfold
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
@@ -121,6 +122,7 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
     Raises:
         KernelError: The model holds no packed layer.
     """
+    model = adapters.opened(model)
     layers = packed_modules(model)
     if not layers:
         raise KernelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
@@ -245,6 +247,7 @@ def _read_cache(path: Path) -> dict[str, Choice]:
             str(key): Choice(str(entry["kernel"]), dict(entry["milliseconds"]), dict(entry["refused"]))
             for key, entry in found.items()
             if entry["kernel"] in (REFERENCE, *KERNELS)
+            and {REFERENCE, entry["kernel"]} <= set(entry["milliseconds"])
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}

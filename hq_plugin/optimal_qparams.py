@@ -29,12 +29,14 @@ def optimal_weight_step(weight: Tensor, bits: int, importance: Tensor | None = N
 
     Args:
         weight: Float, `[rows, ...]`.
-        bits: 1 to 8.
+        bits: 0 to 8; at 0 any step will do.
         importance: Non-negative, broadcastable to `[rows, inputs]`: the weight of each squared error.
 
     Returns:
         Positive float32, `[rows]`, already rounded to the stored precision.
     """
+    if bits == 0:
+        return torch.ones(len(weight), device=weight.device)
     return stored_step(
         torch.cat([_row_step(rows, bits, weights) for rows, weights in _row_chunks(weight, importance)])
     )

@@ -29,7 +29,7 @@ def pack_bits(integers: Tensor, bits: int) -> Tensor:
 
     Args:
         integers: int8, any shape, inside `weight_range(bits)`.
-        bits: 1 to 8.
+        bits: 0 to 8.
 
     Returns:
         uint8, `[packed_bytes(numel, bits)]`.
@@ -43,6 +43,8 @@ def pack_bits(integers: Tensor, bits: int) -> Tensor:
         raise ValueError(
             f"Integers from {int(flat.min())} to {int(flat.max())} do not fit {bits} bits ({low} to {high})."
         )
+    if bits == 0:
+        return flat.new_empty(0, dtype=torch.uint8)
     codes = (flat - low).to(torch.uint8)
     codes = torch.nn.functional.pad(codes, (0, -len(codes) % 8)).view(-1, 8)
     places = torch.arange(8, dtype=torch.uint8, device=codes.device)
@@ -55,7 +57,7 @@ def unpack_bits(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
 
     Args:
         packed: uint8, `[packed_bytes(numel, bits)]`.
-        bits: 1 to 8.
+        bits: 0 to 8.
         shape: Shape of the result.
 
     Returns:
@@ -70,6 +72,8 @@ def unpack_bits(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
             f"{packed.numel()} packed bytes are not {numel} integers of {bits} bits, which take "
             f"{packed_bytes(numel, bits)}."
         )
+    if bits == 0:
+        return torch.zeros(tuple(shape), dtype=torch.int8, device=packed.device)
     planes = packed.view(-1, bits)
     places = torch.arange(8, dtype=torch.uint8, device=packed.device)
     result = torch.empty(planes.shape[0], 8, dtype=torch.uint8, device=packed.device)

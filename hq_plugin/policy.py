@@ -15,6 +15,9 @@ from hq_plugin.errors import PolicyError
 #: Activation width that means "stays in floating point". BitOps count it as 16 bits.
 FLOAT_BITS = 16
 WEIGHT_BITS = range(1, 9)
+#: Width of a weight that is left out: every value is 0, and nothing is stored. Blocks of an embedding's columns may
+#: choose it.
+LEFT_OUT = 0
 ACTIVATION_BITS = (*range(2, 9), FLOAT_BITS)
 
 
@@ -23,7 +26,7 @@ class LayerBits:
     """The bit widths of one layer.
 
     Attributes:
-        weight: Bits of each weight, 1 to 8.
+        weight: Bits of each weight, 1 to 8, or 0 for a block of an embedding's columns that is left out.
         activation: Bits of each element of the layer's input, 2 to 8, or 16 for floating point.
         group_size: Inputs of a channel that share one step and one zero point; 0 gives each channel one
             step and no zero point.
@@ -37,7 +40,8 @@ class LayerBits:
     dynamic: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight not in WEIGHT_BITS or not isinstance(self.weight, int) or isinstance(self.weight, bool):
+        possible = self.weight == LEFT_OUT or self.weight in WEIGHT_BITS
+        if not possible or not isinstance(self.weight, int) or isinstance(self.weight, bool):
             raise PolicyError(f"Weight width {self.weight!r} is not possible: weights take 1 to 8 bits.")
         if self.activation not in ACTIVATION_BITS or not isinstance(self.activation, int):
             raise PolicyError(
@@ -46,6 +50,8 @@ class LayerBits:
             )
         if not isinstance(self.group_size, int) or isinstance(self.group_size, bool) or self.group_size < 0:
             raise PolicyError(f"Group size {self.group_size!r} is not possible: 0 or a number of inputs.")
+        if self.weight == LEFT_OUT and self.group_size:
+            raise PolicyError("A weight of 0 bits is left out: it has no groups.")
         if self.dynamic and self.activation == FLOAT_BITS:
             raise PolicyError("A dynamic activation needs 2 to 8 bits; one in floating point has no steps.")
 
@@ -88,7 +94,7 @@ class HybridPolicy(Mapping[str, LayerBits]):
         return len(self._bits)
 
     def __hash__(self) -> int:
-        return hash(tuple(self._bits.items()))
+        return hash(frozenset(self._bits.items()))  # equal whatever the order
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, HybridPolicy) and self._bits == other._bits

@@ -19,7 +19,7 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, RelativeError, loss_function
-from hq_plugin.rewriting import hold_parameters, plain_weights, split_tables, splittable
+from hq_plugin.rewriting import float_state, hold_parameters, plain_weights, split_tables, splittable
 from hq_plugin.sharding import sharded
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -55,13 +55,23 @@ def at_work(teacher: nn.Module) -> nn.Module:
     return teacher if sharded() else teacher.to(Accelerator().device)
 
 
-def open_checkpoint(teacher: nn.Module, config: Config, budget: Budget | None) -> Checkpoint | None:
-    """Opens the checkpoint that a configuration asks for."""
+def open_checkpoint(
+    teacher: nn.Module, config: Config, budget: Budget | None, *, session: str | None = None
+) -> Checkpoint | None:
+    """Opens the checkpoint that a configuration asks for.
+
+    Args:
+        teacher: The float model.
+        config: Options.
+        budget: Around which the MetaQuantNet was trained.
+        session: By what a saved session is known whose work this is.
+    """
     if config.checkpoint_dir is None:
         return None
     key = {
-        "float model": fingerprint(teacher.state_dict()),
+        "float model": fingerprint(float_state(teacher)),
         "budget": None if budget is None else asdict(budget),
+        **({} if session is None else {"session": session}),
         **decisive(config),
     }
     return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds)

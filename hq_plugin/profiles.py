@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hq_plugin.cost import CostTable, Table
-from hq_plugin.errors import ArtifactError, ConfigError, HQWarning
+from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, HQWarning
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import versions
 from hq_plugin.sites import Site
@@ -123,11 +123,17 @@ class Profile:
 
         Returns:
             The file.
+
+        Raises:
+            ArtifactPathError: It cannot be written there.
         """
         target = Path(path).expanduser()
-        target.parent.mkdir(parents=True, exist_ok=True)
         content = sealed({"format": FORMAT, "version": VERSION, **asdict(self)})
-        write_text(target, json.dumps(content, indent=1))
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_text(target, json.dumps(content, indent=1))
+        except OSError as error:
+            raise ArtifactPathError(f"The profile cannot be written to {target}: {error}") from error
         return target
 
     @classmethod

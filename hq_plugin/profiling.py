@@ -20,6 +20,7 @@ from hq_plugin.batch import Batch
 from hq_plugin.budget import Budget
 from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
+from hq_plugin.distribution import in_first
 from hq_plugin.errors import ConfigError, EngineError
 from hq_plugin.kernels import choose_kernels, measure
 from hq_plugin.nn import PackedModule
@@ -189,7 +190,10 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
         return
     given = config.profile
     if given is None:
-        profile = measure_profile(teacher, costs.space, batch, budget.batch, config.target, config.progress)
+        # Two processes never measure the same, and all of them must plan alike.
+        profile = in_first(
+            lambda: measure_profile(teacher, costs.space, batch, budget.batch, config.target, config.progress)
+        )
     else:
         profile = given if isinstance(given, Profile) else Profile.load(given)
         profile.warn_if_foreign()

@@ -13,7 +13,8 @@ Integer ranges, for b bits:
 what                  integers                value
 ====================  ======================  =================================
 weights, b >= 3       -2^(b-1) .. 2^(b-1)-1   `integer * step`
-weights, b <= 2       -2^(b-1) .. 2^(b-1)-1   `(integer + 1/2) * step`
+weights, b = 1, 2     -2^(b-1) .. 2^(b-1)-1   `(integer + 1/2) * step`
+weights, b = 0        0                       0
 grouped weights       as above                `(integer [+ 1/2] - zero) * step`
 activations           0 .. 2^b-1              `(integer - zero_point) * step`
 ====================  ======================  =================================
@@ -41,12 +42,12 @@ SMALLEST_STEP = 1e-12
 
 def weight_range(bits: int) -> tuple[int, int]:
     """Returns the smallest and largest integer of a `bits`-wide weight, both included."""
-    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if bits else (0, 0)
 
 
 def weight_offset(bits: int) -> float:
     """Returns what is added to a weight's integer before it is scaled: 1/2 for 1 and 2 bits, else 0."""
-    return 0.5 if bits <= 2 else 0.0
+    return 0.5 if bits in (1, 2) else 0.0
 
 
 def activation_range(bits: int) -> tuple[int, int]:
@@ -150,9 +151,11 @@ def fake_quantize_weight(weight: Tensor, step: Tensor, bits: int, zero: Tensor |
     Args:
         weight: Float, `[rows, ...]`.
         step: Positive float, `[rows]`.
-        bits: 1 to 8.
+        bits: 0 to 8; what is left out has no gradient.
         zero: Float, `[rows]`; None is a symmetric weight.
     """
+    if bits == 0:
+        return torch.zeros_like(weight)
     return _FakeQuantizeWeight.apply(weight, step, zero, bits)  # type: ignore[no-any-return]
 
 

@@ -10,15 +10,17 @@ import fnmatch
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from hq_plugin.config import Config
 from hq_plugin.nn.held import held_name, with_held_weights
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
-from hq_plugin.nn.split import PARTS, with_split_tables
+from hq_plugin.nn.split import BASIS, PARTS, principal_axes, split_embeddings, with_split_tables
 from hq_plugin.probe import probe
 from hq_plugin.sites import KINDS
+from hq_plugin.storage import fingerprint
 
 #: Embeddings of fewer rows are one table.
 _SMALLEST_SPLIT = 4096
@@ -108,11 +110,33 @@ def split_tables(model: nn.Module, config: Config, by_use: Mapping[str, Tensor])
 
     Args:
         model: A model; it is not changed.
-        config: Gives the number of tables.
+        config: Gives the number of tables, and of their blocks of columns.
         by_use: The rows of each embedding that is split, by name, in the order in which they lie in the tables.
     """
-    last = (config.embedding_parts or 1) - 1
-    return with_split_tables(model, [f"{name}.{PARTS}.{last}" for name in by_use], by_use=by_use)
+    last, columns = (config.embedding_parts or 1) - 1, config.embedding_columns or 1
+    tables = [f"{name}.{PARTS}.{last}" + (f".{columns - 1}" if columns > 1 else "") for name in by_use]
+    if columns == 1:
+        return with_split_tables(model, tables, by_use=by_use)
+    weights: dict[str, Any] = {name: model.get_submodule(name).weight for name in by_use}
+    axes = {name: principal_axes(weight) for name, weight in weights.items()}
+    made = with_split_tables(model, tables, by_use=by_use, axes=axes)
+    for name, whole in split_embeddings(made).items():
+        whole.original = fingerprint({"weight": weights[name]}) if name in weights else ""
+    return made
+
+
+def float_state(teacher: nn.Module) -> dict[str, Tensor]:
+    """Returns the state by which a teacher is known again: where rows were turned, what they were before.
+
+    Axes of another machine, or of another number of threads, differ in their last bits.
+    """
+    state = dict(teacher.state_dict())
+    for name, whole in split_embeddings(teacher).items():
+        if whole.basis is not None:
+            turned = (f"{name}.{PARTS}.", f"{name}.{BASIS}.")
+            state = {key: value for key, value in state.items() if not key.startswith(turned)}
+            state[f"{name}.original"] = torch.tensor(list(whole.original.encode()), dtype=torch.uint8)
+    return state
 
 
 def _may_be_held(parameter: Tensor) -> bool:

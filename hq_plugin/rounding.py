@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hq_plugin import torch_ao
 from hq_plugin.batch import Batch
 from hq_plugin.distillation import LossFunction, random_probe
-from hq_plugin.nn.split import whole_name
+from hq_plugin.nn.split import same_columns
 from hq_plugin.precision import autocast
 from hq_plugin.qat_layers import qat_layers
 from hq_plugin.quantization import dequantize_weight, per_channel, quantize_weight, weight_range, weight_rows
@@ -78,7 +78,7 @@ def gradient_products(
 
     Gradients of random products of the output, or of the likelihood of labels drawn from its class scores: their
     covariance is how a squared error, or a divergence, bends (the Gauss-Newton matrix). Tables of one embedding
-    have one product together.
+    have one product together, or one for each block of columns.
 
     Args:
         network: A prepared network; its gradients are lost.
@@ -87,7 +87,7 @@ def gradient_products(
         loss: The distance; None is what suits the output.
 
     Returns:
-        Products by the name of the embedding, or of the whole that a table is part of. Those that no gradient
+        Products by the name of the embedding, or of its tables' together (`same_columns`). Those that no gradient
         reached are left out.
     """
     sums: dict[str, Tensor] = {}
@@ -102,7 +102,7 @@ def gradient_products(
 
         return forward
 
-    handles = [network.get_submodule(name).register_forward_hook(hook(whole_name(name))) for name in names]
+    handles = [network.get_submodule(name).register_forward_hook(hook(same_columns(name))) for name in names]
     try:
         with torch.enable_grad():
             for batch in batches if handles else ():
@@ -235,14 +235,16 @@ def start_from_good_integers(
     embeddings = [name for name in layers if name not in linear]
     gradients = gradient_products(network, embeddings, batches, loss)
     for name in embeddings:
-        if whole_name(name) in gradients:
-            _round(layers[name], gradients[whole_name(name)])
+        if same_columns(name) in gradients:
+            _round(layers[name], gradients[same_columns(name)])
 
 
 @torch.no_grad()
 def _round(layer: Any, product: Tensor) -> None:
     quantizer = layer.weight_fake_quant
     weight, block, bits = layer._parameters["weight"], quantizer.block, quantizer.bits
+    if bits == 0:
+        return
     step, zero, size = block.step(bits), block.zero_point(bits), block.group_size(bits)
     groups = len(step) // len(weight)
     for start in range(0, len(weight), _ROWS):

@@ -253,7 +253,8 @@ class Session:
         )
         genome = self.space.genome(found.policy)
         used = {resource.name: resource.used(genome) for resource in self._resources(budget)}
-        return replace(found, used={**used, "latency_ms": (found.costs.latency_ms or 0.0) / budget.latency_ms})
+        used["latency_ms"] = (found.costs.latency_ms or 0.0) / budget.latency_ms
+        return replace(found, used=used, budget=budget)
 
     @property
     def _example(self) -> Batch:
@@ -310,6 +311,7 @@ class Session:
             },
             memory={"search": peak_memory()},
             front=predicted_front(self.costs, self.sensitivities, losses, resources[0].cost),
+            budget=budget,
         )
 
     def _with_metric(self, baseline: Baseline, network: nn.Module, eval_fn: EvalFunction) -> Baseline:
@@ -395,14 +397,14 @@ class Session:
         budget = Budget.parse(budget)
         with tracking(self.config):
             metric = Metric.tried(eval_fn, self._at_home)
-            return self.finetune(self.search(budget, eval_fn=metric), budget=budget, eval_fn=metric)
+            return self.finetune(self.search(budget, eval_fn=metric), eval_fn=metric)
 
     @_stage
     def finetune(
         self,
         found: Found | HybridPolicy,
         *,
-        budget: Budget | None = None,
+        budget: str | Budget | None = None,
         eval_fn: EvalFunction | None = None,
         start: Literal["generated", "float"] | None = None,
         steps: int | None = None,
@@ -411,7 +413,7 @@ class Session:
 
         Args:
             found: What `search` returned, or any policy of the search space.
-            budget: For the report.
+            budget: For the report, and what kernels are chosen for; None is what was searched under.
             eval_fn: As for `quantize`.
             start: In place of the option `finetune_from`; `"float"` is plain quantization-aware training.
             steps: In place of the option `finetune_steps`.
@@ -421,8 +423,10 @@ class Session:
 
         Raises:
             PolicyError: The policy is for another model or outside the search space.
+            BudgetError: The budget cannot be read.
         """
         found = self._found(found)
+        budget = found.budget if budget is None else Budget.parse(budget)
         config = replace(
             self.config,
             finetune_from=start or self.config.finetune_from,

@@ -20,7 +20,8 @@ from hq_plugin.findings import model_name
 from hq_plugin.meta_training import build_network
 from hq_plugin.nn.split import saved_orders
 from hq_plugin.outline import Outline, read_outline, read_second_order, read_table, write_outline, write_table
-from hq_plugin.preparation import at_work, device_of, distance_of, search_space, teacher_of
+from hq_plugin.preparation import at_work, device_of, distance_of, open_checkpoint, search_space, teacher_of
+from hq_plugin.rewriting import float_state
 from hq_plugin.search import Scored
 from hq_plugin.session import Session
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
@@ -46,7 +47,7 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
         else:
             tied[name] = owner
     content = {
-        "model": fingerprint(session.teacher.state_dict()),
+        "model": fingerprint(float_state(session.teacher)),
         "sites": [site.name for site in session.space.table],
         "config": session.config.to_json(),
         "history": session.history,
@@ -67,6 +68,7 @@ _SHAPING = (
     "activation_scheme",
     "embedding_bits",
     "embedding_parts",
+    "embedding_columns",
     "group_size",
     "zero_points",
     "exclude",
@@ -74,7 +76,12 @@ _SHAPING = (
     "hidden",
     "rank",
     "dense_limit",
+    "target",
+    "pinned",
+    "groups",
 )
+#: Options that what was measured and held out follows from.
+_MEASURED = ("seed", "holdout", "loss")
 
 
 def read_session(
@@ -102,11 +109,18 @@ def read_session(
             f"{', '.join(fixed)} cannot change in a session: its MetaQuantNet was trained for what it was. Leave "
             "that out, and give hq_plugin.meta_train other widths, layers or blocks."
         )
+    if fixed := [name for name in _MEASURED if name in options]:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a session: it measured sensitivities on what it holds out, and "
+            "was trained on the rest. Leave that out, and give it to hq_plugin.meta_train."
+        )
     tensors = read_tensors(directory, content.get("sha256"))
     with clean_errors(f"{directory}, or does not fit the options that changed: it"):
-        config, data = prepare(Config.from_json(content["config"]).with_options(dict(options)))
+        before = Config.from_json(content["config"])
+        # Another effort holds out as many samples as before: the others were trained on.
+        config, data = prepare(before.with_options({**options, "holdout": before.steps.holdout}))
         teacher = teacher_of(model, data, config, by_use=saved_orders(tensors))
-        if content.get("model") != fingerprint(teacher.state_dict()):
+        if content.get("model") != fingerprint(float_state(teacher)):
             raise ModelError(
                 f"{directory} was made from another float model, or from other weights. Load the same checkpoint."
             )
@@ -129,6 +143,8 @@ def read_session(
             session.source = outline.source
             if outline.space.groups == space.groups:  # an option may have changed the choices
                 session.scored = [Scored(genome, score) for genome, score in outline.scored]
+    if options.get("checkpoint_dir") is not None:  # not the one that the session was meta-trained with
+        session.checkpoint = open_checkpoint(teacher, config, None, session=str(content.get("sha256")))
     return session
 
 

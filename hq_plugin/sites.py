@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize
 from hq_plugin.batchnorm import foldable
 from hq_plugin.errors import ConfigError, ModelError
 from hq_plugin.nn.held import HeldWeight
-from hq_plugin.nn.split import SplitEmbedding, place_bytes
+from hq_plugin.nn.split import BASIS, place_bytes, split_embeddings
 from hq_plugin.probe import probe
 
 #: Base class of each kind of site. Transposed and 3-D convolutions are not subclasses of these.
@@ -47,6 +47,8 @@ class Site:
         called: Whether the layer itself runs. Otherwise its weight is read by other code, and there is no
             input to quantize.
         place_bytes: Bytes that say where the rows of a table of a split embedding are.
+        added: Whether the float model has no such weight: it turns back the rows of a split embedding.
+        may_be_left_out: Whether a width of 0 is possible: for blocks of a table's columns.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Site:
     type_name: str
     called: bool = True
     place_bytes: int = 0
+    added: bool = False
+    may_be_left_out: bool = False
 
     @property
     def channels(self) -> int:
@@ -135,8 +139,8 @@ class SiteTable:
 
     @property
     def weights(self) -> int:
-        """Number of quantizable weights, tied ones once."""
-        return sum(site.numel for site in self.sites if site.owner == site.name)
+        """Number of quantizable weights of the float model, tied ones once."""
+        return sum(site.numel for site in self.sites if site.owner == site.name and not site.added)
 
 
 def find_sites(
@@ -188,7 +192,9 @@ def find_sites(
 
     sites: list[Site] = []
     owners: dict[int, str] = {}
-    places = place_bytes(model)
+    places, split = place_bytes(model), split_embeddings(model)
+    added = {f"{name}.{BASIS}" for name in split}
+    blocks = {id(block) for whole in split.values() if whole.basis is not None for block in whole.parts.modules()}
     for name, (kind, module) in candidates.items():
         weight: Tensor = module.weight  # type: ignore[assignment]
         owner = owners.setdefault(id(weight), name)
@@ -205,6 +211,8 @@ def find_sites(
                 type_name=type(module).__name__,
                 called=name in called,
                 place_bytes=places.get(name, 0),
+                added=name in added,
+                may_be_left_out=id(module) in blocks,
             )
         )
     if not sites:
@@ -291,9 +299,11 @@ def _count_bytes(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     """Returns the bytes of the float model, and of what stays float once BatchNorm is folded."""
     persistent = model.state_dict(keep_vars=True)
     # The float model has one table; what several need beside their rows counts as theirs.
-    places = {id(module.places) for module in model.modules() if isinstance(module, SplitEmbedding)}
+    split = split_embeddings(model).values()
+    places = {id(module.places) for module in split}
     tensors = {id(t): t for t in persistent.values() if isinstance(t, Tensor) and id(t) not in places}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    added = {id(module.basis.weight) for module in split if module.basis is not None}
+    total = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in added)
     gone = {id(model.get_submodule(site.name).weight) for site in sites}
     for module in model.modules():
         if foldable(module):

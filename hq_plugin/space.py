@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from hq_plugin.config import Config
 from hq_plugin.errors import ConfigError, PolicyError
 from hq_plugin.grouping import worthwhile_group_sizes
 from hq_plugin.nn.saturation import may_clip
-from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, WEIGHT_BITS, HybridPolicy, LayerBits
+from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, LEFT_OUT, WEIGHT_BITS, HybridPolicy, LayerBits
 from hq_plugin.sites import Site, SiteTable
 
 Genome = NDArray[np.int64]
@@ -51,7 +52,7 @@ class Group:
 
     def group_size(self, site: Site, weight: int) -> int:
         """Returns how many inputs of a site share a step, for an index of a width: 0 where whole channels do."""
-        size = self.group_sizes[weight] if self.group_sizes else 0
+        size = self.group_sizes[weight] if self.group_sizes and self.weight_bits[weight] != LEFT_OUT else 0
         return size if size and site.takes_groups(size) else 0
 
     def bits(self, site: Site, weight: int, activation: int) -> LayerBits:
@@ -97,7 +98,8 @@ class SearchSpace:
         for name, sites in table.groups.items():
             widths, activations = config.weight_bits, activation_bits
             if isinstance(config.embedding_bits, tuple) and all(site.kind == "embedding" for site in sites):
-                widths = config.embedding_bits
+                left_out = all(site.may_be_left_out for site in sites)
+                widths = tuple(bits for bits in config.embedding_bits if bits != LEFT_OUT or left_out)
             if config.target == "onnxruntime" and any(site.quantizes_input for site in sites):
                 widths = _exactly_summed(widths, activations)
             for pattern, width in (config.pinned or {}).items():
@@ -249,12 +251,14 @@ def _exactly_summed(widths: tuple[int, ...], activations: tuple[int, ...]) -> tu
 def _pin(
     pattern: str, width: int | tuple[int, int], activations: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    weight, activation = width if isinstance(width, (tuple, list)) else (width, None)
-    if weight not in WEIGHT_BITS or (activation is not None and activation not in ACTIVATION_BITS):
+    pair: tuple[Any, ...] = tuple(width) if isinstance(width, (tuple, list)) else (width, None)
+    possible = len(pair) == 2 and pair[0] in WEIGHT_BITS and pair[1] in (None, *ACTIVATION_BITS)
+    if not possible:
         raise ConfigError(
             f"pinned[{pattern!r}]={width!r} is not possible: give a weight width of 1 to 8, or a pair "
             f"with an activation width of 2 to 8 or {FLOAT_BITS} for floating point."
         )
+    weight, activation = pair
     return (weight,), activations if activation is None else (activation,)
 
 

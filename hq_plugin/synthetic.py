@@ -88,13 +88,15 @@ def _example(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
     adapter = adapters.find(model)
     if adapter is not None:
         return adapter.example_inputs(model)
-    for shape_of in _guesses(model):
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
+    for guess in _guesses(model):
+        example = guess.to(like) if guess.is_floating_point() else guess.to(like.device)
         try:
             with torch.no_grad():
-                model(shape_of)
+                model(example)
         except (RuntimeError, ValueError, IndexError, TypeError, AssertionError):
             continue
-        return (shape_of,), {}
+        return (example,), {}
     raise DataError(
         "No data was given, and the shape of the model's inputs cannot be found out. Pass data=[batch, ...]."
     )

@@ -340,6 +340,11 @@ def prepare(
             assert weight is not None
             # Tied weights share one block, or else they would not stay tied.
             block = blocks.setdefault(id(weight), _table(weight, bits, whole_zero_points))
+            if bits.weight not in block.widths:
+                raise PolicyError(
+                    f"The policy gives {name!r} a weight of {bits.weight} bits, and another layer, which has the "
+                    f"same weight, one of {block.widths[0]}. Give both the same width."
+                )
             steps = ActivationSteps((bits.activation,)) if bits.static_input else None
         module.qconfig = _qconfig(bits, block, steps)  # type: ignore[assignment]
     training = {name: module.training for name, module in model.named_modules()}

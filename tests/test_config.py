@@ -23,7 +23,7 @@ def test_options_replace() -> None:
         {"block": "deep"},
         {"weight_bits": ()},
         {"weight_bits": (0, 4)},
-        {"embedding_bits": (0, 4)},
+        {"embedding_bits": (-1, 4)},
         {"embedding_bits": (3,), "target": "onnxruntime"},
         {"weight_bits": "34"},
         {"weight_bits": (2.5,)},
@@ -37,6 +37,9 @@ def test_options_replace() -> None:
         {"learning_rate": float("nan")},
         {"crossover": 1.5},
         {"exclude": "head"},
+        {"exclude": [["head"]]},
+        {"groups": ["first", "second"]},
+        {"groups": "head"},
         {"loss": "l1"},
         {"batch_size": 0},
     ],
@@ -52,3 +55,8 @@ def test_json_reads_back() -> None:
     )
     assert Config.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert Config(prepare_batch=len).to_json()["prepare_batch"] == "builtins:len"  # type: ignore[arg-type]
+
+
+def test_none_is_no_pattern() -> None:
+    config = Config(exclude=None, groups=None, trackers=None)  # type: ignore[arg-type]
+    assert (config.exclude, config.groups, config.trackers) == ((), (), ())

@@ -144,6 +144,14 @@ def test_training_goes_on_forever_with_new_epochs() -> None:
     assert not torch.equal(first[0].args[0], second[0].args[0])
 
 
+def test_one_sample_that_is_left_over_is_not_trained_on_but_single_samples_are() -> None:
+    x = torch.arange(26.0).reshape(13, 2)
+    stream = prepare_data(list(x.split(4)), One(), CONFIG).forever()
+    assert {next(stream).size for _ in range(12)} == {4}
+    stream = prepare_data(list(x.split(1)), One(), CONFIG).forever()
+    assert {next(stream).size for _ in range(12)} == {1}
+
+
 def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
     def first(data: Data, count: int) -> list[torch.Tensor]:
         return [batch.args[0] for batch in islice(data.forever(), count)]

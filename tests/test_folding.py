@@ -1,4 +1,5 @@
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,12 @@ def training(model: Any) -> None:
     model.train()
 
 
+def trained(model: Any) -> None:
+    model.train()
+    model(X + 1)
+    model.eval()
+
+
 def part_training(model: Any) -> None:
     model[1].train()
 
@@ -149,6 +156,7 @@ def without_cache(model: Any) -> None:
         another_scale,
         changed_weights,
         training,
+        trained,
         part_training,
         double,
         without_cache,
@@ -312,3 +320,12 @@ def test_one_dimensional_convolutions() -> None:
     expected = model(x)
     assert choose_kernels(model, x, cache=NOWHERE)["0"].folded
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_folded_models_are_pickled(choose: Callable[..., dict[str, bool]]) -> None:
+    model = chain()
+    choose(model)
+    # Bytes of our own, as a process that is spawned gets them.
+    again = pickle.loads(pickle.dumps(model))
+    assert type(again[1]) is nn.BatchNorm2d
+    torch.testing.assert_close(again(X), model(X), atol=1e-4, rtol=1e-4)

@@ -13,10 +13,10 @@ def touch(root: Path, *names: str) -> None:
 
 
 def test_folders_of_one_folder_are_classes(tmp_path: Path) -> None:
-    touch(tmp_path, "b/2.PNG", "b/deep/1.png", "a/1.png", "empty/notes.txt", ".hidden/1.png", "readme.txt")
+    touch(tmp_path, "b/2.PNG", "b/deep/1.png", "a/1.png", "another/notes.txt", ".hidden/1.png", "readme.txt")
     found = find_images(tmp_path, {".png"})
     assert [path.name for path in found.paths] == ["1.png", "2.PNG", "1.png"]
-    assert (found.labels, found.classes) == ([0, 1, 1], ["a", "b"])
+    assert (found.labels, found.classes) == ([0, 2, 2], ["a", "another", "b"])
 
 
 def test_pictures_side_by_side_have_no_labels(tmp_path: Path) -> None:

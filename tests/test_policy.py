@@ -31,7 +31,19 @@ def test_dynamic_activations_have_a_width() -> None:
         HybridPolicy.from_json({"a": [4, 8, 0, 2]})
 
 
-@pytest.mark.parametrize("weight", [4.0, 0, 9, -1, 2.5, True, None])
+def test_equal_policies_have_one_hash_whatever_their_order() -> None:
+    one, other = LayerBits(3, 8), LayerBits(4, 8)
+    policies = {HybridPolicy({"a": one, "b": other}), HybridPolicy({"b": other, "a": one})}
+    assert len(policies) == 1
+
+
+def test_a_weight_that_is_left_out_has_no_groups() -> None:
+    assert str(LayerBits(0)) == "W0"
+    with pytest.raises(PolicyError, match="left out"):
+        LayerBits(0, 16, 32)
+
+
+@pytest.mark.parametrize("weight", [4.0, 0.0, False, 9, -1, 2.5, True, None])
 def test_impossible_weight_widths(weight: object) -> None:
     with pytest.raises(PolicyError, match="1 to 8"):
         LayerBits(weight)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from hq_plugin import (
     profiling,
 )
 from hq_plugin.batch import Batch
+from hq_plugin.errors import ArtifactPathError
 from hq_plugin.integrations.onnxruntime.timing import layer_milliseconds, model_milliseconds
 from hq_plugin.kernels import kernel_of
 from hq_plugin.nn import packed_modules
@@ -97,7 +98,10 @@ def test_models_are_timed_with_the_ranges_of_their_inputs(
 
 
 def test_a_profile_is_saved_and_read(made: Profile, tmp_path: Path) -> None:
-    assert Profile.load(made.save(tmp_path / "folder" / "p.json")) == made
+    file = made.save(tmp_path / "folder" / "p.json")
+    assert Profile.load(file) == made
+    with pytest.raises(ArtifactPathError, match="cannot be written"):
+        made.save(file / "p.json")
 
 
 def test_latency_is_a_budget_that_is_kept(

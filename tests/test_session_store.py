@@ -1,6 +1,8 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
@@ -52,3 +54,52 @@ def test_a_session_of_an_earlier_version_says_what_to_do(tmp_path: Path) -> None
     assert "outline" not in read_json(tmp_path / "old", FORMAT, VERSION)
     with pytest.raises(ArtifactError, match="save it again"):
         read_session_outline(tmp_path / "old")
+
+
+@pytest.mark.parametrize("options", [{"seed": 1}, {"holdout": 32}, {"loss": "mse"}])
+def test_options_that_what_was_measured_follows_from_cannot_change(
+    options: dict[str, Any], session: Session, tmp_path: Path, trained: nn.Module, batches: Batches
+) -> None:
+    with pytest.raises(ConfigError, match="holds out"):
+        hq.load_session(session.save(tmp_path / "session"), trained, batches, **options)
+
+
+@pytest.mark.parametrize("options", [{"target": "torch"}, {"pinned": {"stem": 8}}, {"groups": [["stem", "head"]]}])
+def test_options_that_shape_the_search_space_cannot_change(
+    options: dict[str, Any], session: Session, tmp_path: Path, trained: nn.Module, batches: Batches
+) -> None:
+    with pytest.raises(ConfigError, match="cannot change in a session"):
+        hq.load_session(session.save(tmp_path / "session"), trained, batches, **options)
+
+
+def test_another_effort_holds_out_what_was_not_trained_on(
+    session: Session, tmp_path: Path, trained: nn.Module, batches: Batches
+) -> None:
+    again = hq.load_session(session.save(tmp_path / "session"), trained, batches, effort="fast")
+    assert again.config.steps.finetune > session.config.steps.finetune
+    for mine, theirs in zip(again.data.holdout, session.data.holdout, strict=True):
+        assert torch.equal(mine.args[0], theirs.args[0])
+
+
+def test_a_loaded_session_keeps_what_it_does(
+    session: Session, tmp_path: Path, trained: nn.Module, batches: Batches
+) -> None:
+    saved = session.save(tmp_path / "session")
+    assert hq.load_session(saved, trained, batches).checkpoint is None
+    packed: list[Any] = [
+        hq.load_session(saved, trained, batches, checkpoint_dir=tmp_path / "work", progress=False).quantize("4bit")
+        for _ in range(2)
+    ]
+    assert packed[1].hq.seconds["search"] < packed[0].hq.seconds["search"] or packed[0].hq == packed[1].hq
+    assert (tmp_path / "work").is_dir()
+    other = hq.meta_train(trained, batches, effort="smoke", meta_steps=1, search_evaluations=12, hidden=4)
+    with pytest.raises(ArtifactError, match="session"):
+        hq.load_session(other.save(tmp_path / "other"), trained, batches, checkpoint_dir=tmp_path / "work")
+
+
+def test_a_budget_may_be_text_and_is_what_was_searched_under(session: Session) -> None:
+    found = session.search("4bit")
+    named: Any = session.finetune(found, budget="5bit", steps=0)
+    unnamed: Any = session.finetune(found, steps=0)
+    given: Any = session.finetune(found.policy, steps=0)
+    assert (named.hq.budget, unnamed.hq.budget, given.hq.budget) == ("5bit", "4bit", "given policy")

@@ -46,6 +46,7 @@ def test_the_model_is_not_changed_and_batches_differ(trained: nn.Module) -> None
     [
         (TinyNet(), (32, 1, 32, 32), torch.float32),
         (nn.Sequential(nn.Linear(7, 3)), (32, 7), torch.float32),
+        (nn.Sequential(nn.Linear(7, 3)).double(), (32, 7), torch.float64),
         (nn.Sequential(nn.Conv1d(3, 4, 5)), (32, 3, 128), torch.float32),
         (nn.Sequential(nn.Embedding(9, 4)), (32, 64), torch.int64),
     ],

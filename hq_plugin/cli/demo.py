@@ -46,20 +46,20 @@ def demo(
                 f"The demo needs timm and scikit-learn ({error}): pip install 'hq-plugin[demo]'"
             ) from error
         rows = module.run(data.value, out)
-    if as_json:
-        say_json([asdict(row) for row in rows])
-        return
-    print_table(
-        ("model", "test accuracy", "KL to float", "effective bits", "bytes", "seconds"),
-        [
-            (
-                row.name,
-                f"{row.accuracy:.4f}",
-                f"{row.kl:.4f}",
-                f"{row.bits:.3f}",
-                f"{row.size:,}",
-                f"{row.seconds:.1f}" if row.seconds else "",
-            )
-            for row in rows
-        ],
-    )
+        if as_json:
+            say_json([asdict(row) for row in rows])
+            return
+        print_table(
+            ("model", "test accuracy", "KL to float", "effective bits", "bytes", "seconds"),
+            [
+                (
+                    row.name,
+                    f"{row.accuracy:.4f}",
+                    f"{row.kl:.4f}",
+                    f"{row.bits:.3f}",
+                    f"{row.size:,}",
+                    f"{row.seconds:.1f}" if row.seconds else "",
+                )
+                for row in rows
+            ],
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from hq_plugin.cli.models import example_inputs, is_pretrained, load_saved
 from hq_plugin.cli.options import DATA, AsJson, Debug, ModelArgs, Saved, Skeleton
 from hq_plugin.cli.output import print_result, print_table, say, say_json
 from hq_plugin.cli.references import integration
+
+if TYPE_CHECKING:
+    from hq_plugin.artifact import SavedModel
 
 
 def inspect(
@@ -46,22 +49,7 @@ def inspect(
             info = integration("huggingface.folder", f"{directory} holds a Hugging Face model").read_info(directory)
         else:
             info = read_info(directory)
-    if as_json:
-        sites = [{**asdict(site), "bits": str(site.bits)} for site in info.sites]
-        result = None if info.result is None else {**info.result.to_json(), "history": None}
-        architecture = info.architecture
-        say_json({"sites": sites, "architecture": architecture, "file_bytes": info.file_bytes, "result": result})
-        return
-    rows = [
-        (site.name, site.type_name, "×".join(map(str, site.shape)), str(site.bits), format_bytes(site.size))
-        for site in info.sites
-    ]
-    print_table(("layer", "type", "weight", "bits", "bytes"), rows)
-    if info.result is not None:
-        for layer in info.result.float_layers:
-            say(f"stays float: {layer['name'] or '(root)'} ({layer['parameters']} parameters): {layer['reason']}")
-        print_result(info.result)
-    say(f"tensor file: {format_bytes(info.file_bytes)}")
+        _show(info, as_json)
 
 
 def _kernels(loaded: Any, inputs: Any, as_json: bool) -> None:
@@ -87,3 +75,22 @@ def _kernels(loaded: Any, inputs: Any, as_json: bool) -> None:
         rows.append(tuple(cells))
     print_table(("layer", "kernel", "ms", f"ms {REFERENCE}", "for one row", "ms", f"ms {REFERENCE}"), rows)
     say(machine())
+
+
+def _show(info: SavedModel, as_json: bool) -> None:
+    if as_json:
+        sites = [{**asdict(site), "bits": str(site.bits)} for site in info.sites]
+        result = None if info.result is None else {**info.result.to_json(), "history": None}
+        architecture = info.architecture
+        say_json({"sites": sites, "architecture": architecture, "file_bytes": info.file_bytes, "result": result})
+        return
+    rows = [
+        (site.name, site.type_name, "×".join(map(str, site.shape)), str(site.bits), format_bytes(site.size))
+        for site in info.sites
+    ]
+    print_table(("layer", "type", "weight", "bits", "bytes"), rows)
+    if info.result is not None:
+        for layer in info.result.float_layers:
+            say(f"stays float: {layer['name'] or '(root)'} ({layer['parameters']} parameters): {layer['reason']}")
+        print_result(info.result)
+    say(f"tensor file: {format_bytes(info.file_bytes)}")

@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             status, value = HTTPStatus.OK, answer()
         except HQError as error:
             status, value = HTTPStatus.UNPROCESSABLE_ENTITY, {"error": str(error)}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             status, value = HTTPStatus.BAD_REQUEST, {"error": f"not a question of this page: {error!r}"}
         self._send(status, json.dumps(value).encode(), "application/json")
 

@@ -19,6 +19,7 @@ from hq_plugin.nn.packed import (
     packed_modules,
     packed_type,
     share_packed_weight,
+    weight_key,
 )
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.split import SplitEmbedding, with_split_tables
@@ -43,6 +44,7 @@ __all__ = [
     "packed_type",
     "parametrized_weight",
     "share_packed_weight",
+    "weight_key",
     "with_held_weights",
     "with_layers_of",
     "with_plain_weights",

@@ -10,7 +10,6 @@ there is no mark, and the BatchNorm does what it always did.
 
 from __future__ import annotations
 
-import copyreg
 from functools import cache
 from typing import Any
 
@@ -107,7 +106,11 @@ class _PassingNorm(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # A copy is a BatchNorm like any other.
         state = {name: value for name, value in self.__dict__.items() if name != "_hq_token"}
-        return copyreg.__newobj__, (float_type(self),), state  # type: ignore[attr-defined]
+        return _empty, (float_type(self),), state
+
+
+def _empty(norm_type: type[nn.Module]) -> nn.Module:
+    return norm_type.__new__(norm_type)
 
 
 @cache
@@ -135,4 +138,6 @@ def normalise(norm: Any, y: Tensor) -> Tensor:
 
 
 def _now(norm: Any) -> list[tuple[int, int]]:
-    return versions(norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    # Training changes the statistics without a trace in their versions; it counts batches.
+    counted = [] if norm.num_batches_tracked is None else [norm.num_batches_tracked]
+    return versions(norm.running_mean, norm.running_var, norm.weight, norm.bias, *counted)

@@ -8,6 +8,7 @@ that dequantizes the packed integers. It takes and gives float tensors, and quan
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
@@ -15,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import Proxy
+from torch.utils.weak import WeakIdKeyDictionary
 
 from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
-from hq_plugin.policy import FLOAT_BITS, LayerBits
+from hq_plugin.policy import FLOAT_BITS, LEFT_OUT, LayerBits
 from hq_plugin.quantization import (
     dequantize_weight,
     fake_quantize_activation,
@@ -66,7 +68,8 @@ class PackedModule(nn.Module):
         weight_shape: Shape of the weight.
         weight_dtype: Dtype in which `weight` is given out; follows `model.half()` and its like.
         weight_packed: uint8, the integers (see `hq_plugin.packing`).
-        weight_step: uint8 `[1 + rows]`, a row being a channel or a group (see `store_step`).
+        weight_step: uint8 `[1 + rows]`, a row being a channel or a group (see `store_step`); empty if the weight is
+            left out.
         weight_zero: uint8, zero points of `ZERO_BITS` packed like the integers, if the weight has groups.
         activation_step: float32 scalar, if the input is quantized with one step.
         activation_zero_point: int32 scalar, if the input is quantized with one step.
@@ -122,7 +125,8 @@ class PackedModule(nn.Module):
         length = packed_bytes(weight.numel(), bits.weight)
         packed.register_buffer("weight_packed", torch.empty(length, dtype=torch.uint8, device=device))
         rows = weight_rows(weight, bits.group_size).shape[0]
-        packed.register_buffer("weight_step", torch.empty(step_bytes(rows), dtype=torch.uint8, device=device))
+        length = 0 if bits.weight == LEFT_OUT else step_bytes(rows)
+        packed.register_buffer("weight_step", torch.empty(length, dtype=torch.uint8, device=device))
         if bits.group_size:
             length = packed_bytes(rows, ZERO_BITS)
             packed.register_buffer("weight_zero", torch.empty(length, dtype=torch.uint8, device=device))
@@ -164,7 +168,8 @@ class PackedModule(nn.Module):
         """
         packed = cls.skeleton(float_module, bits, float_type=float_type, drop=drop)
         packed.weight_packed = pack_bits(integers, bits.weight)
-        packed.weight_step = store_step(step)
+        if bits.weight != LEFT_OUT:
+            packed.weight_step = store_step(step)
         if bits.group_size:
             if zero is None:
                 raise ValueError("A weight with groups needs zero points.")
@@ -197,6 +202,9 @@ class PackedModule(nn.Module):
         return weight
 
     def _dequantized(self) -> Tensor:
+        if self.bits.weight == LEFT_OUT:  # one 0 stands for all
+            nothing = torch.zeros((), dtype=self.weight_dtype, device=self.weight_step.device)
+            return nothing.expand(self.weight_shape)
         integers = unpack_bits(self.weight_packed, self.bits.weight, self.weight_shape)
         rows = weight_rows(integers, self.bits.group_size)
         weight = dequantize_weight(rows, load_step(self.weight_step), self.bits.weight, self._zero_points())
@@ -273,7 +281,10 @@ class PackedModule(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # Moves of device and dtype come through here. What is exact stays exact: steps keep their dtype.
         exact = {name: self._buffers[name] for name in _FIXED_DTYPES if name in self._buffers}
+        shared = {name: self._buffers[name] for name in WEIGHT_BUFFERS if name in self._buffers}
         super()._apply(fn, recurse)
+        for name, old in shared.items():
+            self._buffers[name] = _moved(old, self._buffers[name], fn)
         for name, before in exact.items():
             after = self._buffers[name]
             if before is not None and after is not None and after.dtype != _FIXED_DTYPES[name]:
@@ -348,6 +359,8 @@ def affine_weight(layer: PackedModule) -> tuple[Tensor, Tensor, Tensor]:
     """
     integers = unpack_bits(layer.weight_packed, layer.bits.weight, layer.weight_shape).flatten(1)
     rows, offset = integers.shape[0], weight_offset(layer.bits.weight)
+    if layer.bits.weight == LEFT_OUT:
+        return integers, torch.ones(rows, 1, device=integers.device), torch.zeros(rows, 1, device=integers.device)
     step = load_step(layer.weight_step).view(rows, -1)
     zero = layer._zero_points()
     if zero is not None:
@@ -368,6 +381,25 @@ def share_packed_weight(owner: PackedModule, other: PackedModule) -> None:
         if name in owner._buffers:
             other._buffers[name] = owner._buffers[name]
     other._cached = other._lent = None
+
+
+#: Buffers that were moved, with what moved them and what they became, as long as all three live.
+_MOVED = WeakIdKeyDictionary()
+
+
+def _moved(old: Any, new: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """Returns what a buffer became by a move: of layers that share it, what it became in the first."""
+    known = _MOVED.get(old)
+    if known is not None and known[0]() is move and (before := known[1]()) is not None:
+        return before
+    _MOVED[old] = weakref.ref(move), weakref.ref(new)
+    return new
+
+
+def weight_key(layer: PackedModule) -> int:
+    """Returns what layers that share a packed weight have in common, and no others."""
+    packed = layer.weight_packed
+    return packed.data_ptr() if packed.numel() else id(layer)  # nothing lies nowhere
 
 
 def packed_modules(model: nn.Module) -> dict[str, PackedModule]:

@@ -80,7 +80,7 @@ def save(figure: Any, path: Path) -> None:
 def _widths(document: Document, axes: Any) -> None:
     places = np.arange(len(document.layers))
     bits = [layer.weight_bits for layer in document.layers]
-    axes.bar(places, bits, color=[BITS[b - 1] for b in bits], width=0.85)
+    axes.bar(places, bits, color=[BITS[max(b, 1) - 1] for b in bits], width=0.85)
     inputs = [layer.activation_bits for layer in document.layers]
     if len({*inputs}) > 1:
         quantized = [(n, b) for n, b in zip(places, inputs, strict=True) if b <= 8]

@@ -169,7 +169,7 @@ def _layers(document: Document) -> str:
     text += "Grey bars are bytes, by their square root."
     widths = sorted({layer.weight_bits for layer in layers})
     legend = "".join(
-        f'<li><i class="b{bits}"></i>{bits} bit{"s" if bits > 1 else ""}: '
+        f'<li><i class="b{bits}"></i>{bits} bit{"" if bits == 1 else "s"}: '
         f"{plural(sum(layer.weight_bits == bits for layer in layers), 'layer')}</li>"
         for bits in widths
     )

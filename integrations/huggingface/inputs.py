@@ -9,14 +9,15 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR
@@ -160,7 +161,8 @@ def _needed(config: Config) -> int:
 def _with_written(model: PreTrainedModel, ids: Tensor, config: Config) -> Tensor:
     """Puts text that the model writes itself beside the user's, in the share that `self_written` says.
 
-    Of the user's sequences, evenly spaced ones are kept, as many as training sees, so that the share holds.
+    The share is of what training sees, and writing takes long: of a few hundred sequences at most there are so many
+    (`_WRITTEN`). Of the user's, evenly spaced ones are kept, as many as make up the rest.
     """
     needed = _needed(config)
     count = min(_WRITTEN[config.effort], round(needed * (config.self_written or 0.0)))
@@ -196,7 +198,9 @@ def written(model: PreTrainedModel, config: Config, count: int, length: int | No
         dtype = torch.get_autocast_dtype(kind.type) if torch.is_autocast_enabled(kind.type) else None
     writer: Any = model if dtype is None else copy.deepcopy(model).to(dtype=dtype)
     made = [torch.empty(0, length, dtype=torch.long)]
-    with seeded(config.seed):
+    # Not the model's own settings: they may forbid tokens, and an end-of-text token would end a sequence.
+    own, writer.generation_config = writer.generation_config, GenerationConfig()
+    with seeded(config.seed), _put_back(writer, own):
         for first in range(0, count, _AT_ONCE):
             ids = torch.full((min(_AT_ONCE, count - first), 1), start, device=kind)
             # Sequences go on after an end-of-text token: samples of one length need no padding.
@@ -208,11 +212,19 @@ def written(model: PreTrainedModel, config: Config, count: int, length: int | No
                 top_p=1.0,
                 temperature=1.0,
                 max_new_tokens=length - 1,
-                min_new_tokens=length - 1,
                 pad_token_id=start,
             )
             made.append(out[:, :length].cpu())
     return torch.cat(made)
+
+
+@contextmanager
+def _put_back(model: Any, settings: Any) -> Iterator[None]:
+    """Gives a model its generation settings back in the end."""
+    try:
+        yield
+    finally:
+        model.generation_config = settings
 
 
 def example(model: PreTrainedModel) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from hq_plugin.nn import (
     PackedModule,
     packed_modules,
     share_packed_weight,
+    weight_key,
     with_layers_of,
 )
 from hq_plugin.nn.held import HOLDER
@@ -319,7 +320,7 @@ def attach(model: nn.Module) -> nn.Module:
     first: dict[int, str] = {}
     tied = {}
     for name, module in packed.items():
-        owner = first.setdefault(module.weight_packed.data_ptr(), name)
+        owner = first.setdefault(weight_key(module), name)
         if owner != name:
             tied[name] = owner
     result = getattr(model, "hq", None)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hq_plugin import adapters
-from hq_plugin.distribution import is_first, wait_for_all
+from hq_plugin.distribution import in_first, is_first
 from hq_plugin.errors import ExportError, HQWarning, ModelError
 from hq_plugin.integrations.onnxruntime import graph
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
@@ -159,12 +159,13 @@ def export(
         written = _improved(_translated(_without_cache(prepared), args, kwargs, _dynamic(args, kwargs)))
         made = model
     target = Path(path).expanduser()
-    found = None
-    if is_first():
+
+    def write() -> tuple[int, float | None]:
         _write(written, target)
-        found = _verified(target, made, args, kwargs)
-    wait_for_all()
-    exported = Exported(target, target.stat().st_size, layers, found)
+        return target.stat().st_size, _verified(target, made, args, kwargs)
+
+    size, found = in_first(write)
+    exported = Exported(target, size, layers, found)
     if exported.clipped and is_first() and saturates():
         warnings.warn(f"This processor has no VNNI. {_clipping(exported.clipped)}", HQWarning, stacklevel=3)
     return exported
@@ -195,7 +196,7 @@ def _verified(path: Path, model: nn.Module, args: tuple[Any, ...], kwargs: dict[
             "Integers of 8 bits in place of floats explain a few percent of that at most (accuracy_level=1 "
             "computes in float32)."
         )
-    warnings.warn(f"{path} {said}", HQWarning, stacklevel=4)
+    warnings.warn(f"{path} {said}", HQWarning, stacklevel=6)
     return found
 
 

@@ -265,6 +265,14 @@ def integer_products(model: onnx.ModelProto) -> None:
             continue
         assert step is not None
         assert integers is not None
+        # A weight that is used transposed has steps for its inputs. The runtime, too, takes them for outputs'.
+        axis, outputs = (
+            _settings(weight, "axis", 1) % integers.ndim,
+            0 if node.op_type == "Conv" else integers.ndim - 1,
+        )
+        if step.size > 1 and axis != outputs:
+            _multiply_out(graph, model.graph, weight, step, [-1 if n == axis else 1 for n in range(integers.ndim)])
+            continue
         if node.op_type == "Conv":
             after = graph.only_reader(node.output[0])
             if (after and after.op_type == "QuantizeLinear") or not _is_product(node, integers):
@@ -278,6 +286,18 @@ def integer_products(model: onnx.ModelProto) -> None:
         if all(entry.domain != _CONTRIB for entry in model.opset_import):
             model.opset_import.append(helper.make_opsetid(_CONTRIB, 1))
     _drop_unused(model.graph)
+
+
+def _multiply_out(
+    graph: _Graph, proto: onnx.GraphProto, weight: onnx.NodeProto, step: NDArray[Any], shape: list[int]
+) -> None:
+    """Puts a product in the place of what dequantizes a weight, which the runtime would fuse with what follows."""
+    if _settings(weight, "block_size", 0) or (len(weight.input) > 2 and np.any(graph.constant(weight.input[2]))):
+        return
+    name = weight.output[0]
+    scale = graph.add_constant(f"{name}.scale", step.reshape(shape).astype(np.float32))
+    cast = helper.make_node("Cast", [weight.input[0]], [f"{name}.float"], to=TensorProto.FLOAT)
+    _replace(proto, weight, [cast, helper.make_node("Mul", [f"{name}.float", scale], [name])])
 
 
 def _settings(node: onnx.NodeProto, name: str, default: Any) -> Any:

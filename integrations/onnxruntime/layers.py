@@ -16,7 +16,7 @@ from torch.onnx import ops
 
 from hq_plugin.integrations.onnxruntime.dynamic import OPSET, DynamicLinear
 from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain
-from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.policy import FLOAT_BITS, LEFT_OUT
 from hq_plugin.quantization import quantize_rows
 
 #: Widths of `MatMulNBits`.
@@ -37,6 +37,8 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
         return NBitsLinear(layer, accuracy_level)
     if is_plain(layer, nn.Linear) and not layer.bits.group_size:
         return _dynamic(layer) if layer.bits.dynamic else IntegerLinear(layer)
+    if is_plain(layer, nn.Embedding) and layer.bits.weight == LEFT_OUT:
+        return LeftOutEmbedding(layer)
     if is_plain(layer, nn.Embedding) and layer.max_norm is None:
         return IntegerEmbedding(layer)
     return _dequantizing(layer)
@@ -46,6 +48,8 @@ def form(module: nn.Module) -> tuple[str, int]:
     """Returns the operator that an exported layer becomes, and the width of its integers in the file."""
     if isinstance(module, NBitsLinear):
         return "MatMulNBits", module.width
+    if isinstance(module, LeftOutEmbedding):
+        return "ConstantOfShape", LEFT_OUT
     if isinstance(module, IntegerEmbedding):
         return "Gather, DequantizeLinear", module.width
     operator = "MatMulInteger" if isinstance(module, DynamicLinear) else "DequantizeLinear"
@@ -192,6 +196,24 @@ class IntegerEmbedding(nn.Module):
         if self.offset is not None:
             values = values + nn.functional.embedding(ids, self.offset).unsqueeze(-1)
         return (values * step.unsqueeze(-1)).flatten(-2)
+
+
+class LeftOutEmbedding(nn.Module):
+    """An Embedding whose values are all 0."""
+
+    def __init__(self, layer: PackedModule) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = layer.weight_shape
+        self.weight_dtype = layer.weight_dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Stands for the float weight where code asks for its dtype, device or shape."""
+        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.weight_dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Returns a row of zeros for each id."""
+        return torch.zeros(*input.shape, self.embedding_dim, dtype=self.weight_dtype, device=input.device)
 
 
 class InputQuantizer(nn.Module):

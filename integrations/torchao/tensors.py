@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from torchao.quantization import IntxUnpackedToInt8Tensor
 
+from hq_plugin import adapters
 from hq_plugin.errors import ModelError
-from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain, packed_modules
+from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain, packed_modules, weight_key
 from hq_plugin.policy import FLOAT_BITS
 
 
@@ -26,6 +27,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: No layer of the model fits torchao's tensors.
     """
+    model = adapters.opened(model)
     holder = nn.Module()
     holder.add_module("model", copy.deepcopy(model))
     made: dict[int, nn.Module] = {}
@@ -34,7 +36,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
         plain = is_plain(layer, nn.Linear) or is_plain(layer, nn.Embedding)
         if plain and (layer.bits.activation == FLOAT_BITS or _per_token(layer)):
             # A tensor says how its input is rounded: tied layers share it where they agree on that.
-            key = layer.weight_packed.data_ptr(), _per_token(layer)
+            key = weight_key(layer), _per_token(layer)
             if key not in weights:
                 weights[key] = _weight(layer)
             made[id(layer)] = _layer(layer, weights[key])
@@ -58,7 +60,7 @@ def _weight(layer: PackedModule) -> nn.Parameter:
     integers, step, offset = affine_weight(layer)
     # Odd integers of 1 and 2 bits need one bit more.
     least, most = int(integers.min()), int(integers.max())
-    bits = next(b for b in range(layer.bits.weight, 9) if -(2 ** (b - 1)) <= least and most < 2 ** (b - 1))
+    bits = next(b for b in range(max(layer.bits.weight, 1), 9) if -(2 ** (b - 1)) <= least and most < 2 ** (b - 1))
     zero = -offset
     whole = bool((zero == zero.round()).all()) and bool((zero.abs() < 128).all())
     tensor = IntxUnpackedToInt8Tensor(

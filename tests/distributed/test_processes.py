@@ -60,6 +60,7 @@ def test_processes_plan_by_the_same_losses(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = reports(tmp_path, 2)
     assert first == second
+    assert (first["first"], first["refused"]) == (0, "process 0 cannot")
 
 
 def test_processes_that_normalise_by_their_shares_end_with_one_network(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_it_answers_questions(server: Server) -> None:
         ("no JSON", JSON, 400),
         ('{"axis": "weight_bits", "limit": "x"}', JSON, 400),
         ('{"axis": "weight_bits", "pins": {"head": 3}}', JSON, 400),
+        ('{"axis": "weight_bits", "pins": {"head": [3]}}', JSON, 400),
         ("[" * 100_000, JSON, 400),
         ("{}", {"Content-Type": "text/plain"}, 415),
         ("{}", {**JSON, "Content-Length": str(LARGEST + 1)}, 413),

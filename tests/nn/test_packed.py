@@ -1,6 +1,7 @@
 import copy
 import pickle
 import shutil
+from typing import Any
 
 import pytest
 import timm
@@ -237,3 +238,20 @@ def test_packed_layers_are_pickled_by_the_class_that_they_stand_for() -> None:
         assert type(again.conv_stem) is type(model.conv_stem)
         assert type(copy.deepcopy(model.conv_stem)) is type(model.conv_stem)
         assert torch.equal(again(x), expected)
+
+
+@pytest.mark.parametrize("move", [lambda m: m._apply(lambda t: t.clone()), lambda m: m.to("meta")])
+def test_tied_weights_stay_tied_when_they_are_moved(move: Any) -> None:
+    """To another device every tensor is a new one."""
+    first, second = (pack(nn.Linear(8, 4), LayerBits(3, 8)) for _ in range(2))
+    share_packed_weight(first, second)
+    untied = pack(nn.Linear(8, 4), LayerBits(3, 8))
+    model = nn.ModuleList([first, second, untied])
+    for _ in range(2):
+        before = dict(first.named_buffers())
+        move(model)
+        for name in ("weight_packed", "weight_step"):
+            assert getattr(first, name) is getattr(second, name)
+            assert getattr(first, name) is not getattr(untied, name)
+            assert getattr(first, name) is not before[name] or before[name].is_meta
+        assert first.activation_step is not second.activation_step

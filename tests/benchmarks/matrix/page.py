@@ -42,9 +42,9 @@ allocation, with everything that it needed, and training; processor seconds and 
 rows. *Peak memory* is that of the process. *Ratio* is hq_plugin's distance over that of the best of all other
 methods at this budget: below 1 it is the closest.
 
-All rows of a model at one budget are of one file format and one float network; their date is in them. Float
-networks are trained once a machine, and differ between machines. What was mended or changed since some rows were
-measured is [listed](running.md#methods).
+All rows of a model at one budget are of one file format and, but for other libraries' (rivals.jsonl), one float
+network; their date is in them. Float networks are trained once a machine, and differ between machines. What was
+mended or changed since some rows were measured is [listed](running.md#methods).
 """
 COMMAND = "python -m tests.benchmarks"
 

@@ -38,6 +38,19 @@ def test_what_is_written_follows_the_seed_and_leaves_the_caller_s_randomness_alo
     assert not torch.equal(first, written(model, config(seed=2), 3))
 
 
+def test_what_is_written_goes_on_after_an_end_and_knows_no_settings_but_the_distribution() -> None:
+    model = llama()
+    settings, vocabulary = model.generation_config, model.config.vocab_size
+    end = vocabulary - 1
+    settings.eos_token_id = model.config.eos_token_id = end
+    settings.suppress_tokens, settings.max_new_tokens = list(range(vocabulary - 2)), 2
+    found = written(model, config(), 64, length=32)
+    assert found.shape == (64, 32)
+    assert model.generation_config is settings
+    assert (found[:, 1:-1] == end).any()
+    assert len(found[:, 1:].unique()) > vocabulary / 2
+
+
 def test_a_share_that_is_none() -> None:
     with pytest.raises(ConfigError, match="self_written=2 must be a share"):
         Config(self_written=2)

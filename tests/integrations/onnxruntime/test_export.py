@@ -63,8 +63,7 @@ def error(path: Path, model: nn.Module, *inputs: Tensor) -> float:
     return float(np.linalg.norm(run(path, *inputs) - expected) / np.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("group", [0, 32])
-@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(("whole", "group"), [(False, 0), (False, 32), (True, 32)])
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_weights_of_every_width(bits: int, whole: bool, group: int, tmp_path: Path) -> None:
     torch.manual_seed(bits)
@@ -385,7 +384,7 @@ def layoutlm() -> LayoutLMForSequenceClassification:
     return LayoutLMForSequenceClassification(LayoutLMConfig(**BERT)).eval()
 
 
-@pytest.mark.parametrize("build", [t5, whisper, pytest.param(layoutlm, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [t5, *(pytest.param(b, marks=pytest.mark.slow) for b in (whisper, layoutlm))])
 def test_parts_that_cache_and_masks_of_one_row(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(build(), "5bit", config=SMOKE)
@@ -394,7 +393,7 @@ def test_parts_that_cache_and_masks_of_one_row(build, tmp_path: Path) -> None:  
     assert written.difference < 1e-3
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, pytest.param(mixtral, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("build", [llama, *(pytest.param(b, marks=pytest.mark.slow) for b in (gpt2, mixtral))])
 def test_a_language_model_generates_with_a_cache(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(
@@ -577,3 +576,19 @@ def test_layers_called_by_keyword_and_inputs_of_one_row(tmp_path: Path) -> None:
     written = hq.export(small, tmp_path / "m.onnx", (ids, shift), accuracy_level=1)
     assert written.difference is not None
     assert written.difference < 0.02
+
+
+class Transposed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_steps_of_a_weight_that_is_used_transposed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Transposed(24, 24, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(torch.logspace(-2, 1, 24)[:, None])
+    x = torch.randn(16, 24)
+    small = packed(model, {"0": LayerBits(8, 8)}, x)
+    hq.export(small, tmp_path / "m.onnx", x)
+    assert error(tmp_path / "m.onnx", small, x) < 1e-2
