@@ -22,6 +22,7 @@ from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
+from hq_plugin.state import load_state, state_tensors
 from hq_plugin.storage import JSON_FILE, TENSOR_FILE, read_json, start_reading, write_directory
 from hq_plugin.untrusted import clean_errors
 
@@ -90,7 +91,7 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
     tied: dict[str, str] = {}
     constants: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state_tensors(model).items():
         owner = first.setdefault(_memory(tensor), name) if tensor.numel() else name
         if owner != name:
             tied[name] = owner
@@ -226,7 +227,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             skeleton = _pack_sites(skeleton, info)
         finally:
             check()  # before any tensor is used; what damage made of the rest matters less
-        expected = skeleton.state_dict()
+        expected = state_tensors(skeleton)
         tensors = {**written, **_constants(data, expected)}
         tied = data["tied"]
         if not isinstance(tied, dict) or any(owner not in tensors for owner in tied.values()):
@@ -239,7 +240,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             name: tensor.to(expected[name].dtype, copy=tensor.is_floating_point())
             for name, tensor in tensors.items()
         }
-        skeleton.load_state_dict(own, assign=True)
+        load_state(skeleton, own, assign=True)
         _tie(skeleton, tied)
         filled = [*skeleton.named_parameters(), *skeleton.named_buffers()]
         empty = [name for name, tensor in filled if tensor.is_meta]

@@ -98,7 +98,7 @@ class Budget:
 
     @staticmethod
     def _parse_limit(part: str, whole: str) -> tuple[str, float]:
-        match = re.fullmatch(r"\s*([-+]?\d+\.?\d*(?:e[-+]?\d+)?|[-+]?\.\d+)\s*([a-z%]+)\s*", part.lower())
+        match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([a-z%]+)\s*", part.lower())
         if match:
             value, unit = float(match[1]), match[2]
             if unit in ("bit", "bits"):

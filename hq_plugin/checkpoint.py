@@ -41,21 +41,24 @@ class Checkpoint:
         directory: A new or empty directory, or one of an earlier start of the same call.
         key: What the work depends on, JSON values; another key is refused.
         interval: Seconds between two states of a training stage.
+        data: By what the data is known. Other data is warned of and not refused: it may be drawn at random.
 
     Raises:
         ArtifactError: The directory holds the checkpoint of other work.
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
 
-    def __init__(self, directory: str | Path, key: Mapping[str, Any], interval: float = INTERVAL) -> None:
+    def __init__(
+        self, directory: str | Path, key: Mapping[str, Any], interval: float = INTERVAL, data: str | None = None
+    ) -> None:
         self.directory, self.interval = Path(directory).expanduser(), interval
         self._holders, self._warned = 0, False
         wanted = json.loads(json.dumps(dict(key)))
-        in_first(lambda: self._claim(wanted))
+        in_first(lambda: self._claim(wanted, data))
         self._scores = self._read_scores()
         self._last = time.monotonic()
 
-    def _claim(self, wanted: dict[str, Any]) -> None:
+    def _claim(self, wanted: dict[str, Any], data: str | None) -> None:
         file = self.directory / _KEY
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -68,13 +71,14 @@ class Checkpoint:
                         f"{self.directory} holds something else ({', '.join(others[:4])}). Choose an empty or a "
                         "new directory for the checkpoint."
                     )
-                content = sealed({"format": FORMAT, "version": VERSION, "key": wanted})
+                content = sealed({"format": FORMAT, "version": VERSION, "key": wanted, "data": data})
                 write_text(file, json.dumps(content, indent=1))
         except ArtifactPathError:
             raise
         except OSError as error:
             raise ArtifactPathError(f"{self.directory} cannot be used for a checkpoint: {error}") from error
-        kept = read_sealed(file, FORMAT, VERSION).get("key")
+        found = read_sealed(file, FORMAT, VERSION)
+        kept = found.get("key")
         different = [
             name
             for name in wanted
@@ -84,6 +88,13 @@ class Checkpoint:
             raise ArtifactError(
                 f"{self.directory} is the checkpoint of other work: {', '.join(different[:5])} differ. Choose "
                 "another directory, or delete it to start anew."
+            )
+        if found.get("data", data) != data:
+            warnings.warn(
+                f"{self.directory} was begun with other data than now, or with data that is drawn at random: what "
+                "is kept there is of that. If the data changed, choose another directory, or delete it.",
+                HQWarning,
+                stacklevel=2,
             )
 
     def _read_scores(self) -> dict[str, float]:

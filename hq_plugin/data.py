@@ -104,6 +104,8 @@ def _read(data: Any, model: nn.Module, config: Config) -> Data:
         return _from_dataset(data.dataset, data.batch_size, split, wanted, config.seed, data)
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return _from_dataset(data, config.filled().batch_size or 1, split, wanted, config.seed, None)
+    if isinstance(data, IterableDataset) and _gives_samples(data):
+        data = DataLoader(data, batch_size=config.filled().batch_size or 1)
     if isinstance(data, str):
         raise DataError(
             f"data is the string {data[:80]!r}, not batches. Pictures are read by torchvision's ImageFolder, "
@@ -206,6 +208,14 @@ def _iterates_itself(loader: DataLoader) -> bool:
 def _chooses(loader: DataLoader) -> bool:
     """Whether a loader's sampler is more than an order of all samples; each process has all, whatever it says."""
     return not isinstance(loader.sampler, (SequentialSampler, RandomSampler, DistributedSampler))
+
+
+def _gives_samples(data: Iterable[Any]) -> bool:
+    """Whether a stream gives samples and not batches: a label of its own stands beside each input."""
+    first = next(iter(data), None)
+    if not isinstance(first, (tuple, list)) or len(first) != 2 or not isinstance(first[0], (Tensor, np.ndarray)):
+        return False
+    return first[0].ndim > 0 and (isinstance(first[1], (int, np.integer)) or getattr(first[1], "ndim", None) == 0)
 
 
 def _length(data: Any) -> int | None:

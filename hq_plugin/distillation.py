@@ -6,7 +6,7 @@ Outputs may be tensors, tuples, dicts or objects with `logits`. Nothing here run
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -150,6 +150,7 @@ class RelativeError:
                 f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
                 "Pass loss=<function of the student's and the teacher's output>."
             )
+        check_shapes(pairs)
         known = self.variances if len(self.variances) == len(pairs) else variances([teacher])
         errors = torch.stack(
             [
@@ -159,6 +160,21 @@ class RelativeError:
         )
         shares = torch.tensor(_shares(teacher, [theirs for _, theirs in pairs]), device=errors.device)
         return (errors * shares).sum()
+
+
+def check_shapes(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Checks that two outputs can be compared.
+
+    Raises:
+        ModelError: A tensor of one has another shape than that of the other.
+    """
+    for mine, theirs in pairs:
+        if mine.shape != theirs.shape:
+            raise ModelError(
+                f"The quantized model's output has the shape {tuple(mine.shape)} where the float model's has "
+                f"{tuple(theirs.shape)}: it hangs on the values, as a detector's does. Pass loss=<function of the "
+                "student's and the teacher's output>, or quantize the part before it."
+            )
 
 
 def _shares(output: Any, tensors: list[Tensor]) -> list[float]:
@@ -257,6 +273,7 @@ def _kl_of_outputs(student: Any, teacher: Any, temperature: float = 1.0) -> Tens
     student_scores, teacher_scores = class_scores(student), class_scores(teacher)
     assert student_scores is not None
     assert teacher_scores is not None
+    check_shapes([(student_scores, teacher_scores)])
     return kl_divergence(student_scores, teacher_scores, temperature)
 
 

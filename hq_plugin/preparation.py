@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
+from types import CodeType
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hq_plugin import adapters
 from hq_plugin.batch import Batch
@@ -19,9 +22,10 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, RelativeError, loss_function
+from hq_plugin.errors import ModelError
 from hq_plugin.rewriting import float_state, hold_parameters, plain_weights, split_tables, splittable
 from hq_plugin.sharding import sharded
-from hq_plugin.sites import find_sites
+from hq_plugin.sites import find_sites, reject_lazy
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import fingerprint
 from hq_plugin.usage import rows_by_use
@@ -56,12 +60,13 @@ def at_work(teacher: nn.Module) -> nn.Module:
 
 
 def open_checkpoint(
-    teacher: nn.Module, config: Config, budget: Budget | None, *, session: str | None = None
+    teacher: nn.Module, data: Data, config: Config, budget: Budget | None, *, session: str | None = None
 ) -> Checkpoint | None:
     """Opens the checkpoint that a configuration asks for.
 
     Args:
         teacher: The float model.
+        data: What is held out of it is what the work is known by.
         config: Options.
         budget: Around which the MetaQuantNet was trained.
         session: By what a saved session is known whose work this is.
@@ -74,13 +79,26 @@ def open_checkpoint(
         **({} if session is None else {"session": session}),
         **decisive(config),
     }
-    return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds)
+    held = tree_leaves([(batch.args, batch.kwargs) for batch in data.holdout])
+    seen = fingerprint({str(n): value for n, value in enumerate(held) if isinstance(value, Tensor)})
+    return Checkpoint(config.checkpoint_dir, key, config.checkpoint_seconds, seen)
 
 
 def decisive(config: Config) -> dict[str, Any]:
     """Returns the options that a result depends on."""
     free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
-    return {name: value for name, value in config.to_json().items() if name not in free}
+    options = {name: value for name, value in config.to_json().items() if name not in free}
+    code = getattr(config.loss, "__code__", None)
+    if code is not None:  # functions are written by their names, which two lambdas share
+        options["loss"] = f"{options['loss']} {hash_of(code)}"
+    return options
+
+
+def hash_of(code: CodeType) -> str:
+    """Returns what tells two functions apart: instructions, names and constants."""
+    parts = [repr(part) if not isinstance(part, CodeType) else hash_of(part) for part in code.co_consts]
+    text = "".join([code.co_code.hex(), *code.co_names, *parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def teacher_of(
@@ -103,8 +121,20 @@ def teacher_of(
         share: Whether parameters share their memory with those of `model`, but those of large embeddings.
         by_use: Rows of embeddings in the order in which they lie in the tables, by name; None counts in the data.
     """
+    reject_lazy(model)
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
-    teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    try:
+        teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
+    except RuntimeError as error:
+        if "Only Tensors created explicitly by the user" not in str(error):
+            raise
+        raise ModelError(
+            "The model cannot be copied: a layer keeps a tensor with a gradient, as torch.nn.utils.weight_norm "
+            "does. Use torch.nn.utils.parametrizations.weight_norm, or remove_weight_norm first."
+        ) from error
+    for module in teacher.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.sparse = False  # its gradients are for the optimizers that know such
     run = data.holdout[0].to(device_of(teacher)).run
     teacher = hold_parameters(plain_weights(teacher, run, config), run)
     if by_use is None:

@@ -50,8 +50,10 @@ class QATMixin(nn.Module):
             return torch.zeros_like(self._parameters["weight"][:0]).view(*ids.shape, self.embedding_dim)
         found = self.weight_fake_quant.lookup(self._parameters["weight"], ids)
         if found is None or self.max_norm is not None or self.sparse or self.scale_grad_by_freq:
-            output: Tensor = super().forward(ids)
-            return output
+            # Rows that are renormalised are so in place: not those that the gradient is computed from.
+            weight = self.weight if self.max_norm is None else self.weight.clone()
+            options = self.max_norm, self.norm_type, self.scale_grad_by_freq
+            return F.embedding(ids, weight, self.padding_idx, *options)
         rows, places = found
         if self.padding_idx is not None:  # which gets no gradient
             padding = (ids == self.padding_idx).unsqueeze(-1)

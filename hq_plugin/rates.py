@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_plugin.nn.split import split_embeddings
+
 #: Share of the steps over which rates rise.
 WARMUP = 0.05
 #: Without a learning rate, each weight's peak is this share of its root mean square: an update then moves it by
@@ -32,6 +34,10 @@ FOLLOWED = 2.0
 #: Where widths are fixed, `RELATIVE_RATE` is for a mean of 2 bits, and halves with every `HALVED_BY` bits above:
 #: the optimum at 4 bits was half of that at 2 to 2.5. (By each layer's width was better at 4 bits, worse at 2.2.)
 NARROW, HALVED_BY = 2, 2
+#: Share of all that for the columns of embeddings. A row moves with the few samples that look it up, and goes on by
+#: Adam's mean when it is not: as far as a step of the first columns' wide integers. At the whole rate MiniLM moved
+#: away from where rounding had put it (docs/experiments.md).
+COLUMNS = 0.1
 #: The peak of what generates weights, and of quantization steps and zero points; and bounds for vectors: biases may
 #: begin at 0, and scales lie about 1.
 GENERATOR_RATE, STEP_RATE, FLOAT_RATES = 5e-4, 2e-3, (1e-4, 1e-3)
@@ -85,15 +91,16 @@ class Rates:
             {"params": generators, "lr": GENERATOR_RATE * scale if self.weights is None else self.weights},
             {"params": steps, "lr": STEP_RATE * scale if self.steps is None else self.steps},
         ]
-        if self.weights is None:
-            channels = _input_channels(network)
-            alike: dict[tuple[float, bool], list[nn.Parameter]] = {}  # an optimizer steps group by group
-            for piece, whole in own:
-                share = _relative_rate(whole, self.width, channels.get(id(whole), 1))
-                alike.setdefault((share * scale * self.base, rises and whole.dim() >= 2), []).append(piece)
-            groups += [{"params": same, "lr": rate, "rises": rise} for (rate, rise), same in alike.items()]
-        else:
-            groups.append({"params": [piece for piece, _ in own], "lr": self.weights * self.base})
+        channels, columns = _input_channels(network), _column_weights(network)
+        alike: dict[tuple[float, bool], list[nn.Parameter]] = {}  # an optimizer steps group by group
+        for piece, whole in own:
+            if self.weights is None:
+                rate = scale * _relative_rate(whole, self.width, channels.get(id(whole), 1))
+            else:
+                rate = self.weights
+            rate *= self.base * (COLUMNS if id(whole) in columns else 1.0)
+            alike.setdefault((rate, rises and self.weights is None and whole.dim() >= 2), []).append(piece)
+        groups += [{"params": same, "lr": rate, "rises": rise} for (rate, rise), same in alike.items()]
         return [group for group in groups if group["params"]]
 
     def told(self, samples: int) -> str:
@@ -139,6 +146,13 @@ def _input_channels(network: nn.Module) -> dict[int, int]:
     layers = [module for module in network.modules() if isinstance(module, _SUMMING)]
     weights = [layer._parameters.get("weight") for layer in layers]  # a parametrized layer has none
     return {id(weight): weight.shape[1] for weight in weights if weight is not None}
+
+
+def _column_weights(network: nn.Module) -> set[int]:
+    """Returns the ids of the weights that are blocks of an embedding's columns."""
+    wholes = [whole for whole in split_embeddings(network).values() if whole.basis is not None]
+    blocks = [block for whole in wholes for block in whole.parts.modules() if isinstance(block, nn.Embedding)]
+    return {id(block._parameters["weight"]) for block in blocks}
 
 
 def _relative_rate(parameter: Tensor, width: float, channels: int) -> float:

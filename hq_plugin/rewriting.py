@@ -20,6 +20,7 @@ from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.split import BASIS, PARTS, principal_axes, split_embeddings, with_split_tables
 from hq_plugin.probe import probe
 from hq_plugin.sites import KINDS
+from hq_plugin.state import state_tensors
 from hq_plugin.storage import fingerprint
 
 #: Embeddings of fewer rows are one table.
@@ -130,7 +131,7 @@ def float_state(teacher: nn.Module) -> dict[str, Tensor]:
 
     Axes of another machine, or of another number of threads, differ in their last bits.
     """
-    state = dict(teacher.state_dict())
+    state = state_tensors(teacher)
     for name, whole in split_embeddings(teacher).items():
         if whole.basis is not None:
             turned = (f"{name}.{PARTS}.", f"{name}.{BASIS}.")

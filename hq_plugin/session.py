@@ -177,7 +177,7 @@ class Session:
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config, loss, device)
         session.costs = costs
-        session.checkpoint = open_checkpoint(teacher, config, budget)
+        session.checkpoint = open_checkpoint(teacher, data, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         if counts_second_order(config):
             batches = calibration_batches(teacher, data, config)

@@ -24,6 +24,7 @@ from hq_plugin.preparation import at_work, device_of, distance_of, open_checkpoi
 from hq_plugin.rewriting import float_state
 from hq_plugin.search import Scored
 from hq_plugin.session import Session
+from hq_plugin.state import load_state, state_tensors
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
 from hq_plugin.untrusted import at_most, clean_errors
 
@@ -40,7 +41,7 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
     """
     first: dict[int, str] = {}
     tied, tensors = {}, {}
-    for name, tensor in session.network.state_dict().items():
+    for name, tensor in state_tensors(session.network).items():
         owner = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
         if owner == name:
             tensors[name] = tensor
@@ -127,10 +128,10 @@ def read_session(
         tensors |= {name: tensors[owner] for name, owner in content["tied"].items()}
         device, teacher = device_of(teacher), at_work(teacher)
         space = search_space(teacher, data, config)
-        size = sum(tensor.numel() for tensor in [*tensors.values(), *teacher.state_dict().values()])
+        size = sum(tensor.numel() for tensor in [*tensors.values(), *state_tensors(teacher).values()])
         with at_most(_SLACK * size, _SLACK * len(tensors)):
             network = build_network(teacher, space, data, config)
-        network.load_state_dict(tensors)
+        load_state(network, tensors)
         session = Session(teacher, network.eval(), space, data, config, distance_of(teacher, data, config), device)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
         session.memory = dict(content.get("memory", {}))
@@ -144,7 +145,7 @@ def read_session(
             if outline.space.groups == space.groups:  # an option may have changed the choices
                 session.scored = [Scored(genome, score) for genome, score in outline.scored]
     if options.get("checkpoint_dir") is not None:  # not the one that the session was meta-trained with
-        session.checkpoint = open_checkpoint(teacher, config, None, session=str(content.get("sha256")))
+        session.checkpoint = open_checkpoint(teacher, data, config, None, session=str(content.get("sha256")))
     return session
 
 

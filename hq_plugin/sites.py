@@ -162,6 +162,7 @@ def find_sites(
         ModelError: The model has nothing to quantize, or an uninitialised (lazy) parameter.
         ConfigError: A pattern of `exclude` matches no module.
     """
+    reject_lazy(model)
     modules = {name: module for name, module in model.named_modules() if _has_own_parameters(module)}
     _check_patterns(exclude, [name for name, _ in model.named_modules()])
     reasons: dict[str, str] = {}
@@ -186,7 +187,9 @@ def find_sites(
             calls[name] = (seen.reads[id(module.weight)], 0)
         else:
             calls.pop(name, None)
-            reasons[name] = "never used in the probe forward, with these inputs"
+            reasons[name] = (
+                "never used in the probe forward with these inputs, or what is computed of its weight alone is"
+            )
             del candidates[name]
     _reject_shared_weights(model, candidates, reasons)
 
@@ -237,11 +240,6 @@ def _own_parameters(module: nn.Module) -> int:
 
 def _kind_of(name: str, module: nn.Module, exclude: Sequence[str]) -> tuple[str | None, str]:
     """Returns the kind of site, or None and the reason why the layer stays float."""
-    for parameter in module.parameters(recurse=False):
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ModelError(
-                f"Layer {name!r} has an uninitialised (lazy) parameter. Run the model once on a batch first."
-            )
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
         return None, "excluded by the configuration"
     kind = next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
@@ -257,6 +255,20 @@ def _kind_of(name: str, module: nn.Module, exclude: Sequence[str]) -> tuple[str 
     if not weight.is_floating_point() or weight.numel() == 0:
         return None, f"its weight is {weight.dtype} with {weight.numel()} elements"
     return kind, ""
+
+
+def reject_lazy(model: nn.Module) -> None:
+    """Checks that every parameter has values.
+
+    Raises:
+        ModelError: A lazy one has none yet.
+    """
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            layer = name.rpartition(".")[0]
+            raise ModelError(
+                f"Layer {layer!r} has an uninitialised (lazy) parameter. Run the model once on a batch first."
+            )
 
 
 def _check_patterns(patterns: Sequence[str], names: Sequence[str]) -> None:

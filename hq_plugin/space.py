@@ -94,7 +94,7 @@ class SearchSpace:
         assert isinstance(activation_bits, tuple)
         table = _regroup(table, config.groups, fused)
         groups = []
-        pinned_used = set()
+        pinned_used: set[str] = set()
         for name, sites in table.groups.items():
             widths, activations = config.weight_bits, activation_bits
             if isinstance(config.embedding_bits, tuple) and all(site.kind == "embedding" for site in sites):
@@ -102,10 +102,19 @@ class SearchSpace:
                 widths = tuple(bits for bits in config.embedding_bits if bits != LEFT_OUT or left_out)
             if config.target == "onnxruntime" and any(site.quantizes_input for site in sites):
                 widths = _exactly_summed(widths, activations)
-            for pattern, width in (config.pinned or {}).items():
-                if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites):
-                    pinned_used.add(pattern)
-                    widths, activations = _pin(pattern, width, activations)
+            pins = {
+                pattern: _pin(pattern, width, activations)
+                for pattern, width in (config.pinned or {}).items()
+                if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites)
+            }
+            pinned_used.update(pins)
+            if len(set(pins.values())) > 1:
+                given = ", ".join(f"{pattern!r}: {(config.pinned or {})[pattern]}" for pattern in pins)
+                raise ConfigError(
+                    f"pinned gives {', '.join(site.name for site in sites)} different widths ({given}). Layers "
+                    "that share a weight, or are in one list of groups, have the same."
+                )
+            widths, activations = next(iter(pins.values()), (widths, activations))
             if not any(site.quantizes_input for site in sites):
                 activations = (FLOAT_BITS,)
             dynamic = config.activation_scheme == "dynamic"

@@ -561,7 +561,8 @@ def _check_calibrated(prepared: nn.Module) -> None:
     if unseen and len(unseen) == len(static):
         raise ModelError(
             f"The inputs of {', '.join(unseen[:5])} have no steps yet. Run the prepared model on a batch, or on "
-            "several inside hq_plugin.torch_ao.calibrate(prepared), before it is converted."
+            "several inside hq_plugin.torch_ao.calibrate(prepared), before it is converted. (A layer whose weight "
+            "is read around its forward has no input of its own: give it 16 bits for that.)"
         )
     if unseen:
         warnings.warn(

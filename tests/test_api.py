@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -338,3 +339,33 @@ def test_what_takes_less_than_half_a_minute_is_silent(shown, trained, batches, c
     out, err = capfd.readouterr()
     assert out == ""
     assert ("fine-tuning" in err) == (shown is True), "bars where they are asked for, without a terminal none"
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 1.0}, {"sparse": True}, {"scale_grad_by_freq": True}])
+@pytest.mark.parametrize("exclude", [(), ("0",)])
+def test_embeddings_that_do_more(options: dict[str, Any], exclude: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(40, 16, **options), nn.Linear(16, 4)).eval()
+    data = [torch.randint(40, (16, 3)) for _ in range(4)]
+    small = hq.quantize(model, "6bit", data, effort="smoke", progress=False, exclude=exclude)
+    assert (small(data[0]) - model(data[0])).abs().max() < 0.5
+    assert model[0].sparse == options.get("sparse", False)
+
+
+def test_models_that_cannot_be_copied_or_compared_say_what_to_do() -> None:
+    data = [torch.randn(16, 8) for _ in range(4)]
+    normed = nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 4)))
+    normed(data[0])
+    with pytest.raises(ModelError, match=r"parametrizations\.weight_norm"):
+        hq.quantize(normed, "4bit", data, effort="smoke")
+    with pytest.raises(ModelError, match="uninitialised"):
+        hq.quantize(nn.Sequential(nn.LazyLinear(4)), "4bit", data, effort="smoke")
+
+    class Picks(nn.Linear):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            y = super().forward(x)
+            return {"boxes": y[y[:, 0] > 0.3]}
+
+    torch.manual_seed(0)
+    with pytest.raises(ModelError, match="hangs on the values"):
+        hq.quantize(Picks(8, 4), "4bit", data, effort="smoke", progress=False)

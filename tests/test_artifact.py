@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -346,3 +347,35 @@ def test_an_unknown_integration_is_not_imported(saved: Path) -> None:
 def test_nothing_there(tmp_path: Path) -> None:
     with pytest.raises(ArtifactError, match="no saved"):
         hq.load(tmp_path, TinyNet())
+
+
+class Remembers(nn.Module):
+    """Keeps in its state what is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head, self.scale = nn.Linear(32, 64), nn.Linear(64, 10), 1
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"scale": self.scale}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        self.scale = state["scale"]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.layer(x).relu()) * self.scale
+
+
+def test_state_that_is_no_tensor_stays_that_of_the_model_that_is_loaded_into(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Remembers().eval(), [torch.randn(16, 32) for _ in range(4)]
+    model.scale = 3
+    options: Any = {"effort": "smoke", "progress": False, "checkpoint_dir": tmp_path / "work"}
+    session = hq.meta_train(model, data, **options)
+    session.save(tmp_path / "session")
+    small = hq.load_session(tmp_path / "session", model, data).quantize("5bit")
+    hq.save(small, tmp_path / "small")
+    fresh = Remembers()
+    fresh.scale = 3
+    again = hq.load(tmp_path / "small", fresh)
+    assert torch.equal(again(data[0]), small(data[0]))

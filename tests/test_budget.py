@@ -59,3 +59,7 @@ def test_text_reads_back() -> None:
     budget = Budget(weight_bits=2.5, size=250_000, size_fraction=0.12, bitops=1.5e9)
     assert Budget.parse(str(budget)) == budget
     assert format_bytes(1234) == "1.23 kB"
+
+
+def test_numbers_are_read_however_they_are_written() -> None:
+    assert Budget.parse(".5e3KB") == Budget.parse("500KB") == Budget.parse("5.e2 kb")

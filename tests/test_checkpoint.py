@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, ArtifactPathError, ConfigError
+from hq_plugin import ArtifactError, ArtifactPathError, ConfigError, HQWarning
 from tests.conftest import TinyNet
 
 OPTIONS = {
@@ -153,3 +155,20 @@ def test_a_damaged_state_is_an_error(tmp_path: Path) -> None:
         file.write_bytes(content)
     with pytest.raises(ArtifactError, match="damaged"):
         hq.quantize(model(), "3.5bit", batches(), checkpoint_dir=tmp_path / "ck", **OPTIONS)  # type: ignore[arg-type]
+
+
+def test_other_data_is_warned_of_and_another_lambda_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    first, second = ([torch.randn(16, 8) * scale for _ in range(8)] for scale in (1, 3))
+    options: Any = {"effort": "smoke", "progress": False, "checkpoint_dir": tmp_path / "work"}
+    hq.quantize(model, "4bit", first, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hq.quantize(model, "4bit", first, **options)
+    with pytest.warns(HQWarning, match="begun with other data"):
+        hq.quantize(model, "4bit", second, **options)
+    options["checkpoint_dir"] = tmp_path / "other"
+    hq.quantize(model, "4bit", first, loss=lambda s, t: (s - t).abs().mean(), **options)
+    with pytest.raises(hq.ArtifactError, match="loss"):
+        hq.quantize(model, "4bit", first, loss=lambda s, t: (s - t).square().mean(), **options)

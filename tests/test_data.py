@@ -285,3 +285,17 @@ def test_a_batch_sampler_that_shuffles_leaks_nothing_that_is_held_out() -> None:
 def test_a_batch_sampler_of_nothing_says_so() -> None:
     with pytest.raises(DataError, match="its batch sampler draws no batch"):
         prepare_data(DataLoader(TensorDataset(X, Y), batch_sampler=[]), One(), CONFIG)
+
+
+class LabelledStream(IterableDataset):
+    """Samples, each with a label of its own."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int]]:
+        return iter((x, int(y)) for x, y in zip(X, Y, strict=True))
+
+
+def test_a_stream_of_samples_is_put_into_batches() -> None:
+    data = prepare_data(LabelledStream(), nn.Linear(1, 3), CONFIG)
+    batch = data.holdout[0]
+    assert batch.args[0].shape == (CONFIG.filled().batch_size, *X.shape[1:])
+    assert batch.labels is not None

@@ -11,6 +11,18 @@ from hq_plugin.stored_qparams import ACTIVATION_QPARAM_BYTES
 from tests.conftest import SITES, TinyNet
 
 
+def test_pins_that_contradict_each_other() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    table = find_sites(model, lambda m: m(torch.randn(2, 8)), 2)
+    together = {"groups": [["0", "2"]]}
+    with pytest.raises(ConfigError, match="different widths"):
+        SearchSpace.build(table, Config(pinned={"0": 3, "2": 5}, **together))  # type: ignore[arg-type]
+    space = SearchSpace.build(table, Config(pinned={"0": 3, "*": 3}, **together))  # type: ignore[arg-type]
+    assert [group.weight_bits for group in space.groups] == [(3,)]
+    with pytest.raises(ConfigError, match="not possible"):
+        SearchSpace.build(table, Config(pinned={"0": (8, 8, 8)}))  # type: ignore[dict-item]
+
+
 def build(**options: object) -> SearchSpace:
     x = torch.randn(2, 1, 8, 8)
     return SearchSpace.build(find_sites(TinyNet().eval(), lambda m: m(x), 2), Config(**options))  # type: ignore[arg-type]

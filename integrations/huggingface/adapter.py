@@ -71,6 +71,11 @@ class HuggingFaceAdapter:
             ModelError: The model is quantized already, on the meta device, offloaded, or in half precision
                 on a CPU.
         """
+        if type(model).__module__.startswith("peft."):
+            raise ModelError(
+                "The model is a PeftModel: its adapter is not quantized. Merge it first: "
+                "hq_plugin.quantize(model.merge_and_unload(), budget, data)."
+            )
         # By its name when it is needed: transformers' pipelines take longer to import than a model takes to load.
         if not isinstance(model, nn.Module) and isinstance(model, transformers.Pipeline):
             pipe = model
@@ -118,6 +123,8 @@ class HuggingFaceAdapter:
                     proposed["embedding_bits"] = (1, *config.weight_bits)
                 if config.target == "storage":  # the others' fastest kernels have one step a channel
                     proposed["group_size"] = (0, 32, 64, 128)
+                    if "embedding_bits" in proposed:
+                        proposed |= {"embedding_bits": (0, 1, *config.weight_bits), "embedding_columns": 4}
                 proposed |= {
                     "embedding_parts": 12,
                     "block_loss": 0.3,  # measured: neither less nor 1 made a difference

@@ -64,6 +64,8 @@ def batches(model: PreTrainedModel, data: Any, config: Config) -> Any:
             stacklevel=4,
         )
         return rows.Rows({"input_ids": written(model, config, min(_WRITTEN[config.effort], _needed(config)))})
+    if isinstance(data, Mapping) and data and all(hasattr(part, "column_names") for part in data.values()):
+        raise DataError(f"data is several data sets: pass one of them, data[{next(iter(data))!r}].")
     if isinstance(data, Mapping) and not isinstance(data, Tensor):
         return rows.from_encoding(model, data)
     if isinstance(data, (DataLoader, Tensor, str, bytes)) or not isinstance(data, Iterable):

@@ -221,6 +221,10 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
     return Rows(tensors)
 
 
+#: Modes of pictures that are made RGB.
+_CONVERTED = ("1", "L", "LA", "P", "PA", "RGBA", "CMYK")
+
+
 def from_pictures(pictures: list[Any], processor: Any) -> Rows:
     """Lets an image processor read pictures.
 
@@ -232,7 +236,9 @@ def from_pictures(pictures: list[Any], processor: Any) -> Rows:
             "data is pictures, and there is no image processor to read them with. Pass it: "
             "hq_plugin.quantize(model, budget, data=pictures, processor=image_processor)."
         )
-    return Rows(dict(processor(images=pictures, return_tensors="pt")))
+    # Grey ones and those with an alpha channel among them: processors take what they get.
+    coloured = [p.convert("RGB") if getattr(p, "mode", "RGB") in _CONVERTED else p for p in pictures]
+    return Rows(dict(processor(images=coloured, return_tensors="pt")))
 
 
 def from_sounds(model: PreTrainedModel, sounds: list[Any], processor: Any) -> Rows:

@@ -14,6 +14,7 @@ from torch import nn
 
 from hq_plugin.compact import write_beside
 from hq_plugin.distribution import is_first
+from hq_plugin.errors import ModelError
 from hq_plugin.integrations.huggingface.card import card, is_unedited
 from hq_plugin.integrations.huggingface.integrity import add_checksum
 from hq_plugin.nn import check_unedited, packed_modules
@@ -68,6 +69,11 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
         ModelError: Dequantized weights were edited, as merging an adapter does: the packed ones lack it.
     """
     check_unedited(self)
+    if wrapped := next((name for name in packed_modules(self) if name.endswith(".base_layer")), None):
+        raise ModelError(
+            f"An adapter is around {wrapped.removesuffix('.base_layer')!r}: save the PeftModel, which writes the "
+            "adapter, and the packed model before it is given one, or after unload()."
+        )
     options.setdefault("is_main_process", is_first())
     options.setdefault("save_original_format", not _is_stored_otherwise(self))
     type(self).save_pretrained(self, save_directory, **options)

@@ -10,15 +10,21 @@ from torch import Tensor, nn
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a model is a decoder of transformers that generates from a cache of keys and values."""
-    config = getattr(model, "config", None)
+    """Whether a model is a decoder of transformers that generates from a cache of keys and values alone."""
+    config: Any = getattr(model, "config", None)
     generates = getattr(model, "can_generate", None)
-    return (
-        callable(generates)
-        and bool(generates())
-        and getattr(config, "num_hidden_layers", None) is not None
-        and not getattr(config, "is_encoder_decoder", False)
-    )
+    if (
+        not callable(generates)
+        or not generates()
+        or getattr(config, "num_hidden_layers", None) is None
+        or getattr(config, "is_encoder_decoder", False)
+    ):
+        return False
+    from transformers import DynamicCache
+
+    # State-space layers (Mamba) keep states of another kind.
+    layers = DynamicCache(config=config.get_text_config()).layers
+    return all(hasattr(layer, "keys") and hasattr(layer, "values") for layer in layers)
 
 
 class CausalForward(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
+from hq_plugin.integrations.onnxruntime.readable import Readable
 from hq_plugin.nn import PackedModule
 from hq_plugin.quantization import quantize_rows
 
@@ -17,7 +18,7 @@ from hq_plugin.quantization import quantize_rows
 OPSET = 23
 
 
-class DynamicLinear(nn.Module):
+class DynamicLinear(Readable):
     """A Linear with integer weights a channel, whose input is quantized row by row.
 
     Attributes:
@@ -39,13 +40,9 @@ class DynamicLinear(nn.Module):
         self.register_buffer("sums", integers.sum(0, dtype=torch.int32).float())
         self.bias = bias
 
-    @property
-    def weight(self) -> Tensor:
-        """Stands for the float weight where code asks for its dtype, device or shape."""
-        return torch.empty(getattr(self, self._name).shape[::-1], dtype=self._dtype)
-
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
+        self.note_run()
         x = input  # which some call by its name
         found, step, zero = quantize_rows(x, self._bits)
         weight = getattr(self, self._name)

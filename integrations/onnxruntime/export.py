@@ -146,10 +146,6 @@ def export(
     if cache and not causal:
         raise ExportError(f"{type(model).__name__} does not generate text from a cache. Leave cache=None.")
     prepared = _exported_form(model, accuracy_level)
-    layers = tuple(
-        ExportedLayer(name, layer.bits, *reversed(form(prepared.get_submodule(name))))
-        for name, layer in packed_modules(model).items()
-    )
     if causal and cache is not False:
         kwargs, shapes = causal_inputs(model)
         written = _improved(_translated(CausalForward(prepared), (), kwargs, shapes))
@@ -158,6 +154,10 @@ def export(
         args, kwargs = _inputs(model, example_inputs)
         written = _improved(_translated(_without_cache(prepared), args, kwargs, _dynamic(args, kwargs)))
         made = model
+    layers = tuple(
+        ExportedLayer(name, layer.bits, *reversed(form(prepared.get_submodule(name))))
+        for name, layer in packed_modules(model).items()
+    )
     target = Path(path).expanduser()
 
     def write() -> tuple[int, float | None]:
@@ -263,6 +263,13 @@ def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, An
     found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map_only(Tensor, _as_exported, (args, kwargs))
     tensors = [value for value in tree_leaves(found) if isinstance(value, Tensor) and value.dim()]
     if any(value.shape[0] != 1 for value in tensors):
+        if tensors[0].shape[0] == 1:
+            warnings.warn(
+                "The first of example_inputs is one sample beside tensors of more rows: its batch size stays 1 in "
+                "the file. Give example inputs of two samples to have it free.",
+                HQWarning,
+                stacklevel=4,
+            )
         return found  # what has one row beside those with more is for all of them
     # A batch of one would be taken for a constant.
     return tree_map_only(Tensor, lambda value: torch.cat([value, value]) if value.dim() else value, found)  # type: ignore[no-any-return]
@@ -276,6 +283,10 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | 
     """Returns which sizes stay free: the batch, and the length of token sequences."""
 
     def of(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: of(part) for name, part in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [of(part) for part in value]
         if not isinstance(value, Tensor) or value.dim() == 0:
             return None
         free = {0: torch.export.Dim.AUTO}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+#: Types of attributes that hold bodies.
+_GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 #: Domain of the operators that ONNX Runtime has beside the standard's.
 _CONTRIB = "com.microsoft"
 
@@ -362,10 +365,20 @@ def _insert_before(graph: onnx.GraphProto, node: onnx.NodeProto, *nodes: onnx.No
         graph.node.insert(at, new)
 
 
+def _read_names(graph: onnx.GraphProto) -> Iterator[str]:
+    """Yields the names of what nodes read, those in bodies of loops and branches, too."""
+    for node in graph.node:
+        yield from node.input
+        for attribute in node.attribute:
+            for body in (attribute.g, *attribute.graphs) if attribute.type in _GRAPHS else ():
+                yield from _read_names(body)
+                yield from (value.name for value in body.output)
+
+
 def _drop_unused(graph: onnx.GraphProto) -> None:
     outputs = {entry.name for entry in graph.output}
     while True:
-        used = {name for node in graph.node for name in node.input} | outputs
+        used = set(_read_names(graph)) | outputs
         idle = [node for node in graph.node if not used.intersection(node.output)]
         if not idle:
             break

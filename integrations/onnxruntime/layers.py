@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.onnx import ops
 
 from hq_plugin.integrations.onnxruntime.dynamic import OPSET, DynamicLinear
+from hq_plugin.integrations.onnxruntime.readable import Readable
 from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain
 from hq_plugin.policy import FLOAT_BITS, LEFT_OUT
 from hq_plugin.quantization import quantize_rows
@@ -32,20 +33,29 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
         layer: The packed layer; it is not changed.
         accuracy_level: Of `MatMulNBits`: 4 lets it compute in 8-bit integers, 1 in float32.
     """
+    made = _integer_form(layer, accuracy_level)
+    if made is None:
+        return _dequantizing(layer)
+    made.float_form = _dequantizing(layer)
+    return made
+
+
+def _integer_form(layer: PackedModule, accuracy_level: int) -> Readable | None:
+    """Returns a layer as operators on integers; None where it keeps its own forward."""
     in_blocks = layer.bits.group_size % min(_BLOCKS) == 0  # whole channels, which are padded, too
     if is_plain(layer, nn.Linear) and layer.bits.activation == FLOAT_BITS and in_blocks:
         return NBitsLinear(layer, accuracy_level)
     if is_plain(layer, nn.Linear) and not layer.bits.group_size:
         return _dynamic(layer) if layer.bits.dynamic else IntegerLinear(layer)
-    if is_plain(layer, nn.Embedding) and layer.bits.weight == LEFT_OUT:
-        return LeftOutEmbedding(layer)
     if is_plain(layer, nn.Embedding) and layer.max_norm is None:
-        return IntegerEmbedding(layer)
-    return _dequantizing(layer)
+        return LeftOutEmbedding(layer) if layer.bits.weight == LEFT_OUT else IntegerEmbedding(layer)
+    return None
 
 
 def form(module: nn.Module) -> tuple[str, int]:
-    """Returns the operator that an exported layer becomes, and the width of its integers in the file."""
+    """Returns the operator that an exported layer became, and the width of its integers in the file."""
+    if isinstance(module, Readable):
+        module = module.written_form()
     if isinstance(module, NBitsLinear):
         return "MatMulNBits", module.width
     if isinstance(module, LeftOutEmbedding):
@@ -57,7 +67,7 @@ def form(module: nn.Module) -> tuple[str, int]:
     return operator, int(integers.removeprefix("weight_int"))
 
 
-class NBitsLinear(nn.Module):
+class NBitsLinear(Readable):
     """A Linear with integer weights and a float input.
 
     Attributes:
@@ -104,13 +114,9 @@ class NBitsLinear(nn.Module):
         self.bias = _bias(layer)
         self._dtype = layer.weight_dtype
 
-    @property
-    def weight(self) -> Tensor:
-        """Stands for the float weight where code asks for its dtype, device or shape."""
-        return torch.empty(self.rows, self.inputs, dtype=self._dtype)
-
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
+        self.note_run()
         x = input  # which some call by its name
         attributes: dict[str, Any] = {
             "K": self.inputs,
@@ -130,7 +136,7 @@ class NBitsLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class IntegerLinear(nn.Module):
+class IntegerLinear(Readable):
     """A Linear whose input is quantized: the product of two dequantized tensors, which the runtime fuses."""
 
     scale: Tensor
@@ -148,13 +154,9 @@ class IntegerLinear(nn.Module):
         self.bias = _bias(layer)
         self.dtype = layer.weight_dtype
 
-    @property
-    def weight(self) -> Tensor:
-        """Stands for the float weight where code asks for its dtype, device or shape."""
-        return torch.empty(self.shape[::-1], dtype=self.dtype)
-
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
+        self.note_run()
         weight = _dequantized(getattr(self, self._name), self.scale, self.zero, axis=1)
         y = self.input(input) @ weight
         return y if self.bias is None else y + self.bias
@@ -165,7 +167,7 @@ def _dynamic(layer: PackedModule) -> DynamicLinear:
     return DynamicLinear(layer, integers, step, _bias(layer), _storage_width(integers))
 
 
-class IntegerEmbedding(nn.Module):
+class IntegerEmbedding(Readable):
     """An Embedding that gathers integers and then scales them."""
 
     scale: Tensor
@@ -182,13 +184,9 @@ class IntegerEmbedding(nn.Module):
         self._dtype = layer.weight_dtype
         self.num_embeddings, self.embedding_dim = integers.shape
 
-    @property
-    def weight(self) -> Tensor:
-        """Stands for the float weight where code asks for its dtype, device or shape."""
-        return torch.empty(getattr(self, self._name).shape, dtype=self._dtype)
-
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up."""
+        self.note_run()
         ids = input  # which some call by its name
         integers = nn.functional.embedding(ids, getattr(self, self._name)).to(self._dtype)
         step = nn.functional.embedding(ids, self.scale)
@@ -198,21 +196,16 @@ class IntegerEmbedding(nn.Module):
         return (values * step.unsqueeze(-1)).flatten(-2)
 
 
-class LeftOutEmbedding(nn.Module):
+class LeftOutEmbedding(Readable):
     """An Embedding whose values are all 0."""
 
     def __init__(self, layer: PackedModule) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim = layer.weight_shape
-        self.weight_dtype = layer.weight_dtype
-
-    @property
-    def weight(self) -> Tensor:
-        """Stands for the float weight where code asks for its dtype, device or shape."""
-        return torch.empty(self.num_embeddings, self.embedding_dim, dtype=self.weight_dtype)
+        self.embedding_dim, self.weight_dtype = layer.weight_shape[1], layer.weight_dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Returns a row of zeros for each id."""
+        self.note_run()
         return torch.zeros(*input.shape, self.embedding_dim, dtype=self.weight_dtype, device=input.device)
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -592,3 +593,85 @@ def test_steps_of_a_weight_that_is_used_transposed(tmp_path: Path) -> None:
     small = packed(model, {"0": LayerBits(8, 8)}, x)
     hq.export(small, tmp_path / "m.onnx", x)
     assert error(tmp_path / "m.onnx", small, x) < 1e-2
+
+
+class ReadsItsEmbedding(nn.Module):
+    """A language model in small: its head is the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.middle = nn.Embedding(50, 32), nn.Linear(32, 32)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.middle(self.words(ids)), self.words.weight)
+
+
+def attention() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, norm_first=True, activation="gelu")
+    return nn.Sequential(nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), nn.Linear(32, 5))
+
+
+@pytest.mark.parametrize("activation", [8, 16])
+@pytest.mark.parametrize("build", [ReadsItsEmbedding, attention])
+def test_weights_that_are_read_around_their_layer(build: Any, activation: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randint(50, (8, 6)) if build is ReadsItsEmbedding else torch.randn(8, 6, 32)
+    small = hq.quantize(build().eval(), "6bit", [x] * 4, config=SMOKE, activation_bits=activation)
+    found = hq.export(small, tmp_path / "m.onnx", x, accuracy_level=1)
+    # The runtime makes products of 8-bit integers of some that are float in the file.
+    assert error(tmp_path / "m.onnx", small, x) < 2e-2
+    if build is attention:
+        operators = {layer.name: layer.operator for layer in found.layers}
+        assert operators["0.layers.0.self_attn.out_proj"] == "DequantizeLinear"
+        assert (operators["1"] == "MatMulNBits") == (activation == 16)
+
+
+class Bags(nn.Module):
+    """An operator that becomes a loop."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.EmbeddingBag(100, 32), nn.Linear(32, 5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids))
+
+
+def test_what_loops_read_is_not_dropped(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(100, (4, 6))
+    small = hq.quantize(Bags().eval(), "5bit", [ids] * 4, config=SMOKE)
+    hq.export(small, tmp_path / "m.onnx", ids)
+    assert error(tmp_path / "m.onnx", small, ids) < 2e-2
+
+
+class TakesADict(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 5)
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        return self.layer(batch["x"]) + batch["more"]
+
+
+def test_inputs_in_containers_and_one_sample_beside_more_rows(tmp_path: Path) -> None:
+    batch = {"x": torch.randn(4, 32), "more": torch.randn(4, 1)}
+    small = packed(TakesADict().eval(), {"layer": LayerBits(4, 16)}, batch)  # type: ignore[arg-type]
+    hq.export(small, tmp_path / "m.onnx", (batch,))
+    inputs = session(tmp_path / "m.onnx").get_inputs()
+    assert [entry.shape[0] == 4 for entry in inputs] == [False, False]
+    mixed = {"x": torch.randn(1, 32), "more": torch.randn(6, 1)}
+    with pytest.warns(HQWarning, match="stays 1"):
+        hq.export(small, tmp_path / "m.onnx", (mixed,))
+
+
+@pytest.mark.slow
+def test_states_of_another_kind_than_keys_and_values(tmp_path: Path) -> None:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+    small = hq.quantize(model, "5bit", [torch.randint(64, (4, 8))] * 4, config=SMOKE)
+    with pytest.raises(ExportError, match="does not generate"):
+        hq.export(small, tmp_path / "m.onnx", cache=True)
+    hq.export(small, tmp_path / "m.onnx")
