@@ -147,6 +147,8 @@ class SplitEmbedding(nn.Module):
 
     def _everywhere(self, flat: Tensor) -> Tensor:
         """Looks up in every table and keeps what is right: sizes do not hang on the places, as a graph wants it."""
+        if len(self.parts) == 1:
+            return self.parts[0](flat)  # type: ignore[no-any-return]
         found = self.parts[0](torch.where(flat < self.starts[1], flat, 0))
         for part, start, size in zip(self.parts[1:], self.starts[1:], self.sizes[1:], strict=True):
             # Of the tables that begin at a place or before it, the last one holds it.

@@ -27,6 +27,7 @@ from hq_plugin.integrations.onnxruntime.dynamic import OPSET
 from hq_plugin.integrations.onnxruntime.layers import exported_layer, form
 from hq_plugin.integrations.onnxruntime.rewrites import Rewritten
 from hq_plugin.integrations.onnxruntime.sessions import EXACT_SUMS
+from hq_plugin.integrations.onnxruntime.tables import merge_tables
 from hq_plugin.integrations.onnxruntime.verify import difference
 from hq_plugin.nn import check_unedited, packed_modules
 from hq_plugin.nn.saturation import may_clip, saturates
@@ -145,7 +146,7 @@ def export(
     causal = is_causal(model)
     if cache and not causal:
         raise ExportError(f"{type(model).__name__} does not generate text from a cache. Leave cache=None.")
-    prepared = _exported_form(model, accuracy_level)
+    prepared, forms = _exported_form(model, accuracy_level)
     if causal and cache is not False:
         kwargs, shapes = causal_inputs(model)
         written = _improved(_translated(CausalForward(prepared), (), kwargs, shapes))
@@ -155,7 +156,7 @@ def export(
         written = _improved(_translated(_without_cache(prepared), args, kwargs, _dynamic(args, kwargs)))
         made = model
     layers = tuple(
-        ExportedLayer(name, layer.bits, *reversed(form(prepared.get_submodule(name))))
+        ExportedLayer(name, layer.bits, *reversed(form(forms[name])))
         for name, layer in packed_modules(model).items()
     )
     target = Path(path).expanduser()
@@ -204,7 +205,7 @@ def to_onnx(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, accuracy_level: int
 ) -> onnx.ModelProto:
     """Returns a packed model, for inputs of these sizes alone, without a cache."""
-    prepared = _without_cache(_exported_form(model, accuracy_level))
+    prepared = _without_cache(_exported_form(model, accuracy_level)[0])
     return _improved(_translated(prepared, args, kwargs, None))
 
 
@@ -228,8 +229,8 @@ def _improved(written: onnx.ModelProto) -> onnx.ModelProto:
     return written
 
 
-def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:
-    """Returns a copy of a model whose packed layers are in their exported form, tied ones once."""
+def _exported_form(model: nn.Module, accuracy_level: int) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """Returns a copy of a model with its packed layers in their exported form, tied ones once, and these layers."""
     if accuracy_level not in range(5):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not possible: give 0 to 4.")
     holder = nn.Module()
@@ -238,14 +239,15 @@ def _exported_form(model: nn.Module, accuracy_level: int) -> nn.Module:
         # transformers' other ways to compute a mixture of experts depend on which expert each token takes.
         made.set_experts_implementation("batched_mm")
     holder.add_module("model", made)
-    forms: dict[int, nn.Module] = {}
-    for layer in packed_modules(holder).values():
-        forms[id(layer)] = exported_layer(layer, accuracy_level)
+    layers = packed_modules(made)
+    forms = {id(layer): exported_layer(layer, accuracy_level) for layer in packed_modules(holder).values()}
     for parent in list(holder.modules()):
         for name, child in parent._modules.items():
             if child is not None and id(child) in forms:
                 parent._modules[name] = forms[id(child)]
-    return holder.get_submodule("model").requires_grad_(False)
+    exported = holder.get_submodule("model").requires_grad_(False)
+    merge_tables(exported)
+    return exported, {name: forms[id(layer)] for name, layer in layers.items()}
 
 
 def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

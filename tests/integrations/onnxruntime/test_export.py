@@ -22,6 +22,8 @@ from hq_plugin.cost import CostTable
 from hq_plugin.integrations.onnxruntime.causal import generate
 from hq_plugin.integrations.onnxruntime.sessions import open_session
 from hq_plugin.integrations.onnxruntime.verify import difference
+from hq_plugin.nn import with_split_tables
+from hq_plugin.nn.split import principal_axes
 from hq_plugin.packing import pack_bits
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
@@ -675,3 +677,23 @@ def test_states_of_another_kind_than_keys_and_values(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="does not generate"):
         hq.export(small, tmp_path / "m.onnx", cache=True)
     hq.export(small, tmp_path / "m.onnx")
+
+
+def test_tables_that_are_stored_alike_are_one(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(400, 16), nn.Linear(16, 5)).eval()
+    split = with_split_tables(model, ["0.parts.5.1"], axes={"0": principal_axes(model[0].weight)})
+    widths = {0: (8, 8), 1: (6, 5), 2: (4, 3), 3: (4, 2), 4: (2, 0), 5: (3, 0)}
+    bits = {f"0.parts.{n}.{column}": LayerBits(width) for n in widths for column, width in enumerate(widths[n])}
+    ids = torch.randint(400, (4, 6))
+    small = packed(split, {**bits, "0.basis": LayerBits(8), "1": LayerBits(8)}, ids)
+    found = hq.export(small, tmp_path / "m.onnx", ids, accuracy_level=1)
+    assert error(tmp_path / "m.onnx", small, ids) < 1e-5
+    assert error(tmp_path / "m.onnx", small, torch.arange(400).view(1, -1)) < 1e-5
+    # Three kinds in place of six: integers and steps of each block, but for the one that is left out.
+    gathers = [node for node in onnx.load(tmp_path / "m.onnx").graph.node if node.op_type == "Gather"]
+    assert len(gathers) <= 14
+    operators = {layer.name: (layer.operator, layer.width) for layer in found.layers}
+    assert operators["0.parts.4.1"] == ("ConstantOfShape", 0)
+    assert operators["0.parts.3.0"] == ("Gather, DequantizeLinear", 4)
+    assert operators["0.parts.1.1"] == ("Gather, DequantizeLinear", 8)
