@@ -7,6 +7,7 @@ into its activation widths, both in ascending order. What a choice costs is `cos
 from __future__ import annotations
 
 import fnmatch
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hq_plugin.config import Config
-from hq_plugin.errors import ConfigError, PolicyError
+from hq_plugin.errors import ConfigError, HQWarning, PolicyError
 from hq_plugin.grouping import worthwhile_group_sizes
 from hq_plugin.nn.saturation import may_clip
 from hq_plugin.policy import ACTIVATION_BITS, FLOAT_BITS, LEFT_OUT, WEIGHT_BITS, HybridPolicy, LayerBits
@@ -126,6 +127,13 @@ class SearchSpace:
             groups.append(Group(name, tuple(sites), widths, activations, sizes, dynamic))
         for pattern in set(config.pinned or {}) - pinned_used:
             raise ConfigError(f"pinned pattern {pattern!r} matches no site. Sites are: {_some(table)}.")
+        size = config.group_size
+        if isinstance(size, int) and size and not any(site.takes_groups(size) for site in table):
+            warnings.warn(
+                f"group_size={size} divides the inputs of no layer: every channel has one step. Give another size.",
+                HQWarning,
+                stacklevel=2,
+            )
         return cls(table, tuple(groups))
 
     @property

@@ -3,12 +3,19 @@ import pytest
 import torch
 from torch import nn
 
-from hq_plugin import Config, ConfigError, HybridPolicy, LayerBits, PolicyError
+from hq_plugin import Config, ConfigError, HQWarning, HybridPolicy, LayerBits, PolicyError
 from hq_plugin.cost import CostTable
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
 from hq_plugin.stored_qparams import ACTIVATION_QPARAM_BYTES
 from tests.conftest import SITES, TinyNet
+
+
+def test_a_group_size_that_fits_no_layer_is_said() -> None:
+    model = nn.Sequential(nn.Linear(8, 8)).eval()
+    table = find_sites(model, lambda m: m(torch.randn(2, 8)), 2)
+    with pytest.warns(HQWarning, match="group_size=7 divides"):
+        SearchSpace.build(table, Config(group_size=7))
 
 
 def test_pins_that_contradict_each_other() -> None:

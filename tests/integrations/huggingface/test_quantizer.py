@@ -69,8 +69,10 @@ def test_an_encoder_with_a_large_vocabulary(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_submodule(uneven).weight[:, 3] *= 30  # type: ignore[operator]
     packed = hq.quantize(model, "4.6bit", TEXTS, config=SMOKE, processor=tokenizer())
-    tables = {name: bits for name, bits in packed.hq.policy.items() if "word_embeddings" in name}
-    assert set(tables) == {f"embeddings.word_embeddings.parts.{n}" for n in range(12)}
+    words = "embeddings.word_embeddings"
+    tables = {name: bits for name, bits in packed.hq.policy.items() if name.startswith(f"{words}.parts")}
+    assert set(tables) == {f"{words}.parts.{table}.{column}" for table in range(12) for column in range(4)}
+    assert packed.hq.policy[f"{words}.basis"].dynamic
     inputs_ = {bits.dynamic for name, bits in packed.hq.policy.items() if "embeddings" not in name}
     assert inputs_ == {True}
     assert packed.hq.policy[uneven].group_size == 32
