@@ -340,7 +340,7 @@ def large_bert() -> BertModel:
     return BertModel(BertConfig(**{**BERT, "vocab_size": 5000})).eval()
 
 
-@pytest.mark.parametrize("build", [pytest.param(bert, marks=pytest.mark.slow), large_bert, vit])
+@pytest.mark.parametrize("build", [bert, pytest.param(large_bert, marks=pytest.mark.slow), vit])
 def test_encoders_with_their_own_example_inputs(build, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     small = hq.quantize(build(), "5bit", config=SMOKE)
