@@ -150,7 +150,7 @@ class RelativeError:
                 f"The model's output ({type(teacher).__name__}) holds no floating-point tensor to compare. "
                 "Pass loss=<function of the student's and the teacher's output>."
             )
-        check_shapes(pairs)
+        _check_shapes(pairs)
         known = self.variances if len(self.variances) == len(pairs) else variances([teacher])
         errors = torch.stack(
             [
@@ -162,7 +162,7 @@ class RelativeError:
         return (errors * shares).sum()
 
 
-def check_shapes(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+def _check_shapes(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Checks that two outputs can be compared.
 
     Raises:
@@ -273,7 +273,7 @@ def _kl_of_outputs(student: Any, teacher: Any, temperature: float = 1.0) -> Tens
     student_scores, teacher_scores = class_scores(student), class_scores(teacher)
     assert student_scores is not None
     assert teacher_scores is not None
-    check_shapes([(student_scores, teacher_scores)])
+    _check_shapes([(student_scores, teacher_scores)])
     return kl_divergence(student_scores, teacher_scores, temperature)
 
 

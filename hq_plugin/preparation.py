@@ -90,13 +90,13 @@ def decisive(config: Config) -> dict[str, Any]:
     options = {name: value for name, value in config.to_json().items() if name not in free}
     code = getattr(config.loss, "__code__", None)
     if code is not None:  # functions are written by their names, which two lambdas share
-        options["loss"] = f"{options['loss']} {hash_of(code)}"
+        options["loss"] = f"{options['loss']} {_hash_of(code)}"
     return options
 
 
-def hash_of(code: CodeType) -> str:
+def _hash_of(code: CodeType) -> str:
     """Returns what tells two functions apart: instructions, names and constants."""
-    parts = [repr(part) if not isinstance(part, CodeType) else hash_of(part) for part in code.co_consts]
+    parts = [repr(part) if not isinstance(part, CodeType) else _hash_of(part) for part in code.co_consts]
     text = "".join([code.co_code.hex(), *code.co_names, *parts])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

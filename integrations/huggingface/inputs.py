@@ -200,9 +200,7 @@ def written(model: PreTrainedModel, config: Config, count: int, length: int | No
         dtype = torch.get_autocast_dtype(kind.type) if torch.is_autocast_enabled(kind.type) else None
     writer: Any = model if dtype is None else copy.deepcopy(model).to(dtype=dtype)
     made = [torch.empty(0, length, dtype=torch.long)]
-    # Not the model's own settings: they may forbid tokens, and an end-of-text token would end a sequence.
-    own, writer.generation_config = writer.generation_config, GenerationConfig()
-    with seeded(config.seed), _put_back(writer, own):
+    with seeded(config.seed), _without_settings(writer):
         for first in range(0, count, _AT_ONCE):
             ids = torch.full((min(_AT_ONCE, count - first), 1), start, device=kind)
             # Sequences go on after an end-of-text token: samples of one length need no padding.
@@ -221,8 +219,9 @@ def written(model: PreTrainedModel, config: Config, count: int, length: int | No
 
 
 @contextmanager
-def _put_back(model: Any, settings: Any) -> Iterator[None]:
-    """Gives a model its generation settings back in the end."""
+def _without_settings(model: Any) -> Iterator[None]:
+    """Takes a model's own settings away: they may forbid tokens, and an end-of-text token would end a sequence."""
+    settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield
     finally:

@@ -34,7 +34,7 @@ class DynamicLinear(Readable):
     ) -> None:
         """Args: the packed layer, its integers `[inputs, outputs]`, steps `[outputs]`, bias, and their width."""
         super().__init__()
-        self._name, self._bits, self._dtype = f"weight_int{width}", layer.bits.activation, layer.weight_dtype
+        self._name, self._bits = f"weight_int{width}", layer.bits.activation
         self.register_buffer(self._name, integers)
         self.register_buffer("scale", step)
         self.register_buffer("sums", integers.sum(0, dtype=torch.int32).float())

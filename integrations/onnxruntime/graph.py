@@ -269,10 +269,8 @@ def integer_products(model: onnx.ModelProto) -> None:
         assert step is not None
         assert integers is not None
         # A weight that is used transposed has steps for its inputs. The runtime, too, takes them for outputs'.
-        axis, outputs = (
-            _settings(weight, "axis", 1) % integers.ndim,
-            0 if node.op_type == "Conv" else integers.ndim - 1,
-        )
+        axis = _settings(weight, "axis", 1) % integers.ndim
+        outputs = 0 if node.op_type == "Conv" else integers.ndim - 1
         if step.size > 1 and axis != outputs:
             _multiply_out(graph, model.graph, weight, step, [-1 if n == axis else 1 for n in range(integers.ndim)])
             continue

@@ -33,10 +33,10 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
         layer: The packed layer; it is not changed.
         accuracy_level: Of `MatMulNBits`: 4 lets it compute in 8-bit integers, 1 in float32.
     """
-    made = _integer_form(layer, accuracy_level)
+    made, float_form = _integer_form(layer, accuracy_level), _dequantizing(layer)
     if made is None:
-        return _dequantizing(layer)
-    made.float_form = _dequantizing(layer)
+        return float_form
+    made.float_form = float_form
     return made
 
 
@@ -112,7 +112,6 @@ class NBitsLinear(Readable):
         self.register_buffer("zeros", _pack(whole.to(torch.uint8), self.width).view(-1))
         self.register_buffer("correction", rest.T.contiguous() if bool(rest.any()) else None)
         self.bias = _bias(layer)
-        self._dtype = layer.weight_dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
@@ -145,14 +144,12 @@ class IntegerLinear(Readable):
     def __init__(self, layer: PackedModule) -> None:
         super().__init__()
         integers, step, _ = dequantizer(layer, transposed=True)
-        self.shape = integers.shape
         self._name = f"weight_int{_storage_width(integers)}"
         self.register_buffer(self._name, integers)
         self.register_buffer("scale", step)
         self.register_buffer("zero", torch.zeros_like(step, dtype=torch.int8))
         self.input = InputQuantizer(layer)
         self.bias = _bias(layer)
-        self.dtype = layer.weight_dtype
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiplies by the weight; only inside an export."""
@@ -182,7 +179,7 @@ class IntegerEmbedding(Readable):
         self.register_buffer("scale", step)
         self.register_buffer("offset", offset if bool(offset.any()) else None)
         self._dtype = layer.weight_dtype
-        self.num_embeddings, self.embedding_dim = integers.shape
+        self.embedding_dim = integers.shape[1]
 
     def forward(self, input: Tensor) -> Tensor:
         """Looks rows up."""
