@@ -58,7 +58,7 @@ class Batch:
             return model(*self.args, **self.kwargs)
         except HQError:
             raise
-        except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
             if out_of_memory(error) or lost_process(error):
                 raise
             named = [*enumerate(self.args), *self.kwargs.items()]
@@ -181,15 +181,16 @@ class _Splitter:
     """Tells inputs from labels by the rules that most pipelines follow.
 
     A dict goes in by keyword, without `labels`, `label`, `targets`, `target` and `y` unless `forward`
-    needs them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it is one
-    whole number a sample while the first is floating point.
+    needs them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it can do without it
+    and it is one whole number a sample while the first is floating point.
     """
 
     def __init__(self, model: nn.Module) -> None:
         parameters = inspect.signature(model.forward).parameters.values()
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.labels = label_names(model)
-        self.takes = sum(p.kind in positional for p in parameters)
+        inputs = [p for p in parameters if p.kind in positional]
+        self.takes, self.needs = len(inputs), sum(p.default is inspect.Parameter.empty for p in inputs)
         self.takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
     def __call__(self, raw: Any) -> Split:
@@ -201,7 +202,9 @@ class _Splitter:
             return (), kwargs, labels
         if isinstance(raw, (tuple, list)):
             args = tuple(raw)
-            if len(args) > 1 and (_is_label(args) or (len(args) > self.takes and not self.takes_any)):
+            if len(args) > max(1, self.needs) and (
+                _is_label(args) or (len(args) > self.takes and not self.takes_any)
+            ):
                 last = args[-1]
                 return args[:-1], {}, last if _is_label(args) else None
             return args, {}, None

@@ -26,6 +26,7 @@ class NeedsY(nn.Module):
         (One(), [X, Y], 1, [], True),
         (Two(), (X, X), 2, [], False),
         (Two(), (X, X, Y), 2, [], True),
+        (Two(), (X, Y), 2, [], False),
         (Named(), {"input_ids": X, "attention_mask": X}, 0, ["input_ids", "attention_mask"], False),
         (Named(), {"input_ids": X, "attention_mask": X, "labels": Y}, 0, ["input_ids", "attention_mask"], True),
         (One(), (X, X), 1, [], False),
@@ -66,3 +67,12 @@ def test_types_that_a_model_does_not_take_are_named() -> None:
     batch = Batch((torch.ones(2, 3, dtype=torch.uint8),), {}, None, 2)
     with pytest.raises(DataError, match="the types uint8"):
         batch.run(nn.Linear(3, 2))
+
+
+def test_what_a_model_asks_of_its_input_in_vain_is_told_with_the_input() -> None:
+    class Targets(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return x.items()  # type: ignore[operator]
+
+    with pytest.raises(DataError, match=r"shapes \{0: \(2, 3\)\}.*no attribute 'items'"):
+        Batch((torch.ones(2, 3),), {}, None, 2).run(Targets())
