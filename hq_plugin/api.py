@@ -112,18 +112,20 @@ def load_session(directory: str | Path, model: nn.Module, data: Any = None, **op
         directory: The directory.
         model: The float model; it is not changed.
         data: As for `quantize`: what is held out scores policies, the rest fine-tunes.
-        **options: Fields of `Config` that change, such as `finetune_steps`.
+        **options: Fields of `Config` that change, such as `finetune_steps`; `loss` and `prepare_batch` again
+            where the session was made with functions of the user.
 
     Raises:
         ArtifactError: The directory holds no session, or a damaged one.
         ModelError: The session is for another model.
+        ConfigError: An option cannot change, or a function that the session was made with is not given.
     """
     from hq_plugin.session_store import read_session
 
     wrapper = adapters.unwrap(model)
 
-    def prepare(stored: Config) -> tuple[Config, Data]:
-        config = _config(wrapper, stored, {})
+    def prepare(before: Config, changed: dict[str, Any]) -> tuple[Config, Data]:
+        config = _config(wrapper, before, {**_by_effort(wrapper.model, before, changed), **changed})
         return config, _data(wrapper.model, data, config)
 
     with seeded(0), gradients():
@@ -196,6 +198,20 @@ def _config(wrapper: adapters.Unwrapped, config: Config | None, options: dict[st
         config = replace(config, processor=wrapper.processor)
     adapter = adapters.find(wrapper.model)
     return config.filled(None if adapter is None else adapter.options(wrapper.model, config))
+
+
+def _by_effort(model: nn.Module, before: Config, changed: dict[str, Any]) -> dict[str, Any]:
+    """Returns what an adapter proposes for another effort, in place of what it proposed for the one before."""
+    adapter = adapters.find(model)
+    if adapter is None or changed.get("effort", before.effort) == before.effort:
+        return {}
+    old = adapter.options(model, before)
+    new = adapter.options(model, replace(before, effort=changed["effort"]))
+    return {
+        name: value
+        for name, value in new.items()
+        if value != old.get(name) and getattr(before, name) == old.get(name)
+    }
 
 
 def _check_model(model: Any) -> None:

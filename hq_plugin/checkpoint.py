@@ -123,18 +123,20 @@ class Checkpoint:
         if not is_first() or self._holders:
             yield
             return
-        try:
-            with locked(self.directory / _KEY, wait=False):
-                self._holders += 1
-                try:
-                    self._tidy()
-                    yield
-                finally:
-                    self._holders -= 1
-        except BlockingIOError as error:
-            raise ArtifactPathError(
-                f"Another process is working in {self.directory}. Wait for it, or choose another checkpoint_dir."
-            ) from error
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locked(self.directory / _KEY, wait=False))
+            except BlockingIOError as error:
+                raise ArtifactPathError(
+                    f"Another process is working in {self.directory}. Wait for it, or choose another "
+                    "checkpoint_dir."
+                ) from error
+            self._holders += 1
+            try:
+                self._tidy()
+                yield
+            finally:
+                self._holders -= 1
 
     def _tidy(self) -> None:
         """Removes what kills in the middle of writing left behind."""

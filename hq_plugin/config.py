@@ -380,7 +380,7 @@ class Config:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Config:
-        """Reads what `to_json` wrote. Functions are not restored: pass them again as options."""
+        """Reads what `to_json` wrote, without functions: who reads a session asks for them again."""
         values = {field.name: data[field.name] for field in fields(cls) if field.name in data}
         values["prepare_batch"] = values["processor"] = values["profile"] = None
         values["trackers"] = ()

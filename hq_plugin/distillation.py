@@ -46,6 +46,18 @@ def class_scores(output: Any) -> Tensor | None:
     return scores if scores.dim() > 1 and scores.shape[-1] > 1 else None
 
 
+def hits(scores: Tensor, labels: Tensor) -> Tensor | None:
+    """Returns which of the labelled predictions are right; None where labels do not fit them.
+
+    Args:
+        scores: `[..., classes]`.
+        labels: Whole numbers `[...]` or `[..., 1]`; what is negative is no label.
+    """
+    chosen = scores.argmax(-1)
+    labels = labels.squeeze(-1) if labels.shape == (*chosen.shape, 1) else labels
+    return None if labels.shape != chosen.shape else (chosen == labels)[labels >= 0]
+
+
 #: Elements of class scores worked on at once: a vocabulary has tens of thousands of them for each token.
 _CHUNK = 1 << 22
 
@@ -300,19 +312,19 @@ class Fidelity:
         scores, expected = class_scores(student), class_scores(teacher)
         if scores is None or expected is None:
             return
-        chosen = scores.argmax(-1)
-        self._count("agreement", chosen == expected.argmax(-1))
-        if labels is not None and labels.shape == chosen.shape:
-            self._count("accuracy", chosen == labels)
+        self._count("agreement", scores.argmax(-1) == expected.argmax(-1))
+        right = None if labels is None else hits(scores, labels)
+        if right is not None:
+            self._count("accuracy", right)
 
-    def _count(self, name: str, hits: Tensor) -> None:
+    def _count(self, name: str, right: Tensor) -> None:
         counts = self._counts.setdefault(name, [0, 0])
-        counts[0] += int(hits.sum())
-        counts[1] += hits.numel()
+        counts[0] += int(right.sum())
+        counts[1] += right.numel()
 
     def _share(self, name: str) -> float | None:
-        hits, total = self._counts.get(name, (0, 0))
-        return hits / total if total else None
+        right, total = self._counts.get(name, (0, 0))
+        return right / total if total else None
 
     @property
     def distance(self) -> float:

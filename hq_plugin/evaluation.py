@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from hq_plugin.batch import batch_splitter, make_batch
 from hq_plugin.config import Config
-from hq_plugin.distillation import class_scores
+from hq_plugin.distillation import class_scores, hits
 from hq_plugin.errors import DataError
 
 
@@ -30,14 +30,14 @@ def accuracy(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Confi
         Share of samples that are right, and their number.
 
     Raises:
-        DataError: The data is empty or has no labels.
+        DataError: The data is empty, or has no labels or such that do not fit the outputs.
     """
     if isinstance(data, Dataset):
         data = DataLoader(data, batch_size=config.filled().batch_size)
     split = batch_splitter(model, config)
     device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     model.eval()
-    hits = total = 0
+    right = total = 0
     for raw in data:
         batch = make_batch(raw, split).to(device)
         scores = class_scores(batch.run(model))
@@ -46,11 +46,17 @@ def accuracy(model: nn.Module, data: Iterable[Any] | Dataset[Any], config: Confi
                 "Accuracy needs a model with class scores and data with labels: (inputs, labels), or a "
                 "folder of images with a folder for each class."
             )
-        hits += int((scores.argmax(-1) == batch.labels).sum())
-        total += batch.labels.numel()
+        found = hits(scores, batch.labels)
+        if found is None:
+            raise DataError(
+                f"Labels of shape {tuple(batch.labels.shape)} do not fit class scores of shape "
+                f"{tuple(scores.shape)}: give one whole number for each of {tuple(scores.shape[:-1])}."
+            )
+        right += int(found.sum())
+        total += found.numel()
     if total == 0:
         raise DataError("data is empty: it gave no batch.")
-    return hits / total, total
+    return right / total, total
 
 
 @torch.no_grad()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from itertools import islice
-from types import CodeType
+from types import CellType, CodeType
 from typing import Any
 
 import torch
@@ -88,17 +89,35 @@ def decisive(config: Config) -> dict[str, Any]:
     """Returns the options that a result depends on."""
     free = ("progress", "checkpoint_dir", "checkpoint_seconds", "trackers", "tracker_dir")
     options = {name: value for name, value in config.to_json().items() if name not in free}
-    code = getattr(config.loss, "__code__", None)
-    if code is not None:  # functions are written by their names, which two lambdas share
-        options["loss"] = f"{options['loss']} {_hash_of(code)}"
+    if callable(config.loss):  # functions are written by their names, which two lambdas share
+        options["loss"] = f"{options['loss']} {hashlib.sha256(_described(config.loss).encode()).hexdigest()[:16]}"
     return options
 
 
-def _hash_of(code: CodeType) -> str:
-    """Returns what tells two functions apart: instructions, names and constants."""
-    parts = [repr(part) if not isinstance(part, CodeType) else _hash_of(part) for part in code.co_consts]
-    text = "".join([code.co_code.hex(), *code.co_names, *parts])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _described(value: Any, around: tuple[int, ...] = ()) -> str:
+    """Returns what tells two functions apart, equal in every process: instructions, and values that they hold."""
+    if id(value) in around:  # a function may hold itself
+        return "..."
+    if isinstance(value, Tensor):
+        return fingerprint({"": value})
+    code = getattr(value, "__code__", None)
+    parts: Any = None
+    if isinstance(value, CodeType):
+        parts = [value.co_code.hex(), *value.co_names, *value.co_consts]
+    elif code is not None:
+        cells = [cell for cell in value.__closure__ or () if cell != CellType()]
+        parts = [code, value.__defaults__, value.__kwdefaults__, [cell.cell_contents for cell in cells]]
+    elif isinstance(value, functools.partial):
+        parts = [value.func, value.args, value.keywords]
+    elif isinstance(value, Mapping):
+        parts = [*value.items()]
+    elif isinstance(value, (tuple, list)):
+        parts = value
+    if parts is not None:
+        return f"[{', '.join(_described(part, (*around, id(value))) for part in parts)}]"
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+    # The text of other objects may hold where in memory they are.
+    return repr(value) if plain else f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def teacher_of(

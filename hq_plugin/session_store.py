@@ -82,13 +82,13 @@ _SHAPING = (
     "groups",
 )
 #: Options that what was measured and held out follows from.
-_MEASURED = ("seed", "holdout", "loss")
+_MEASURED = ("seed", "holdout", "loss", "sensitivities")
 
 
 def read_session(
     directory: str | Path,
     model: nn.Module,
-    prepare: Callable[[Config], tuple[Config, Data]],
+    prepare: Callable[[Config, dict[str, Any]], tuple[Config, Data]],
     options: Mapping[str, Any],
 ) -> Session:
     """Loads a session for the float model that it was made from.
@@ -96,21 +96,22 @@ def read_session(
     Args:
         directory: What `save_session` wrote.
         model: The float model.
-        prepare: Completes the session's configuration, and makes the data from it.
-        options: Fields of the configuration that change.
+        prepare: Completes the session's configuration by what changes in it, and makes the data from it.
+        options: Fields of the configuration that change, and functions that it had.
 
     Raises:
         ArtifactError: The directory holds no session, or a damaged or newer one.
         ModelError: The session is for another model.
-        ConfigError: An option shapes the MetaQuantNet, and cannot change.
+        ConfigError: An option shapes the MetaQuantNet, and cannot change; or a function is missing.
     """
     content = read_json(directory, FORMAT, VERSION)
+    functions = _functions(content.get("config"), options)
     if fixed := [name for name in _SHAPING if name in options]:
         raise ConfigError(
             f"{', '.join(fixed)} cannot change in a session: its MetaQuantNet was trained for what it was. Leave "
             "that out, and give hq_plugin.meta_train other widths, layers or blocks."
         )
-    if fixed := [name for name in _MEASURED if name in options]:
+    if fixed := [name for name in _MEASURED if name in options and name not in functions]:
         raise ConfigError(
             f"{', '.join(fixed)} cannot change in a session: it measured sensitivities on what it holds out, and "
             "was trained on the rest. Leave that out, and give it to hq_plugin.meta_train."
@@ -119,7 +120,7 @@ def read_session(
     with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         before = Config.from_json(content["config"])
         # Another effort holds out as many samples as before: the others were trained on.
-        config, data = prepare(before.with_options({**options, "holdout": before.steps.holdout}))
+        config, data = prepare(before, {**options, "holdout": before.steps.holdout})
         teacher = teacher_of(model, data, config, by_use=saved_orders(tensors))
         if content.get("model") != fingerprint(float_state(teacher)):
             raise ModelError(
@@ -147,6 +148,25 @@ def read_session(
     if options.get("checkpoint_dir") is not None:  # not the one that the session was meta-trained with
         session.checkpoint = open_checkpoint(teacher, data, config, None, session=str(content.get("sha256")))
     return session
+
+
+def _functions(stored: Any, options: Mapping[str, Any]) -> list[str]:
+    """Returns which options were functions, which no file holds, and checks that the same are given again."""
+    found = []
+    for name in ("loss", "prepare_batch"):
+        written = stored.get(name) if isinstance(stored, Mapping) else None
+        # Functions are written as module:name. An integration brings its own along.
+        if not isinstance(written, str) or ":" not in written or written.startswith("hq_plugin."):
+            continue
+        given = getattr(options.get(name), "__qualname__", type(options.get(name)).__name__)
+        if options.get(name) is None or written.partition(":")[2] != given:
+            raise ConfigError(
+                f"The session was trained with {name}={written}, a function, which no file holds"
+                f"{'' if options.get(name) is None else f', and not with {given}'}. Give the same again: "
+                f"load_session(directory, model, data, {name}=...)."
+            )
+        found.append(name)
+    return found
 
 
 def read_session_outline(directory: str | Path) -> Outline:

@@ -23,7 +23,7 @@ import torch.ao.quantization as tq
 from torch import Tensor, nn
 from torch.ao.quantization.fake_quantize import FakeQuantizeBase
 from torch.ao.quantization.observer import ObserverBase
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
 from hq_plugin.batchnorm import fold_batchnorm
 from hq_plugin.errors import HQWarning, ModelError, PolicyError
@@ -312,7 +312,7 @@ def prepare(
         The prepared model, in the mode (train or eval) of `model`.
 
     Raises:
-        PolicyError: The policy names a layer that the model lacks or that cannot be quantized.
+        PolicyError: The policy names a layer that the model lacks or that cannot be quantized so.
         ModelError: The model is prepared or packed already.
     """
     if not isinstance(policy, HybridPolicy):
@@ -323,6 +323,9 @@ def prepare(
         raise ModelError("The model is prepared or packed already. Give the float model that it was made from.")
     model = with_layers_of(copy.deepcopy(model), policy, inplace=True)
     modules = dict(model.named_modules())
+    for module in modules.values():
+        # torch.ao hands the QConfig of a layer on to what it holds that has none of its own, not even None.
+        module.qconfig = None  # type: ignore[assignment]
     blocks: dict[int, WeightBlock] = {}
     for name, bits in policy.items():
         module = modules.get(name)
@@ -332,6 +335,11 @@ def prepare(
                 f"The policy is for another model: it names {name!r}, {what}. Layers that can be quantized "
                 "are Linear, Conv1d, Conv2d and Embedding."
             )
+        if isinstance(module, nn.Embedding) and bits.activation != FLOAT_BITS:
+            raise PolicyError(
+                f"The policy gives the input of {name!r} {bits.activation} bits, but an Embedding takes indices, "
+                f"which are not quantized: LayerBits({bits.weight}, {FLOAT_BITS})."
+            )
         if metaquantnet is not None:
             block = metaquantnet.block(name)
             steps = metaquantnet.activation_steps(name)
@@ -340,10 +348,12 @@ def prepare(
             assert weight is not None
             # Tied weights share one block, or else they would not stay tied.
             block = blocks.setdefault(id(weight), _table(weight, bits, whole_zero_points))
-            if bits.weight not in block.widths:
+            made = block.widths[0], block.group_size(block.widths[0])
+            if (bits.weight, bits.group_size) != made:
                 raise PolicyError(
-                    f"The policy gives {name!r} a weight of {bits.weight} bits, and another layer, which has the "
-                    f"same weight, one of {block.widths[0]}. Give both the same width."
+                    f"The policy gives {name!r} a weight of {bits.weight} bits in groups of {bits.group_size}, and "
+                    f"another layer, which has the same weight, one of {made[0]} in groups of {made[1]} (0: whole "
+                    "channels). Give both the same."
                 )
             steps = ActivationSteps((bits.activation,)) if bits.static_input else None
         module.qconfig = _qconfig(bits, block, steps)  # type: ignore[assignment]
@@ -502,9 +512,8 @@ class _SwapToPacked:
         float_type = next(base for base in (nn.Linear, nn.Conv1d, nn.Conv2d) if isinstance(module, base))
         if hasattr(module, "bn"):
             bn = module.bn
-            weight, bias = fuse_conv_bn_weights(
-                weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias
-            )
+            fuse = fuse_linear_bn_weights if float_type is nn.Linear else fuse_conv_bn_weights
+            weight, bias = fuse(weight, bias, bn.running_mean, bn.running_var, bn.eps, bn.weight, bn.bias)
         shell = adopt(module, float_type)
         shell._modules = {"weight_fake_quant": module.weight_fake_quant}
         shell._parameters["bias"] = None if bias is None else nn.Parameter(bias.detach())
@@ -513,7 +522,15 @@ class _SwapToPacked:
 
 
 _GRAPH_RELU = (nniqat.LinearReLU, nniqat.ConvReLU2d, nniqat.ConvBnReLU1d, nniqat.ConvBnReLU2d)
-_GRAPH = (nnqat.Linear, nnqat.Conv1d, nnqat.Conv2d, nniqat.ConvBn1d, nniqat.ConvBn2d, *_GRAPH_RELU)
+_GRAPH = (
+    nnqat.Linear,
+    nnqat.Conv1d,
+    nnqat.Conv2d,
+    nniqat.LinearBn1d,
+    nniqat.ConvBn1d,
+    nniqat.ConvBn2d,
+    *_GRAPH_RELU,
+)
 
 
 def convert(prepared: nn.Module) -> nn.Module:
@@ -531,7 +548,8 @@ def convert(prepared: nn.Module) -> nn.Module:
         The converted model in eval mode, without gradients.
 
     Raises:
-        ModelError: The model holds no layer that `prepare` made, or no input of one was ever seen.
+        ModelError: The model holds no layer that `prepare` made, no input of one was ever seen, or torch.ao's graph
+            mode made a layer that cannot be packed.
     """
     _check_calibrated(prepared)
     converted = copy.deepcopy(prepared).eval()
@@ -544,6 +562,15 @@ def convert(prepared: nn.Module) -> nn.Module:
         dict.fromkeys(types, swapper),
         lambda holder, mapping: tq.convert(holder, mapping=mapping, inplace=True),
     )
+    left = {
+        n.rpartition(".")[0]: m for n, m in converted.named_modules() if isinstance(m, HybridWeightFakeQuantize)
+    }
+    if left:
+        kinds = {type(converted.get_submodule(name)).__name__ for name in left}
+        raise ModelError(
+            f"{', '.join(list(left)[:5])} cannot be packed: torch.ao made a {', '.join(sorted(kinds))} of it. "
+            "Leave such layers out of the policy."
+        )
     fold_batchnorm(converted)
     return converted.eval().requires_grad_(False)
 

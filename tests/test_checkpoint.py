@@ -1,6 +1,7 @@
 """Killed at random moments and started again, the same call reaches the same bits."""
 
 import contextlib
+import functools
 import json
 import os
 import random
@@ -17,7 +18,9 @@ import torch
 from torch import nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, ArtifactPathError, ConfigError, HQWarning
+from hq_plugin import ArtifactError, ArtifactPathError, Config, ConfigError, HQWarning
+from hq_plugin.checkpoint import Checkpoint
+from hq_plugin.preparation import decisive
 from tests.conftest import TinyNet
 
 OPTIONS = {
@@ -172,3 +175,24 @@ def test_other_data_is_warned_of_and_another_lambda_refused(tmp_path: Path) -> N
     hq.quantize(model, "4bit", first, loss=lambda s, t: (s - t).abs().mean(), **options)
     with pytest.raises(hq.ArtifactError, match="loss"):
         hq.quantize(model, "4bit", first, loss=lambda s, t: (s - t).square().mean(), **options)
+
+
+def scaled(student: Any, teacher: Any, by: float) -> Any:
+    return by * (student - teacher).square().mean()
+
+
+def test_functions_of_one_factory_are_told_apart() -> None:
+    def made(by: float) -> Any:
+        return lambda student, teacher: by * (student - teacher).square().mean()
+
+    def known(loss: Any) -> Any:
+        return decisive(Config(loss=loss))["loss"]
+
+    assert known(made(1.0)) == known(made(1.0)) != known(made(2.0))
+    first, again, other = (functools.partial(scaled, by=by) for by in (1.0, 1.0, 2.0))
+    assert known(first) == known(again) != known(other)
+
+
+def test_an_error_inside_is_not_taken_for_another_process(tmp_path: Path) -> None:
+    with pytest.raises(BlockingIOError), Checkpoint(tmp_path / "work", {}, 60.0).held():
+        raise BlockingIOError

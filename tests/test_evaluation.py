@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,20 @@ def test_accuracy_without_labels_says_how_a_folder_gives_them() -> None:
 def test_accuracy_counts_what_is_right() -> None:
     inputs = torch.eye(3)
     assert accuracy(nn.Identity(), [(inputs, torch.tensor([0, 1, 1]))], Config()) == (2 / 3, 3)
+
+
+def test_labels_in_a_column_count_once_and_what_is_negative_is_none() -> None:
+    inputs = torch.eye(3)
+    model = nn.Identity()
+    column = accuracy(model, [(inputs, inputs, torch.tensor([[0], [1], [1]]))], Config(prepare_batch=third))
+    assert column == (2 / 3, 3)
+    assert accuracy(model, [(inputs, inputs, torch.tensor([0, -100, 1]))], Config(prepare_batch=third)) == (0.5, 2)
+    with pytest.raises(DataError, match=r"shape \(2,\) do not fit class scores of shape \(3, 3\)"):
+        accuracy(model, [(inputs, inputs, torch.tensor([0, 1]))], Config(prepare_batch=third))
+
+
+def third(raw: Any) -> Any:
+    return raw[:1], {}, raw[2]
 
 
 class Words(nn.Module):

@@ -64,6 +64,26 @@ def test_options_that_what_was_measured_follows_from_cannot_change(
         hq.load_session(session.save(tmp_path / "session"), trained, batches, **options)
 
 
+def cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    return 1 - nn.functional.cosine_similarity(student, teacher, dim=1).mean()
+
+
+def pictures(raw: Any) -> Any:
+    return (raw[0],), {}, raw[1]
+
+
+def test_functions_are_asked_for_again(tmp_path: Path, trained: nn.Module, batches: Batches) -> None:
+    functions: dict[str, Any] = {"loss": cosine, "prepare_batch": pictures}
+    made = hq.meta_train(trained, batches, effort="smoke", meta_steps=1, progress=False, **functions)
+    saved = made.save(tmp_path / "session")
+    for wrong in ({"prepare_batch": pictures}, {"loss": cosine}, {**functions, "loss": lambda s, t: cosine(s, t)}):
+        with pytest.raises(ConfigError, match="a function, which no file holds"):
+            hq.load_session(saved, trained, batches, **wrong)
+    again = hq.load_session(saved, trained, batches, **functions)
+    policy = again.baselines("4bit")["dynamic_programming"]
+    assert again.finetune(policy, steps=1).hq.kl == made.finetune(policy, steps=1).hq.kl
+
+
 @pytest.mark.parametrize("options", [{"target": "torch"}, {"pinned": {"stem": 8}}, {"groups": [["stem", "head"]]}])
 def test_options_that_shape_the_search_space_cannot_change(
     options: dict[str, Any], session: Session, tmp_path: Path, trained: nn.Module, batches: Batches

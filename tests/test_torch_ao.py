@@ -217,8 +217,32 @@ def test_duplicate_references_and_tied_weights() -> None:
     converted = check_converted(prepared, ids)
     assert converted.also is converted.middle
     assert converted.head.weight_packed is converted.embed.weight_packed
-    with pytest.raises(PolicyError, match="'head' a weight of 4 bits, and another layer"):
-        torch_ao.prepare(Tied(), HybridPolicy({**policy, "head": LayerBits(4, 8)}))
+    for other in (LayerBits(4, 8), LayerBits(3, 8, 4)):
+        with pytest.raises(PolicyError, match=rf"'head' a weight of {other.weight} bits .* and another layer"):
+            torch_ao.prepare(Tied(), HybridPolicy({**policy, "head": other}))
+    with pytest.raises(PolicyError, match="input of 'embed' 8 bits, but an Embedding takes indices"):
+        torch_ao.prepare(Tied(), HybridPolicy({**policy, "embed": LayerBits(3, 8)}))
+
+
+def test_what_a_quantized_layer_holds_is_left_alone() -> None:
+    class Holding(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(8, 8)
+            self.norm, self.inner, self.act = nn.LayerNorm(8), nn.Linear(8, 8), nn.ReLU6()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(super().forward(self.norm(x)) + self.inner(x))
+
+    x = torch.randn(64, 8)
+    model = nn.Sequential(Holding(), nn.Linear(8, 4)).eval()
+    prepared = torch_ao.prepare(model, HybridPolicy({"0": LayerBits(3, 4), "1": LayerBits(8, 8)}))
+    assert set(qat_layers(prepared)) == {"0", "1"}
+    converted = check_converted(train_a_little(prepared, x), x)
+    assert set(packed_modules(converted)) == {"0", "1"}
+    both = torch_ao.prepare(model, HybridPolicy({"0": LayerBits(3, 4), "0.inner": LayerBits(2, 8)}))
+    both(x)
+    packed = packed_modules(check_converted(both.eval(), x))
+    assert {name: layer.bits.weight for name, layer in packed.items()} == {"0": 3, "0.inner": 2}
 
 
 def test_the_model_itself_may_be_the_layer() -> None:
@@ -277,6 +301,25 @@ def test_what_cannot_be_prepared(tiny: nn.Module) -> None:
             torch_ao.prepare(model, policy)
     with pytest.raises(PolicyError, match="takes a HybridPolicy, not a dict"):
         torch_ao.prepare(tiny, {"conv1": (3, 8)})  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graph_mode_folds_what_follows_a_linear_layer() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3)).train()
+    mapping = torch_ao.get_qconfig_mapping(HybridPolicy({"0": LayerBits(4, 8), "2": LayerBits(4, 8)}))
+    x = torch.randn(32, 6)
+    prepared = train_a_little(prepare_qat_fx(model, mapping, (x,)), x)
+    assert set(packed_modules(check_converted(prepared, x))) == {"0", "2"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_graph_mode_made_and_nobody_can_pack_is_named() -> None:
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.Flatten(), nn.Linear(2, 3)).train()
+    mapping = torch_ao.get_qconfig_mapping(HybridPolicy({"0": LayerBits(4, 8), "2": LayerBits(4, 8)}))
+    x = torch.randn(4, 1, 3, 3, 3)
+    prepared = train_a_little(prepare_qat_fx(model, mapping, (x,)), x)
+    with pytest.raises(ModelError, match=r"0 cannot be packed: torch.ao made a Conv3d"):
+        torch_ao.convert(prepared)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -449,3 +449,6 @@ def test_a_session_serves_several_budgets(tmp_path) -> None:  # type: ignore[no-
         ids = torch.randint(20, (1, 6))
         with torch.no_grad():
             assert torch.equal(one(ids).logits, other(ids).logits)
+    longer = hq.load_session(tmp_path / "session", model, TEXTS, processor=tokenizer(), effort="fast")
+    assert longer.config.steps.finetune > again.config.steps.finetune
+    assert longer.config.steps.holdout == again.config.steps.holdout
