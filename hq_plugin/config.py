@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -247,7 +247,8 @@ class Config:
             widths = _widths("activation_bits", self.activation_bits, ACTIVATION_BITS)
             object.__setattr__(self, "activation_bits", widths)
         object.__setattr__(self, "exclude", _patterns("exclude", self.exclude))
-        if isinstance(self.groups, str) or any(isinstance(group, str) for group in self.groups or ()):
+        listed = isinstance(self.groups, (list, tuple, type(None)))
+        if not listed or any(isinstance(group, str) for group in self.groups or ()):
             raise ConfigError(f'groups={self.groups!r} must be lists of names or patterns: [["first", "second"]].')
         object.__setattr__(self, "groups", tuple(_patterns("groups", group) for group in self.groups or ()))
         for name in ("meta_steps", "search_evaluations", "finetune_steps"):
@@ -285,8 +286,12 @@ class Config:
         for name in ("checkpoint_dir", "tracker_dir"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, str(getattr(self, name)))
-        trackers = (self.trackers,) if isinstance(self.trackers, str) else tuple(self.trackers or ())
-        object.__setattr__(self, "trackers", trackers)
+        one = self.trackers is not None and not isinstance(self.trackers, (list, tuple))
+        object.__setattr__(self, "trackers", (self.trackers,) if one else tuple(self.trackers or ()))
+        try:
+            check_types(self)
+        except TypeError as error:
+            raise ConfigError(f"An option is not possible: {error}.") from error
 
     def _fast_widths(self, name: str) -> tuple[int, ...]:
         """Returns the given widths of weights that the target runs fast."""
@@ -389,12 +394,7 @@ class Config:
         pinned = values.get("pinned")
         if pinned:
             values["pinned"] = {k: tuple(v) if isinstance(v, list) else v for k, v in pinned.items()}
-        config = cls(**values)
-        try:
-            check_types(config)
-        except TypeError as error:
-            raise ConfigError(f"An option is not possible: {error}.") from error
-        return config
+        return cls(**values)
 
 
 def _name_of(value: Any) -> str | None:
@@ -405,8 +405,8 @@ def _name_of(value: Any) -> str | None:
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
     """Returns names or patterns of layers; None has none."""
-    if isinstance(value, str):
-        raise ConfigError(f"{name}={value!r} is a string; give a list of names or patterns.")
+    if isinstance(value, str) or not isinstance(value, (Iterable, type(None))):
+        raise ConfigError(f"{name}={value!r} is a {type(value).__name__}; give a list of names or patterns.")
     patterns = tuple(value or ())
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise ConfigError(f"{name}={value!r} must be a list of names or patterns.")
@@ -415,11 +415,13 @@ def _patterns(name: str, value: Any) -> tuple[str, ...]:
 
 def _widths(name: str, value: Any, possible: tuple[int, ...]) -> tuple[int, ...]:
     widths = (value,) if isinstance(value, int) and not isinstance(value, bool) else value
+    if isinstance(widths, str):
+        raise ConfigError(f"{name}={value!r} is text; give a width or a list of widths: [2, 4].")
     try:
         ordered = tuple(sorted(set(widths)))
     except TypeError:
         raise ConfigError(f"{name}={value!r} must be a width or a list of widths.") from None
-    wrong = [width for width in ordered if width not in possible or isinstance(width, bool)]
+    wrong = [width for width in ordered if width not in possible or type(width) is not int]
     if wrong or not ordered:
         raise ConfigError(f"{name}={value!r}: possible widths are {', '.join(map(str, possible))}.")
     return ordered

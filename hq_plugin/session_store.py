@@ -139,9 +139,9 @@ def read_session(
         session.sensitivities = read_table(content["sensitivities"])
         if session.sensitivities.shape != session.costs.weight_bytes.shape:
             raise ArtifactError(f"{directory} is damaged, or an option changed its search space.")
-        session.second_order = read_second_order(content["second_order"], session.sensitivities)
+        session.second_order = read_second_order(content.get("second_order"), session.sensitivities)
         if "outline" in content:  # sessions that an earlier version saved have none
-            outline = read_outline(content["outline"], content["sensitivities"], content["second_order"])
+            outline = read_outline(content["outline"], content["sensitivities"], content.get("second_order"))
             session.source = outline.source
             if outline.space.groups == space.groups:  # an option may have changed the choices
                 session.scored = [Scored(genome, score) for genome, score in outline.scored]

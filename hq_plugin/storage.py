@@ -59,6 +59,7 @@ def write_directory(
     target = Path(directory).expanduser()
     if target.is_symlink():
         target = target.resolve()  # what it points to is replaced, and not the link
+    _check_movable(target)
     if not is_first():
         wait_for_all()
         return target
@@ -125,6 +126,7 @@ def check_place(target: Path) -> None:
     Raises:
         ArtifactPathError: It could not.
     """
+    _check_movable(target.expanduser())
     place = target.expanduser().absolute().parent
     while not place.exists():
         place = place.parent
@@ -134,6 +136,19 @@ def check_place(target: Path) -> None:
         raise ArtifactPathError(
             f"{target} cannot be written: {error.strerror}. Choose a writable place."
         ) from error
+
+
+def _check_movable(target: Path) -> None:
+    """Raises ArtifactPathError for a directory in whose place no other one can be put."""
+    if not target.is_dir():
+        return
+    here = target.samefile(".")
+    if here or os.path.ismount(target):
+        what = "the current directory" if here else "a mount point"
+        raise ArtifactPathError(
+            f"{target} is {what}, which cannot be replaced as a whole. Choose a new directory in it: "
+            f"{target / 'model'}."
+        )
 
 
 def check_target(target: Path, kind: str, overwrite: bool) -> None:

@@ -282,3 +282,20 @@ def test_a_link_stays_a_link(tmp_path: Path) -> None:
         save(tmp_path / "link", value)
         assert (tmp_path / "link").is_symlink()
         assert value_of(tmp_path / "real") == value
+
+
+def test_what_cannot_be_replaced_as_a_whole_is_refused_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for check in (storage.check_place, lambda place: write_directory(place, "kind", 1, {}, {})):
+        with pytest.raises(
+            ArtifactPathError, match=r"is the current directory.*Choose a new directory in it: model"
+        ):
+            check(Path("."))
+        with monkeypatch.context() as patched:
+            patched.setattr(os.path, "ismount", lambda path: True)
+            (tmp_path / "volume").mkdir(exist_ok=True)
+            with pytest.raises(ArtifactPathError, match="is a mount point"):
+                check(tmp_path / "volume")
+    assert list(tmp_path.iterdir()) == [tmp_path / "volume"]

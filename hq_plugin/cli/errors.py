@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import warnings
 from collections.abc import Iterator
@@ -53,7 +54,10 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             yield
         except typer.Exit:
             raise
-        except BrokenPipeError:
+        except BrokenPipeError as error:
+            if not _reader_left():  # a worker's pipe, say
+                _line("error", f"{error}: a process that this one writes to has ended.", "red")
+                raise typer.Exit(FIXABLE) from error
             # Whoever read our output, `head` for one, has seen enough; Python would complain when it flushes.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(0) from None
@@ -69,6 +73,13 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             text = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows the traceback)"
             _line("error", text, "red")
             raise typer.Exit(FIXABLE if expected else UNEXPECTED) from error
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads our output any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _line(kind: str, text: str, color: str) -> None:

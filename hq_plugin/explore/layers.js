@@ -68,7 +68,8 @@ export class Layers {
       const place = row.group.weight_bits.indexOf(weight);
       row.bar.className = `b${weight}`;
       row.bar.style.width = `${weight * 12.5}%`;
-      row.size.textContent = row.group.bytes[place] ? bytes(row.group.bytes[place]) : "shared";
+      const none = weight === 0 ? "left out" : "shared";
+      row.size.textContent = row.group.bytes[place] ? bytes(row.group.bytes[place]) : none;
       row.who.classList.toggle("pinned", index in pins);
       for (const [part, planned, pinned] of [[row.weights, weight, pins[index]?.[0]], [row.inputs, activation, pins[index]?.[1]]]) {
         if (!part) continue;

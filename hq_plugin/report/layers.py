@@ -10,10 +10,10 @@ import itertools
 import math
 from collections.abc import Sequence
 
-from hq_plugin.budget import format_bytes, format_count
+from hq_plugin.budget import format_count
 from hq_plugin.policy import FLOAT_BITS
 from hq_plugin.report.document import Document, Layer
-from hq_plugin.report.text import description, escape, module_name, number, size_of
+from hq_plugin.report.text import bytes_of, description, escape, module_name, number, size_of
 
 #: More layers than this get columns.
 ROWS = 40
@@ -204,7 +204,7 @@ def _row(
         f'<span class="track"><i class="b{layer.weight_bits}" style="width:{layer.weight_bits / 8:.1%}"></i></span>'
         f'<span class="bits">{layer.weight_bits}{inputs}</span>{heat}'
         f'<span class="bytes"><i style="width:{math.sqrt(layer.size / largest):.1%}"></i>'
-        f"<span>{format_bytes(layer.size) if layer.size else 'shared'}</span></span></li>"
+        f"<span>{bytes_of(layer)}</span></span></li>"
     )
 
 

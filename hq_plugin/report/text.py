@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 
 from hq_plugin.budget import format_bytes
-from hq_plugin.policy import FLOAT_BITS
+from hq_plugin.policy import FLOAT_BITS, LEFT_OUT
 from hq_plugin.report.document import Layer
 
 
@@ -61,13 +61,20 @@ def widths(layer: Layer) -> str:
     return f"{layer.weight_bits}-bit weights{group}, {inputs}"
 
 
+def bytes_of(layer: Layer, shared: str = "shared") -> str:
+    """Returns the bytes of a layer, or why it has none: left out, or words for sharing its weights."""
+    if layer.weight_bits == LEFT_OUT:
+        return "left out"
+    return format_bytes(layer.size) if layer.size else shared
+
+
 def description(layer: Layer, distance_name: str) -> str:
     """Describes a layer, one fact a line: its tooltip and its accessible name."""
     lines = [
         layer.name,
         widths(layer),
         f"{layer.kind}, {size_of(layer.shape)} = {plural(layer.weights, 'weight')}",
-        f"{format_bytes(layer.size)}" if layer.size else "shares its weights, no bytes of its own",
+        bytes_of(layer, "shares its weights, no bytes of its own"),
     ]
     if layer.sensitivity is not None:
         lines.append(f"sensitivity {number(max(layer.sensitivity, 0.0))} ({distance_name}, alone)")

@@ -44,6 +44,18 @@ def test_a_result_of_an_earlier_version_has_a_page(result: hq.Result) -> None:
     assert "every layer with parameters is quantized" in html
 
 
+def test_what_was_chosen_is_called_the_closest_only_where_it_is(result: hq.Result) -> None:
+    first = next(iter(result.baselines.values()))
+    kinds = {"uniform": 0.02, "dynamic_programming": 0.01, "search": 0.03}
+    baselines = {name: replace(first, name=name, kl=kl) for name, kl in kinds.items()}
+    html = write_page(replace(result, chosen="search", baselines=baselines))
+    assert "what fine-tuning would not repair" in html
+    assert "1.5 times as far as the best uniform policy" in html
+    html = write_page(replace(result, chosen="dynamic_programming", baselines=baselines))
+    assert "it was the closest to the float model before fine-tuning" in html
+    assert "2 times as close as the best uniform policy" in html
+
+
 def test_a_notebook_gets_a_summary(result: hq.Result) -> None:
     html = result._repr_html_()
     assert html.startswith('<div class="hq-report">')

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import hq_plugin as hq
 from hq_plugin.report import gather
 from hq_plugin.report.text import description, duration, escape, module_name, number, plural, share
@@ -22,4 +24,9 @@ def test_a_layer_is_described_by_name_shape_bytes_and_sensitivity(result: hq.Res
     assert "10 × 64 = 640 weights" in lines[2]
     assert lines[3].endswith(" B")
     assert lines[4].startswith("sensitivity ")
+    bare = replace(gather(result).layers[-1], weight_bits=0, size=0)
+    assert description(bare, "KL divergence").splitlines()[3] == "left out"
+    assert (
+        description(replace(bare, weight_bits=4), "KL divergence").splitlines()[3].startswith("shares its weights")
+    )
     assert lines[5].startswith("inputs from ")
