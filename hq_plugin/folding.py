@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from hq_plugin.batchnorm import foldable
 from hq_plugin.nn import PackedModule
 from hq_plugin.nn.folded import DequantizedFolding, Folded, after_norm, normalise
-from hq_plugin.nn.kernels import KERNELS, REFERENCE, FoldingKernel
+from hq_plugin.nn.kernels import KERNELS, REFERENCE, FoldingKernel, norm_of
 
 _OWN_FORWARD = DequantizedFolding()
 
@@ -122,8 +122,8 @@ def fold(layer: PackedModule, norm: nn.Module, kernel: str, x: Tensor) -> bool:
         return False
     folded = Folded(made, layer, norm)
     found = folded.run(x)
-    size = max(float(expected.norm()), float(normalise(norm, torch.zeros_like(y)).norm()), 1e-12)
-    if found.shape != expected.shape or not float((found - expected).norm()) <= made.tolerance * size:
+    size = max(norm_of(expected), norm_of(normalise(norm, torch.zeros_like(y))), 1e-12)
+    if found.shape != expected.shape or not norm_of(found.float() - expected.float()) <= made.tolerance * size:
         folded.unfold()
         return False
     layer.set_kernel(folded)

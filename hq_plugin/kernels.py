@@ -24,13 +24,13 @@ from hq_plugin import adapters
 from hq_plugin.errors import HQWarning, KernelError
 from hq_plugin.folding import batchnorm_after, fold, unfold
 from hq_plugin.nn import PackedModule, is_plain, packed_modules
-from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows, Run
+from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows, Run, norm_of
 from hq_plugin.probe import first_inputs
 from hq_plugin.storage import write_text
 from hq_plugin.timing import OtherMemory, device_name, machine, median_milliseconds
 
 #: Counts changes of how fast kernels are: what was measured before one is measured again.
-_VERSION = 3
+_VERSION = 4
 #: A kernel must be faster by this factor to be worth its memory: than the reference, and as a second one.
 _WORTH = 1.05
 
@@ -58,7 +58,7 @@ def use_kernel(model: nn.Module, name: str) -> list[str]:
     """Lets every layer that can run on one kernel.
 
     Args:
-        model: A converted model; changed in place.
+        model: A converted model, or a pipeline with one; changed in place.
         name: A name of `KERNELS`, or `"dequantized"`, which undoes every choice.
 
     Returns:
@@ -69,6 +69,7 @@ def use_kernel(model: nn.Module, name: str) -> list[str]:
     """
     if name != REFERENCE and name not in KERNELS:
         raise KernelError(f"There is no kernel {name!r}. Kernels are: {', '.join([REFERENCE, *KERNELS])}.")
+    model = adapters.opened(model)
     unfold(model)
     done = []
     for path, layer in packed_modules(model).items():
@@ -221,11 +222,11 @@ def measure(layer: PackedModule, x: Tensor, others: OtherMemory | None = None) -
 
 def relative_error(found: Tensor, expected: Tensor, layer: PackedModule, x: Tensor) -> float:
     """Returns the norm of an error relative to that of the result, as it would be if no products cancelled."""
-    size = float(expected.norm())
+    size = norm_of(expected)
     if is_plain(layer, nn.Linear):
         # A single sum may be close to zero by chance; what rounding does to its products is not.
-        size = max(size, float(x.norm() * layer.weight.norm()) / math.sqrt(layer.weight_shape[1]))
-    return float((found - expected).norm()) / max(size, 1e-12)
+        size = max(size, norm_of(x) * norm_of(layer.weight) / math.sqrt(layer.weight_shape[1]))
+    return norm_of(found.float() - expected.float()) / max(size, 1e-12)
 
 
 def _key(layer: PackedModule, x: Tensor) -> str:

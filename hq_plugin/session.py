@@ -28,7 +28,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_name
-from hq_plugin.distribution import alive_together, map_split, processes
+from hq_plugin.distribution import alive_together, in_first, map_split, processes
 from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import FineTuned, finetune_network, float_network, generated_network, warn_of_no_gain
@@ -271,10 +271,9 @@ class Session:
         """Times the model under a policy, in the first process where there are several."""
         teacher, batch = self._at_home, self._example
 
-        def timed(policy: HybridPolicy) -> float:
-            return policy_milliseconds(teacher, self.space, policy, batch, samples, self.config.target)
-
-        return float(map_split(timed, [policy])[0])
+        return in_first(
+            lambda: policy_milliseconds(teacher, self.space, policy, batch, samples, self.config.target)
+        )
 
     def _search(self, budget: Budget, eval_fn: EvalFunction | None) -> Found:
         """Finds the best policy by what policies are known to cost."""

@@ -8,9 +8,9 @@ from torch import nn
 
 import hq_plugin
 from hq_plugin import HQWarning, KernelError, LayerBits, kernels
-from hq_plugin.kernels import choose_kernels, kernel_of, measure, use_kernel
-from hq_plugin.nn import PackedModule, packed_modules
-from hq_plugin.nn.kernels import KERNELS, REFERENCE, ByRows
+from hq_plugin.kernels import choose_kernels, kernel_of, measure, relative_error, use_kernel
+from hq_plugin.nn import PackedModule, cache_weights, packed_modules
+from hq_plugin.nn.kernels import KERNELS, REFERENCE, Bound, ByRows
 from hq_plugin.timing import OtherMemory, machine
 from tests.nn.test_kernels import packed
 
@@ -191,6 +191,26 @@ def test_no_dequantized_weight_stays_beside_a_kernel(model: nn.Module) -> None:
     assert layer._cached is None
     assert layer.weight.shape == (64, 64)
     assert layer._cached is None
+
+
+def test_a_kernel_that_keeps_a_float_weight_goes_with_the_cache() -> None:
+    layer = packed(nn.Linear(64, 64), LayerBits(4, 16))
+    for bound in (Bound(KERNELS["bfloat16"], layer), ByRows(None, Bound(KERNELS["bfloat16"], layer), 4)):
+        layer.set_kernel(bound)
+        cache_weights(layer, False)
+        assert layer._kernel is None
+        assert use_kernel(layer, "bfloat16") == []
+        cache_weights(layer, True)
+    assert use_kernel(layer, "bfloat16") == [""]
+    use_kernel(layer, "int4")
+    cache_weights(layer, False)
+    assert kernel_of(layer) == "int4"
+
+
+def test_errors_are_seen_in_half_precision_as_well() -> None:
+    layer, x = packed(nn.Linear(4096, 1024), LayerBits(4, 16)).half(), torch.randn(64, 4096).half()
+    assert layer(x).isfinite().all()
+    assert relative_error(torch.zeros(64, 1024).half(), layer(x), layer, x) > 0.5
 
 
 def test_bad_input(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ _MARK = "_hq_normalised"
 class DequantizedFolding(FoldingKernel):
     """The layer's own forward, on a float weight that holds the BatchNorm's scale."""
 
-    name, tolerance = REFERENCE, 1e-5
+    name, tolerance, holds_weight = REFERENCE, 1e-5, True
 
     def refuses(self, layer: PackedModule) -> str | None:
         """Returns why the kernel cannot compute a layer: it keeps a float weight."""
@@ -70,7 +70,6 @@ class Folded(Bound):
             return y
 
         self.kernel, self.run = kernel, run
-        self.holds_weight = kernel.name == REFERENCE
         self._norm, self._known = norm, _now(norm)
         norm.__class__ = _passing_type(float_type(norm))
         norm._hq_token = token

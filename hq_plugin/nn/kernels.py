@@ -52,6 +52,8 @@ class Kernel(ABC):
 
     name: str
     tolerance: float
+    #: Whether a float weight is kept, which `cache_weights(model, False)` gives up.
+    holds_weight = False
 
     @abstractmethod
     def refuses(self, layer: PackedModule) -> str | None:
@@ -75,12 +77,15 @@ class Bound:
 
     #: Whether the layer's dequantized weight is still read.
     needs_weight = False
-    #: Whether a float weight is kept, which `cache_weights(model, False)` gives up.
-    holds_weight = False
 
     def __init__(self, kernel: Kernel, layer: PackedModule) -> None:
         self.kernel = kernel
         self.run = kernel.bind(layer)
+
+    @property
+    def holds_weight(self) -> bool:
+        """Whether a float weight is kept."""
+        return self.kernel.holds_weight
 
     def select(self, x: Tensor) -> Run | None:
         """Returns what computes the layer from an input; None is the layer's own forward."""
@@ -103,11 +108,10 @@ class ByRows:
         limit: Rows.
     """
 
-    holds_weight = False
-
     def __init__(self, few: Bound | None, many: Bound | None, limit: int) -> None:
         self.few, self.many, self.limit = few, many, limit
         self.needs_weight = few is None or many is None
+        self.holds_weight = any(bound is not None and bound.holds_weight for bound in (few, many))
 
     def of(self, rows: int) -> Bound | None:
         """Returns the kernel for so many rows; None is the layer's own forward."""
@@ -135,10 +139,12 @@ def _unlike(layer: PackedModule, quantized: bool, *devices: str) -> str | None:
 
 
 class _BFloat16(Kernel):
-    name, tolerance = "bfloat16", 1e-2
+    name, tolerance, holds_weight = "bfloat16", 1e-2, True
 
     def refuses(self, layer: PackedModule) -> str | None:
-        return _unlike(layer, False)
+        if (reason := _unlike(layer, False)) is not None:
+            return reason
+        return None if layer._cache_enabled else "it keeps a float weight, and the model is not to"
 
     def bind(self, layer: PackedModule) -> Run:
         weight, bias = layer.weight.detach().bfloat16(), _bias(layer)
@@ -324,6 +330,11 @@ class _Int8MatMul(Kernel):
         return run
 
 
+def norm_of(x: Tensor) -> float:
+    """Returns the norm of a tensor; in float32, since float16 ends at 65504."""
+    return float(x.detach().float().norm())
+
+
 def _whole(layer: PackedModule) -> tuple[Tensor, Tensor]:
     """Returns a weight of whole channels as int8 integers in its shape and float32 steps."""
     integers, step, _ = affine_weight(layer)
@@ -336,7 +347,8 @@ def _bias(layer: PackedModule) -> Tensor | None:
 
 
 def _biased(y: Tensor, bias: Tensor | None) -> Tensor:
-    return y if bias is None else y + bias
+    # Under autocast the bias may be wider than what the layer's own forward gives.
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 KERNELS: dict[str, Kernel] = {

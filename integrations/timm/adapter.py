@@ -81,7 +81,8 @@ class TimmAdapter:
             return None
         name, arguments = found
         config = pretrained_cfg(model)
-        preprocessing = {key: config[key] for key in PREPROCESSING if config.get(key) is not None}
+        # With what is None: the default of a name may have a size to test with where this one has none.
+        preprocessing = {key: config.get(key) for key in PREPROCESSING}
         description = {"name": name, "arguments": arguments, "preprocessing": preprocessing}
         return json.loads(json.dumps(description)) if _is_json(description) else None
 

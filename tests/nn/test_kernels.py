@@ -276,3 +276,10 @@ def test_a_convolution_takes_one_sample_without_a_batch() -> None:
     expected = layer(x)
     layer.set_kernel(Bound(kernel, layer))
     torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["int4", "bfloat16"])
+def test_a_wider_bias_does_not_widen_the_result_under_autocast(name: str) -> None:
+    layer, x = packed(nn.Linear(64, 32), LayerBits(4, 16, 32)), torch.randn(4, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Bound(KERNELS[name], layer).run(x).dtype == layer(x).dtype == torch.bfloat16
