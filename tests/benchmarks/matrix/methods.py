@@ -46,7 +46,7 @@ def untrained(task: Task, seed: int, inputs: bool = False) -> Problem:
         seed: The seed.
         inputs: Whether widths of inputs are searched as well, as hq_plugin does where BitOps are limited.
     """
-    config = replace(task.config, seed=seed)
+    config = replace(task.config, seed=seed, **task.others)
     if inputs:
         config = replace(config, activation_bits=BITOPS_ACTIVATION_BITS)
     return Problem(task, hq_plugin.meta_train(task.model, task.data, config=config, meta_steps=0, block="table"))
