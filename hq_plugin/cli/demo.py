@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from hq_plugin.cli.errors import one_line_errors
-from hq_plugin.cli.options import AsJson, Debug
+from hq_plugin.cli.models import check_out
+from hq_plugin.cli.options import AsJson, Debug, Overwrite
 from hq_plugin.cli.output import print_table, say_json
 from hq_plugin.errors import ConfigError
 
@@ -26,6 +27,7 @@ class DemoData(StrEnum):
 def demo(
     data: Annotated[DemoData, typer.Option(help="Which data set.")] = DemoData.digits,
     out: Annotated[Path | None, typer.Option(help="Keep the quantized model in this directory.")] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -39,13 +41,15 @@ def demo(
       hq-plugin demo --data fashion-mnist --out small
     """
     with one_line_errors(debug):
+        if out is not None:
+            check_out(out, overwrite, "model", pretrained=False)
         try:
             module = importlib.import_module("hq_plugin.integrations.timm.demo")
         except ImportError as error:
             raise ConfigError(
                 f"The demo needs timm and scikit-learn ({error}): pip install 'hq-plugin[demo]'"
             ) from error
-        rows = module.run(data.value, out)
+        rows = module.run(data.value, out, overwrite=overwrite)
         if as_json:
             say_json([asdict(row) for row in rows])
             return

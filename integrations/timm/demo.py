@@ -62,13 +62,20 @@ class Row:
     seconds: float
 
 
-def run(data: str = "digits", directory: str | Path | None = None, show: bool | None = None) -> list[Row]:
+def run(
+    data: str = "digits",
+    directory: str | Path | None = None,
+    show: bool | None = None,
+    *,
+    overwrite: bool = False,
+) -> list[Row]:
     """Runs the demo.
 
     Args:
         data: `"digits"` or `"fashion-mnist"`.
         directory: Where the quantized model is saved; None uses a temporary directory.
         show: Whether to show progress bars; None on a terminal.
+        overwrite: Whether a model saved there before is replaced.
 
     Returns:
         Float, uniform and hybrid, each measured on the test data; the hybrid one as it was loaded again.
@@ -76,6 +83,7 @@ def run(data: str = "digits", directory: str | Path | None = None, show: bool | 
     Raises:
         ConfigError: There is no such data set.
         DataError: The data set is not installed.
+        ArtifactPathError: The directory holds something else, or cannot be written.
     """
     if data not in SETTINGS:
         raise ConfigError(f"There is no demo data {data!r}. Choose one of {', '.join(SETTINGS)}.")
@@ -106,7 +114,7 @@ def run(data: str = "digits", directory: str | Path | None = None, show: bool | 
 
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(scratch) / "model" if directory is None else Path(directory)
-        hq_plugin.save(hybrid, target, overwrite=True)
+        hq_plugin.save(hybrid, target, overwrite=overwrite)
         loaded = load(target)
         files = sum(path.stat().st_size for path in target.iterdir())
     with torch.no_grad():

@@ -16,3 +16,22 @@ def test_rows_as_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows[0]["name"] == "float"
     assert all(0 <= row["accuracy"] <= 1 for row in rows)
     assert hq_timm.load(tmp_path / "small").hq.effective_bits <= 2.5
+
+
+def test_a_saved_model_is_replaced_only_if_asked_for(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+
+    def run(data: str, directory: Path, *, overwrite: bool) -> list[demo.Row]:
+        asked.append(overwrite)
+        return []
+
+    monkeypatch.setattr(demo, "run", run)
+    refused = call("demo", "--out", saved)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    assert not asked, "before the work"
+    assert call("demo", "--out", saved, "--overwrite", "--json").exit_code == 0
+    assert call("demo", "--out", tmp_path / "new", "--json").exit_code == 0
+    assert asked == [True, False]
