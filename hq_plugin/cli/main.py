@@ -6,9 +6,12 @@ what to do, and exit code 2; anything else has exit code 1. `--debug` shows the 
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from hq_plugin.cli.demo import demo
 from hq_plugin.cli.errors import OneLineGroup
@@ -30,15 +33,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-app.command()(quantize)
-app.command()(meta_train)
-app.command()(profile)
-app.command()(export)
-app.command()(inspect)
-app.command()(report)
-app.command()(explore)
-app.command()(evaluate)
-app.command()(demo)
+
+class _Command(TyperCommand):
+    """A command whose paths, models and data may begin with `~`, which bash does not expand in `--out=~/small`."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command."""
+        ctx.params = {
+            name: type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
+            for name, value in ctx.params.items()
+        }
+        return super().invoke(ctx)
+
+
+for _command in (quantize, meta_train, profile, export, inspect, report, explore, evaluate, demo):
+    app.command(cls=_Command)(_command)
 
 
 def _version(wanted: bool) -> None:

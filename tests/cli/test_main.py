@@ -8,7 +8,7 @@ import typer
 
 import hq_plugin
 from hq_plugin.cli import app
-from tests.cli.conftest import call
+from tests.cli.conftest import DATA, MODEL, call
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -72,3 +72,18 @@ def test_as_a_module_and_its_exit_code(tmp_path: Path) -> None:
 def test_shell_completion() -> None:
     result = run(_HQ_PLUGIN_COMPLETE="complete_bash", COMP_WORDS="hq-plugin meta", COMP_CWORD="1")
     assert result.stdout.split() == ["meta-train"]
+
+
+def test_a_path_may_begin_with_the_home_directory(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(saved.parent))
+    refused = call("quantize", MODEL, "3bit", "--data=missing.npz", f"--out=~/{saved.name}")
+    assert "--overwrite" in refused.stderr, "the place is looked at before the work"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    untrained = ["-o", "meta_steps=0", "-o", "finetune_steps=0"]
+    result = call("quantize", MODEL, "3bit", "--data", DATA, "--effort", "smoke", *untrained, "--out=~/fresh")
+    written = (tmp_path / "fresh" / "model.safetensors").stat().st_size
+    assert f"saved to {tmp_path / 'fresh'}: {written:,} bytes" in result.stdout, result.output
+    (tmp_path / "a.npz").touch()
+    assert "is no .npz file" in call("quantize", MODEL, "3bit", "--data=~/a.npz", "--out=~/b").stderr
