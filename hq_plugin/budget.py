@@ -17,8 +17,10 @@ _BYTES = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2*
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"us": 1e-3, "ms": 1.0, "s": 1e3}
 _JOULES = {"nj": 1e-3, "uj": 1.0, "mj": 1e3}
-_FORMS = '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps", "8ms", "50uJ"'
-
+_FORMS = (
+    '"3bit" (effective bits a weight), "250KB", "4MB", "12%" (of the float size), "1.5GBitOps", "8ms", '
+    '"8ms for 4 samples" (one forward of them), "50uJ"'
+)
 
 #: What people call each limit.
 LIMITS = {
@@ -75,7 +77,8 @@ class Budget:
     def parse(cls, budget: str | Budget) -> Budget:
         """Reads the short forms: `"3bit"`, `"250KB"`, `"4MB"`, `"12%"`, `"1.5GBitOps"`, `"8ms"`, `"50uJ"`.
 
-        Several limits may be joined by `+` or a comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
+        A time may be that of several samples: `"8ms for 4 samples"`. Several limits may be joined by `+` or a
+        comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
         of 1000, KiB, MiB and GiB of 1024. Case and spaces do not matter.
 
         Args:
@@ -90,10 +93,15 @@ class Budget:
             raise BudgetError(f"A budget is a string or a Budget, not {type(budget).__name__}. Try {_FORMS}.")
         limits: dict[str, Any] = {}
         for part in re.split(r"[+,]", budget):
-            name, value = cls._parse_limit(part, budget)
+            timed = re.fullmatch(r"(.*s)\s*for\s*(\d+)\s*samples?\s*", part.lower())
+            name, value = cls._parse_limit(timed[1] if timed else part, budget)
             if name in limits:
                 raise BudgetError(f"Budget {budget!r} gives {name} twice.")
             limits[name] = value
+            if timed:
+                if name != "latency_ms":
+                    raise BudgetError(f'Budget {budget!r}: only a time is for several samples, "8ms for 4 samples".')
+                limits["batch"] = int(timed[2])
         return cls(**limits)
 
     @staticmethod

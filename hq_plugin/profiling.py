@@ -200,7 +200,7 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
         if profile.batch != budget.batch:
             raise ConfigError(
                 f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
-                "for that, or give Budget(latency_ms=..., batch=...)."
+                f'for that, or write the budget as "{budget.latency_ms:g}ms for {profile.batch} samples".'
             )
     profile.warn_if_rough()
     profile.put_into(costs)

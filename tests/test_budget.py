@@ -18,6 +18,8 @@ from hq_plugin.budget import format_bytes
         ("3bit + 2GBitOps", Budget(weight_bits=3, bitops=2e9)),
         ("3bit,10%", Budget(weight_bits=3, size_fraction=0.1)),
         ("1e3KB", Budget(size=1e6)),
+        ("8ms for 4 samples", Budget(latency_ms=8, batch=4)),
+        ("3bit + 0.5S for 1 Sample", Budget(weight_bits=3, latency_ms=500)),
     ],
 )
 def test_short_forms(text: str, expected: Budget) -> None:
@@ -51,6 +53,12 @@ def test_other_mistakes() -> None:
         Budget.parse("120%")
     with pytest.raises(BudgetError, match="twice"):
         Budget.parse("3bit+4bit")
+    with pytest.raises(BudgetError, match="only a time"):
+        Budget.parse("3bits for 4 samples")
+    with pytest.raises(BudgetError, match="batch=0"):
+        Budget.parse("8ms for 0 samples")
+    with pytest.raises(BudgetError, match="8ms for 4 samples"):
+        Budget.parse("8ms for several samples")
     with pytest.raises(ValueError, match="string or a Budget"):
         Budget.parse(3)  # type: ignore[arg-type]
 
@@ -58,6 +66,8 @@ def test_other_mistakes() -> None:
 def test_text_reads_back() -> None:
     budget = Budget(weight_bits=2.5, size=250_000, size_fraction=0.12, bitops=1.5e9)
     assert Budget.parse(str(budget)) == budget
+    for budget in (Budget(latency_ms=8, batch=4, energy_uj=50), Budget(latency_ms=8)):
+        assert Budget.parse(str(budget)) == budget
     assert format_bytes(1234) == "1.23 kB"
 
 

@@ -49,9 +49,11 @@ def profile(
     \b
     Examples:
       hq-plugin profile resnet18 --target onnxruntime --out laptop.json
-      hq-plugin profile my_project:model --data my_project:batches --batch 8 --out laptop.json
+      hq-plugin profile my_project:model --data my_project:batches --batch 8 --out laptop8.json
       hq-plugin quantize resnet18 8ms --pretrained --data photographs/ --out small \\
         --target onnxruntime --profile laptop.json
+      hq-plugin quantize my_project:model "20ms for 8 samples" --data my_project:batches --out small \\
+        --profile laptop8.json
     """
     import hq_plugin
 

@@ -17,6 +17,17 @@ def test_a_profile_and_a_budget_of_latency(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_a_profile_of_several_samples(tmp_path: Path) -> None:
+    widths = ["--weight-bits", "8", "--activation-bits", "8"]
+    result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", "--batch", 8, *widths)
+    assert result.exit_code == 0, result.output
+    untrained = ["--effort", "smoke", "-o", "meta_steps=0", "-o", "finetune_steps=0"]
+    arguments = ["--data", DATA, "--profile", tmp_path / "p.json", "--out", tmp_path / "small", *untrained, *widths]
+    assert '"1000ms for 8 samples"' in call("quantize", MODEL, "1s", *arguments).stderr
+    result = call("quantize", MODEL, "1s for 8 samples", *arguments)
+    assert result.exit_code == 0, result.output
+
+
 def test_lines_for_people(tmp_path: Path) -> None:
     widths = ["--weight-bits", "8", "--activation-bits", "8"]
     result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths)
