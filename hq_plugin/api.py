@@ -17,6 +17,7 @@ from hq_plugin.errors import ConfigError, EngineError, ModelError
 from hq_plugin.metric import EvalFunction, Metric
 from hq_plugin.modes import gradients
 from hq_plugin.nn import packed_modules
+from hq_plugin.policy import HybridPolicy
 from hq_plugin.preparation import search_space, teacher_of
 from hq_plugin.profiles import Profile
 from hq_plugin.profiling import measure_profile
@@ -76,6 +77,7 @@ def meta_train(
     data: Any = None,
     *,
     budget: str | Budget | None = None,
+    policy: HybridPolicy | None = None,
     config: Config | None = None,
     **options: Any,
 ) -> Session:
@@ -86,6 +88,8 @@ def meta_train(
         data: As for `quantize`.
         budget: Where there is a main budget, policies near it are trained, as `quantize` does; others remain
             possible. None trains for all.
+        policy: One that `Session.finetune` is to be given: whether the session will have its widths is found out
+            before anything is trained.
         config: Options.
         **options: Any field of `Config`, in place of the one in `config`.
 
@@ -96,13 +100,14 @@ def meta_train(
         DataError: The data cannot be used.
         ModelError: There is nothing to quantize.
         BudgetError: The budget cannot be read or met.
+        PolicyError: The options do not allow the policy.
         ConfigError: An option does not exist or has an impossible value.
         TrainingError: The loss is not finite from the start.
     """
     wrapper = adapters.unwrap(model)
     config = _config(wrapper, config, options)
     focus = None if budget is None else Budget.parse(budget)
-    return Session.create(wrapper.model, _data(wrapper.model, data, config), config, focus)
+    return Session.create(wrapper.model, _data(wrapper.model, data, config), config, focus, policy=policy)
 
 
 def load_session(directory: str | Path, model: nn.Module, data: Any = None, **options: Any) -> Session:

@@ -100,7 +100,7 @@ class Budget:
             limits[name] = value
             if timed:
                 if name != "latency_ms":
-                    raise BudgetError(f'Budget {budget!r}: only a time is for several samples, "8ms for 4 samples".')
+                    raise BudgetError(f'Budget {budget!r}: only a time has samples, "8ms for 4 samples".')
                 limits["batch"] = int(timed[2])
         return cls(**limits)
 

@@ -134,7 +134,14 @@ class Session:
 
     @classmethod
     def create(
-        cls, model: nn.Module, data: Data, config: Config, budget: Budget | None = None, *, share: bool = False
+        cls,
+        model: nn.Module,
+        data: Data,
+        config: Config,
+        budget: Budget | None = None,
+        *,
+        share: bool = False,
+        policy: HybridPolicy | None = None,
     ) -> Session:
         """Finds the sites, builds the MetaQuantNet and meta-trains it (step 1).
 
@@ -145,15 +152,25 @@ class Session:
             budget: Where it is known, policies are sampled around it.
             share: Whether the teacher's weights may be those of `model` and not a copy: for sessions that end
                 before anyone can change them.
+            policy: One that is to be fine-tuned.
 
         Raises:
             BudgetError: The budget cannot be met; found out before anything is trained.
+            PolicyError: The search space does not have the policy; the same.
         """
         with seeded(config.seed), gradients():
-            return cls._created(model, data, config, budget, share)
+            return cls._created(model, data, config, budget, share, policy)
 
     @classmethod
-    def _created(cls, model: nn.Module, data: Data, config: Config, budget: Budget | None, share: bool) -> Session:
+    def _created(
+        cls,
+        model: nn.Module,
+        data: Data,
+        config: Config,
+        budget: Budget | None,
+        share: bool,
+        policy: HybridPolicy | None,
+    ) -> Session:
         processes()  # which find each other here, before any of them writes or waits
         config = config.filled()
         if config.activation_bits is None:
@@ -162,6 +179,8 @@ class Session:
             config = replace(config, activation_bits=widths)
         teacher = teacher_of(model, data, config, share=share)
         space = search_space(teacher, data, config)
+        if policy is not None:
+            space.genome(policy)
         costs = CostTable(space)
         if budget is not None:
             with_latency(costs, budget, teacher, data.holdout[0].to(device_of(teacher)), config)

@@ -203,7 +203,8 @@ class SearchSpace:
                 if policy[site.name].group_size != size:
                     raise PolicyError(
                         f"The policy gives {site.name!r} a group size of {policy[site.name].group_size}; this "
-                        f"search space has {size} at {policy[site.name].weight} bits."
+                        f"search space has {size} at {policy[site.name].weight} bits. Meta-train with the "
+                        "group_size that it was made with."
                     )
         return genome
 

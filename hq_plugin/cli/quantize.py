@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import Annotated, Any, cast
 
 import typer
 
 from hq_plugin.cli.config import config_options
 from hq_plugin.cli.data import load_data
 from hq_plugin.cli.errors import one_line_errors
-from hq_plugin.cli.models import check_out, load_trained_model, save_model
+from hq_plugin.cli.models import Source, check_out, load_trained_model, save_model
 from hq_plugin.cli.options import (
     ActivationBits,
     AsJson,
@@ -30,10 +30,8 @@ from hq_plugin.cli.options import (
     WeightBits,
 )
 from hq_plugin.cli.output import print_result, say, say_json
+from hq_plugin.cli.policies import space_of
 from hq_plugin.errors import BudgetError, HQWarning, PolicyError
-
-if TYPE_CHECKING:
-    from hq_plugin import HybridPolicy
 
 
 def quantize(
@@ -99,7 +97,7 @@ def quantize(
         source = load_trained_model(model, model_arg, checkpoint, pretrained, seed)
         check_out(out, overwrite, "model", source.is_hugging_face)
         options |= {} if source.processor is None else {"processor": source.processor}
-        packed = _quantize(source.model, budget, load_data(data, source), session, policy, options)
+        packed = _quantize(source, budget, load_data(data, source), session, policy, options)
         save_model(packed, source.processor, out, overwrite)
         warn_if_larger(out, packed.hq)
         if as_json:
@@ -129,10 +127,16 @@ def warn_if_larger(directory: Path, result: Any) -> None:
 
 
 def _quantize(
-    model: Any, budget: str | None, data: Any, session: Path | None, policy: Path | None, options: dict[str, Any]
+    source: Source,
+    budget: str | None,
+    data: Any,
+    session: Path | None,
+    policy: Path | None,
+    options: dict[str, Any],
 ) -> Any:
     import hq_plugin
 
+    model = source.model
     if policy is None:
         wanted = cast(str, budget)
         if session is None:
@@ -141,12 +145,4 @@ def _quantize(
     widths = hq_plugin.HybridPolicy.from_json(policy.read_text(encoding="utf-8"))
     if session is not None:
         return hq_plugin.load_session(session, model, data, **options).finetune(widths)
-    return hq_plugin.meta_train(model, data, **(_only(widths) | options)).finetune(widths)
-
-
-def _only(policy: HybridPolicy) -> dict[str, Any]:
-    """Returns options of a search space that holds a policy and little else."""
-    return {
-        "weight_bits": tuple(sorted({bits.weight for bits in policy.values()})),
-        "activation_bits": tuple(sorted({bits.activation for bits in policy.values()})),
-    }
+    return hq_plugin.meta_train(model, data, policy=widths, **space_of(widths, source, options)).finetune(widths)

@@ -9,6 +9,8 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -87,6 +89,42 @@ def test_export(small_llm: Path, tmp_path: Path) -> None:
     result = call("export", small_llm, "--out", tmp_path / "m.onnx", "--json")
     assert result.exit_code == 0, result.output
     assert {operator for _, operator in json.loads(result.stdout)["layers"].values()} >= {"MatMulNBits"}
+
+
+UNTRAINED = ("--effort", "smoke", "-o", "meta_steps=0", "-o", "finetune_steps=0", "-o", "sequence_length=16")
+
+
+def test_a_policy_of_a_result_without_a_session(llm: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = BertModel(BertConfig(vocab_size=4200, max_position_embeddings=64, **sizes))
+    with torch.no_grad():
+        model.encoder.layer[0].output.dense.weight[:, :32] *= 20
+    model.save_pretrained(tmp_path / "bert")
+    PreTrainedTokenizerFast.from_pretrained(llm).save_pretrained(tmp_path / "bert")
+    arguments = ("--data", llm.parent / "text.txt", *UNTRAINED, "--json")
+    result = call("quantize", tmp_path / "bert", "2bit", *arguments, "--out", tmp_path / "searched")
+    assert result.exit_code == 0, result.output
+    policy = json.loads(result.stdout)["policy"]
+    assert any(".parts.11.3" in name for name in policy), "tables and blocks of columns"
+    assert any(len(bits) == 4 for bits in policy.values()), "inputs with a step for each token"
+    assert len({bits[2] for bits in policy.values() if len(bits) > 2}) > 1, "several group sizes"
+    (tmp_path / "policy.json").write_text(json.dumps(policy))
+    arguments = ("--policy", tmp_path / "policy.json", *arguments)
+    result = call("quantize", tmp_path / "bert", *arguments, "--out", tmp_path / "given")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["policy"] == policy
+
+
+def test_a_policy_of_whole_channels_for_a_language_model(small_llm: Path, llm: Path, tmp_path: Path) -> None:
+    policy = json.loads(call("inspect", small_llm, "--json").stdout)["result"]["policy"]
+    plain = {name: [4, 8] if "layers" in name else [4, 16] for name in policy}
+    for number, widths in enumerate((policy, plain)):
+        (tmp_path / "policy.json").write_text(json.dumps(widths))
+        arguments = ("--policy", tmp_path / "policy.json", "--data", llm.parent / "text.txt", *UNTRAINED, "--json")
+        result = call("quantize", llm, *arguments, "--out", tmp_path / f"made {number}")
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["policy"] == widths
 
 
 def test_a_taken_directory(small_llm: Path, llm: Path) -> None:

@@ -84,6 +84,23 @@ def test_a_policy_file_without_a_session(tmp_path: Path) -> None:
     assert made.config["activation_bits"] == [6]
 
 
+def test_a_policy_that_is_not_possible_is_found_out_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hq_plugin.session.build_network", lambda *_: pytest.fail("the work began"))
+    widths = {name: [4, 8] for name in SITES}
+    for wrong, says in (
+        ({"neck": [4, 8]}, "it names neck"),
+        ({"stem": [4, 8, 3]}, "group size of 3; this search space has 0"),
+        ({"stem": [4, 8, 0, 1]}, "dynamic"),
+    ):
+        (tmp_path / "policy.json").write_text(json.dumps(widths | wrong))
+        arguments = ["--policy", tmp_path / "policy.json", "--data", DATA, "--out", tmp_path / "small"]
+        result = call("quantize", MODEL, *arguments)
+        assert result.exit_code == 2
+        assert says in result.stderr
+
+
 def test_a_directory_that_is_taken_is_found_out_before_the_work(saved: Path, tmp_path: Path) -> None:
     def refused(out: Path, *more: str) -> str:
         # The data does not exist: had the work begun, that would be the error.

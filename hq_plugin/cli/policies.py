@@ -1,0 +1,64 @@
+"""Policies from files: the options of a search space that holds one and little else."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from hq_plugin.cli.models import Source
+
+if TYPE_CHECKING:
+    from hq_plugin.policy import HybridPolicy
+
+
+def space_of(policy: HybridPolicy, source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns fields of `Config` for meta-training that ends in one policy.
+
+    Args:
+        policy: Written by hand, or decided for the same model before.
+        source: The float model.
+        given: Fields that the user gave; they come before what the policy says.
+    """
+    from torch import nn
+
+    from hq_plugin.nn.split import PARTS
+
+    modules = dict(source.model.named_modules())
+    tables = [re.fullmatch(rf".+\.{PARTS}\.(\d+)(?:\.(\d+))?", name) for name in policy if name not in modules]
+    split = [table for table in tables if table is not None]
+    names = {table.string for table in split}
+    embeddings = {name for name in policy if name in names or isinstance(modules.get(name), nn.Embedding)}
+    # A model may consist of embeddings alone.
+    layers = [bits for name, bits in policy.items() if name not in embeddings] or list(policy.values())
+    options: dict[str, Any] = {
+        "weight_bits": _ascending(bits.weight for bits in layers if bits.weight),
+        "activation_bits": _ascending(bits.activation for bits in layers),
+        "activation_scheme": "dynamic" if any(bits.dynamic for bits in layers) else "static",
+        "embedding_parts": max((int(table[1]) + 1 for table in split), default=1),
+        "embedding_columns": max((int(table[2] or 0) + 1 for table in split), default=1),
+    }
+    if embeddings:
+        options["embedding_bits"] = _ascending(policy[name].weight for name in embeddings)
+    options |= given
+    return {"group_size": _group_size(policy, source, options), **options}
+
+
+def _group_size(policy: HybridPolicy, source: Source, options: Mapping[str, Any]) -> int | tuple[int, ...]:
+    """Returns the choice that gives a policy's group sizes: of several, that of the model's library."""
+    from hq_plugin.config import Config
+
+    sizes = _ascending(bits.group_size for bits in policy.values())
+    if len(sizes) == 1:
+        return sizes[0]
+    config = Config().with_options(options)
+    proposed = {} if source.adapter is None else source.adapter.options(source.model, config)
+    usual: int | tuple[int, ...] = proposed.get("group_size", 0)
+    if {*sizes} <= {0, *(usual if isinstance(usual, tuple) else (usual,))}:
+        return usual
+    # A single size leaves whole channels to layers whose inputs it does not divide.
+    return sizes if len(sizes) > 2 or sizes[0] else sizes[1]
+
+
+def _ascending(widths: Any) -> tuple[int, ...]:
+    return tuple(sorted(set(widths)))
