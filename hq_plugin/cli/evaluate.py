@@ -58,7 +58,8 @@ def _measure(source: Source, data: str) -> tuple[str, float, int, str]:
 
     raw: Any = load_data(data, source, test=True)
     samples, config = source.batches(raw), source.config()
-    causal = isinstance(raw, list) and raw and isinstance(raw[0], str) and source.model.can_generate()
+    texts = isinstance(raw, list) and raw and isinstance(raw[0], str)
+    causal = texts and source.is_hugging_face and source.model.can_generate()
     writes_text = causal and not source.model.config.is_encoder_decoder  # whose decoder reads shifted text
     measure, name, unit = (perplexity, "perplexity", "tokens") if writes_text else (accuracy, "accuracy", "samples")
     return name, *measure(source.model, samples, config), unit

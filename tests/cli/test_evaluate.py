@@ -34,3 +34,13 @@ def test_arrays(tmp_path: Path, saved: Path) -> None:
     np.savez(tmp_path / "data.npz", x=x.numpy(), y=y.numpy())
     result = call("evaluate", saved, "--model", MODEL, "--data", tmp_path / "data.npz")
     assert result.stdout.endswith(" on 256 samples\n")
+
+
+def texts() -> list[str]:
+    return ["one text", "another"]
+
+
+def test_texts_are_for_models_of_hugging_face(saved: Path) -> None:
+    result = call("evaluate", saved, "--model", MODEL, "--data", "tests.cli.test_evaluate:texts")
+    assert result.exit_code == 2
+    assert "A batch of type str" in result.stderr
