@@ -100,7 +100,8 @@ def _arrays(path: Path, model: Any) -> Any:
 
 
 def _as_input(array: Any) -> Any:
-    """Token ids stay whole numbers; what else there is, pictures in bytes among it, becomes float32."""
+    """Token ids of any width stay whole numbers; all else, pictures in bytes too, becomes float32."""
     import torch
 
-    return array.long() if array.dtype in (torch.int32, torch.int64) else array.float()
+    others = array.is_floating_point() or array.is_complex() or array.dtype in (torch.uint8, torch.bool)
+    return array.float() if others else array.long()

@@ -33,6 +33,14 @@ def test_arrays_named_as_the_inputs(tmp_path: Path) -> None:
     assert row["mask"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.uint16, np.int32, np.uint32, np.int64])
+def test_token_ids_of_any_width(tmp_path: Path, dtype: type[np.integer]) -> None:
+    np.savez(tmp_path / "d.npz", input_ids=np.arange(12, dtype=dtype).reshape(6, 2))
+    ids = load_data(str(tmp_path / "d.npz"), Source(Text()))[1]["input_ids"]
+    assert ids.dtype == torch.int64
+    assert ids.tolist() == [2, 3]
+
+
 def test_bad_arrays(tmp_path: Path) -> None:
     path = tmp_path / "data.npz"
 
