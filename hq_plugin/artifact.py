@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
-from hq_plugin.compact import compact, expand, read_beside
+from hq_plugin.compact import REPORT_FILE, compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
@@ -138,13 +138,18 @@ def _constant(tensor: Tensor) -> float | int | None:
 
 def _read(directory: str | Path) -> dict[str, Any]:
     """Reads the JSON part of a saved model."""
-    folder = Path(directory).expanduser()
-    if (folder / "config.json").is_file() and not (folder / JSON_FILE).exists():
+    if _is_pretrained(directory):
         raise ArtifactError(
             f"{directory} holds what save_pretrained wrote: load it by from_pretrained of its class, after "
             "import hq_plugin."
         )
     return read_json(directory, FORMAT, VERSION)
+
+
+def _is_pretrained(directory: str | Path) -> bool:
+    """Whether a directory holds what `save_pretrained` wrote, of a quantized model or of a float one."""
+    folder = Path(directory).expanduser()
+    return (folder / "config.json").is_file() and not (folder / JSON_FILE).exists()
 
 
 def read_info(directory: str | Path) -> SavedModel:
@@ -183,6 +188,11 @@ def read_result(directory: str | Path) -> Result:
         ArtifactError: The directory holds no saved model, or one without a report.
     """
     beside = read_beside(directory)
+    if beside is None and _is_pretrained(directory):
+        raise ArtifactError(
+            f"{directory} holds what save_pretrained wrote, but no report ({REPORT_FILE}), which is written beside "
+            "what hq_plugin.quantize made. Give the folder of such a model, or copy that file along with it."
+        )
     result = beside or read_info(directory).result
     if result is None:
         raise ArtifactError(

@@ -27,3 +27,11 @@ def test_errors(saved: Path, tmp_path: Path, name: str) -> None:
     result = call("report", *arguments)
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_of_hugging_face_without_a_report(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    result = call("report", tmp_path)
+    assert result.exit_code == 2
+    assert "no report (hq_result.json)" in result.stderr
+    assert "from_pretrained" not in result.stderr
