@@ -18,7 +18,7 @@ MARKS = {
 }
 #: Lines of training with more points than this are thinned: a page needs no more.
 _POINTS = 400
-#: Points of the population that a page shows at most, the best first.
+#: Policies that a chart shows at most: on the front the best, in the search every so many.
 _POPULATION = 600
 
 
@@ -108,7 +108,7 @@ def search_chart(document: Document) -> str:
         return ""
     xs, ys = [x for x, _ in points], [y for _, y in points]
     plot = Plot("Search: scores in their order", xs, ys, "policies scored", document.distance_name, counts=True)
-    for x, y in points[:_POPULATION]:
+    for x, y in points[:: -(-len(points) // _POPULATION)]:
         plot.mark(x, y, "dot", "scored")
     best: list[tuple[float, float]] = []
     for x, y in points:

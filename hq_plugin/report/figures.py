@@ -5,6 +5,7 @@ Every panel draws on axes that it is given, from the data of `document.py`. Colo
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from hq_plugin.errors import ConfigError
 from hq_plugin.report.document import AXES, Document
 from hq_plugin.report.gather import gather
 from hq_plugin.result import Result
+from hq_plugin.storage import write_bytes
 
 #: Colours of the widths of 1 to 8 bits, of the result, of what the search scored, and of text.
 BITS = ("#9a4700", "#c4620e", "#c78a1b", "#7d8896", "#6b97d3", "#477dc4", "#2d61ae", "#1c438c")
@@ -69,12 +71,9 @@ def draw(result: Result, what: str = "overview") -> Any:
 
 def save(figure: Any, path: Path) -> None:
     """Writes a figure in the format that the name says, whole or not at all."""
-    staging = path.with_name(f".{path.name}.part")
-    try:
-        figure.savefig(staging, format=path.suffix[1:].lower(), dpi=160)
-        staging.replace(path)
-    finally:
-        staging.unlink(missing_ok=True)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:].lower(), dpi=160)
+    write_bytes(path, content.getvalue())
 
 
 def _widths(document: Document, axes: Any) -> None:

@@ -20,6 +20,13 @@ def test_json_is_the_data_of_the_page(result: hq.Result, tmp_path: Path) -> None
     assert json.loads(data) == json.loads(result.report(tmp_path / "r.json").read_text(encoding="utf-8"))
 
 
+def test_a_figure_touches_nothing_beside_it(result: hq.Result, tmp_path: Path) -> None:
+    (tmp_path / ".r.svg.part").write_text("mine")
+    (tmp_path / "r.svg").write_text("old")
+    assert result.report(tmp_path / "r.svg").read_text(encoding="utf-8").startswith("<?xml")
+    assert (tmp_path / ".r.svg.part").read_text() == "mine"
+
+
 def test_other_names_and_places_are_errors(result: hq.Result, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"\.html"):
         result.report(tmp_path / "report.docx")
