@@ -19,8 +19,10 @@ def say(text: object) -> None:
 
 
 def say_json(value: Any) -> None:
-    """Prints a value as one line of JSON."""
-    say(json.dumps(value))
+    """Prints a value as one line of JSON, in which a number that is not finite is null."""
+    from hq_plugin.report.document import finite
+
+    say(json.dumps(finite(value)))
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
@@ -68,11 +70,19 @@ def print_result(result: Any) -> None:
     header = ("held-out data", "distance", "accuracy", "effective bits", "bytes", "BitOps")
     print_table(header, rows)
     used = ", ".join(f"{share:.1%} of {LIMITS.get(name, name)}" for name, share in result.used.items())
-    policies = [baseline.policy for baseline in result.baselines.values()]
-    same = len(policies) > 1 and all(policy == result.policy for policy in policies)
-    if same and result.used and max(result.used.values()) < 0.97:
+    if _is_widest(result) and result.used and max(result.used.values()) < 0.97:
         say("Every layer has its widest width: a smaller budget would be kept as well.")
     say(f"budget {result.budget}: used {used}" if used else f"no budget: {result.budget}")
+
+
+def _is_widest(result: Any) -> bool:
+    """Whether every layer has its widest width, as far as the result knows what it might choose."""
+    return bool(result.sensitivities) and all(
+        result.policy[site].weight >= max(group.weight_bits)
+        and result.policy[site].activation >= max(group.activation_bits)
+        for group in result.sensitivities
+        for site in group.sites
+    )
 
 
 def _number(value: float) -> str:

@@ -181,7 +181,7 @@ class Document:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the document as JSON values, in which no number is infinite."""
-        plain: dict[str, Any] = _finite({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
+        plain: dict[str, Any] = finite({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)})
         return plain
 
 
@@ -198,9 +198,10 @@ def format_cost(axis: str, value: float | None) -> str:
     return f"{value:.4g} {'µJ' if axis == 'energy_uj' else 'ms'}"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Returns JSON values with None in place of numbers that are not finite, for which JSON has no word."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
-        return {str(name): _finite(part) for name, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
+        return {str(name): finite(part) for name, part in value.items()}
+    return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value

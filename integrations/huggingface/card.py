@@ -79,9 +79,10 @@ def card(class_name: str, origin: str, config: Any) -> str:
         lines += ["## Fidelity", "", "Distance to the float model on held-out calibration data.", ""]
         lines += ["| | distance | agreement of the first choice |", "|---|---|---|"]
         agreement = "" if summary["agreement"] is None else f"{summary['agreement']:.4f}"
-        lines += [f"| this model | {summary['kl']:.5f} | {agreement} |"]
+        lines += [f"| this model | {_distance(summary['kl'])} | {agreement} |"]
         lines += [
-            f"| {name}, before fine-tuning | {kl:.5f} | |" for name, kl in sorted(summary["baselines"].items())
+            f"| {name}, before fine-tuning | {_distance(kl)} | |"
+            for name, kl in sorted(summary["baselines"].items())
         ]
         lines += [""]
     lines += [
@@ -106,3 +107,7 @@ def _activation(bits: LayerBits) -> str:
     if bits.activation == FLOAT_BITS:
         return "float"
     return f"of {bits.activation} bits{', a step for each token' if bits.dynamic else ''}"
+
+
+def _distance(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.5f}"

@@ -34,6 +34,7 @@ from hq_plugin.nn import (
 )
 from hq_plugin.nn.held import HOLDER
 from hq_plugin.policy import HybridPolicy
+from hq_plugin.report.document import finite
 from hq_plugin.result import Result
 
 if TYPE_CHECKING:
@@ -340,7 +341,7 @@ def attach(model: nn.Module) -> nn.Module:
 
 
 def _summary(result: Result) -> dict[str, Any]:
-    return {
+    summary = {
         "budget": result.budget,
         "effective_bits": round(result.effective_bits, 4),
         "bytes": result.size,
@@ -349,6 +350,8 @@ def _summary(result: Result) -> dict[str, Any]:
         "agreement": result.agreement,
         "baselines": {name: baseline.kl for name, baseline in result.baselines.items()},
     }
+    plain: dict[str, Any] = finite(summary)  # config.json must be JSON
+    return plain
 
 
 __all__ = ["METHOD", "HqConfig", "HqQuantizer", "attach"]

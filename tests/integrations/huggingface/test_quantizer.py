@@ -1,9 +1,11 @@
 import json
+import math
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,6 +29,7 @@ from hq_plugin import ArtifactError, ModelError
 from hq_plugin.integrations.huggingface import ADAPTER, HqConfig, inputs
 from hq_plugin.integrations.huggingface.card import card
 from hq_plugin.integrations.huggingface.folder import write_folder
+from hq_plugin.integrations.huggingface.quantizer import _summary
 from hq_plugin.nn import packed_modules
 from tests.benchmarks import architectures
 from tests.integrations.huggingface.conftest import BERT, KINDS, SMOKE, TEXTS, build, llama, tokenizer
@@ -293,6 +296,15 @@ def test_a_newer_or_damaged_folder(folder: Path) -> None:
     edit(folder, policy={})
     with pytest.raises(ArtifactError, match="no quantized layer"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_distance_that_is_not_finite_is_null(packed_llama: LlamaForCausalLM) -> None:
+    (name, baseline), *_ = packed_llama.hq.baselines.items()
+    broken = replace(packed_llama.hq, kl=math.nan, baselines={name: replace(baseline, kl=math.inf)})
+    summary = _summary(broken)
+    assert summary["kl"] is summary["baselines"][name] is None
+    page = card("LlamaForCausalLM", "", HqConfig(packed_llama.config.quantization_config.policy, summary=summary))
+    assert "| this model | not finite |" in page
 
 
 def test_a_policy_for_another_model(folder: Path) -> None:
