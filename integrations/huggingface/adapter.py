@@ -160,8 +160,10 @@ class HuggingFaceAdapter:
     def describe(self, model: nn.Module) -> dict[str, Any] | None:
         """Returns class and configuration."""
         assert isinstance(model, PreTrainedModel)
-        if not hasattr(transformers, type(model).__name__):
-            return None  # remote code: only the user can build it
+        made = getattr(transformers, type(model).__name__, None)
+        # By the module, since a packed model's class may be a subclass of transformers' own (saving.py).
+        if made is None or type(model).__module__ != made.__module__:
+            return None  # the user's class or remote code, whatever its name: only the user can build it
         config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
         try:
             config = json.loads(json.dumps(config))

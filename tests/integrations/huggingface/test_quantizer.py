@@ -459,3 +459,16 @@ def test_weights_that_are_fetched_anyway_are_not_when_ours_replace_them() -> Non
     config = {"backbone": "resnet10t", "use_timm_backbone": True, "use_pretrained_backbone": True}
     rebuilt = ADAPTER.rebuild({"class": "DetrModel", "config": {**config, "backbone_config": None}})
     assert next(rebuilt.parameters()).is_meta or next(rebuilt.parameters()).numel()
+
+
+@pytest.mark.filterwarnings("ignore:No data")
+def test_a_class_with_the_name_of_another_is_not_rebuilt_as_that(tmp_path: Path) -> None:
+    class Other(BertModel):
+        pass
+
+    Other.__name__ = "BertModel"
+    packed = hq.quantize(Other(BertConfig(**BERT)).eval(), "4.6bit", config=SMOKE)
+    hq.save(packed, tmp_path / "packed")
+    with pytest.raises(ArtifactError, match="Pass a float model"):
+        hq.load(tmp_path / "packed")
+    assert isinstance(hq.load(tmp_path / "packed", Other(BertConfig(**BERT))), Other)
