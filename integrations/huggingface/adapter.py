@@ -158,18 +158,22 @@ class HuggingFaceAdapter:
         return (), inputs.example(model)
 
     def describe(self, model: nn.Module) -> dict[str, Any] | None:
-        """Returns class and configuration."""
+        """Returns class, configuration and, of models that generate, how they do."""
         assert isinstance(model, PreTrainedModel)
         made = getattr(transformers, type(model).__name__, None)
         # By the module, since a packed model's class may be a subclass of transformers' own (saving.py).
         if made is None or type(model).__module__ != made.__module__:
             return None  # the user's class or remote code, whatever its name: only the user can build it
         config = {k: v for k, v in model.config.to_dict().items() if k != "quantization_config"}
+        settings: Any = getattr(model, "generation_config", None)
         try:
             config = json.loads(json.dumps(config))
+            # As transformers writes them into generation_config.json: what differs from its defaults.
+            text = None if settings is None else settings.to_json_string(ignore_metadata=True)
+            generation = {} if text is None else {"generation_config": json.loads(text)}
         except (TypeError, ValueError):
             return None
-        return {"class": type(model).__name__, "config": config}
+        return {"class": type(model).__name__, "config": config, **generation}
 
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
         """Builds the architecture without values in its parameters, and without any download.
@@ -185,12 +189,16 @@ class HuggingFaceAdapter:
                 "pass a float model: hq_plugin.load(directory, model)."
             )
         values = checked(values)
+        # Earlier versions saved none: those models generate as their configuration says.
+        generation = checked(description.get("generation_config"))
         try:
             with offline():
                 config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
                 with torch.random.fork_rng(devices=[]), no_init_weights():
                     model: Any = without_memory(lambda: made(config))
             model.tie_weights()  # a part of the initialisation that was left out
+            if generation is not None and model.can_generate():
+                model.generation_config = model.generation_config.from_dict(generation)
         except Exception as error:  # whatever a class makes of a damaged configuration
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
         return with_linear_layers(model.eval())

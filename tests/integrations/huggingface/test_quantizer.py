@@ -472,3 +472,25 @@ def test_a_class_with_the_name_of_another_is_not_rebuilt_as_that(tmp_path: Path)
     with pytest.raises(ArtifactError, match="Pass a float model"):
         hq.load(tmp_path / "packed")
     assert isinstance(hq.load(tmp_path / "packed", Other(BertConfig(**BERT))), Other)
+
+
+@pytest.mark.filterwarnings("ignore:No data")
+def test_how_a_model_generates_is_saved(tmp_path: Path) -> None:
+    model = build("llama")
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = [2, 7, 9], 5
+    packed = hq.quantize(model, "4.6bit", config=SMOKE, sequence_length=16)
+    hq.save(packed, tmp_path / "packed")
+    loaded = hq.load(tmp_path / "packed")
+    assert loaded.generation_config == model.generation_config
+    with torch.no_grad():
+        assert torch.equal(loaded.generate(IDS, do_sample=False), packed.generate(IDS, do_sample=False))
+
+
+def test_how_a_model_generates_comes_from_a_file() -> None:
+    description = ADAPTER.describe(build("llama"))
+    assert description is not None
+    before = {name: value for name, value in description.items() if name != "generation_config"}
+    assert ADAPTER.rebuild(before).generation_config.eos_token_id == 1, "of an earlier version"
+    for wrong in ({"early_stopping": 7}, {"cache_dir": "/tmp"}, ["no mapping"], {"a": {"b": "hf-hub:a/b"}}):
+        with pytest.raises(ArtifactError, match="saved"):
+            ADAPTER.rebuild({**description, "generation_config": wrong})
