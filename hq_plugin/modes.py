@@ -17,6 +17,18 @@ def gradients() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    modes = [(module, module.training) for module in network.modules()]
+    try:
+        network.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def set_training_modes(network: nn.Module, batch_statistics: bool) -> None:
     """Leaves the network in eval mode but for what must train otherwise.
 

@@ -1,14 +1,17 @@
 """Text as batches, and text that a model writes itself."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import WhisperFeatureExtractor
 
 import hq_plugin
 from hq_plugin import Config, ConfigError
 from hq_plugin.batch import Batch
 from hq_plugin.integrations.huggingface.inputs import batches, written
 from hq_plugin.integrations.huggingface.rows import splitter
-from tests.integrations.huggingface.conftest import bart, bert, llama, t5, tokenizer
+from tests.integrations.huggingface.conftest import bart, bert, llama, t5, tokenizer, whisper
 
 TEXTS = ["the cat sat on the mat"] * 400
 
@@ -49,6 +52,31 @@ def test_what_is_written_goes_on_after_an_end_and_knows_no_settings_but_the_dist
     assert model.generation_config is settings
     assert (found[:, 1:-1] == end).any()
     assert len(found[:, 1:].unique()) > vocabulary / 2
+
+
+def test_a_model_in_training_mode_writes_as_in_eval_mode() -> None:
+    model = llama(attention_dropout=0.9)
+    expected = written(model, config(), 3, length=32)
+    model.train().lm_head.eval()
+    modes = [module.training for module in model.modules()]
+    assert torch.equal(written(model, config(), 3, length=32), expected)
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_a_model_of_sounds_in_training_mode_writes_as_in_eval_mode() -> None:
+    model = whisper()
+    torch.manual_seed(0)
+    sounds = [torch.randn(16_000).numpy() for _ in range(4)]
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=400)
+    settings = replace(config(), processor=extractor)
+    expected = batches(model, sounds, settings).tensors["decoder_input_ids"]
+    for name in ("dropout", "activation_dropout", "attention_dropout"):
+        for module in model.modules():
+            if hasattr(module, name):
+                setattr(module, name, 0.9)
+    model.train()
+    assert torch.equal(batches(model, sounds, settings).tensors["decoder_input_ids"], expected)
+    assert model.training
 
 
 def test_a_share_that_is_none() -> None:
