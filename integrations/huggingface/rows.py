@@ -127,7 +127,11 @@ def _decoder_mask(labels: Tensor) -> Tensor:
 def positions(model: PreTrainedModel) -> int | None:
     """Returns how many tokens a model takes, where its configuration bounds them."""
     config = model.config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
+    if not getattr(config, "position_biased_input", True):
+        return None  # DeBERTa without absolute positions: its bound is one of distances, which are clipped
+    # T5 and its like have distances in buckets; files of theirs say n_positions all the same. MPNet has both.
+    relative = hasattr(config, "relative_attention_num_buckets")
+    for name in ("max_position_embeddings",) if relative else ("max_position_embeddings", "n_positions"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value - _reserved(model, value)

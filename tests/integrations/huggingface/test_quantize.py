@@ -15,10 +15,16 @@ from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    DebertaV2Config,
+    DebertaV2Model,
     LlamaForCausalLM,
+    MPNetConfig,
+    MPNetModel,
     Pipeline,
     RobertaConfig,
     RobertaModel,
+    T5Config,
+    T5ForConditionalGeneration,
     TorchAoConfig,
     Trainer,
     TrainerCallback,
@@ -398,6 +404,29 @@ def test_positions_that_are_kept_for_padding_do_not_count() -> None:
         model(torch.full((1, 62), 5))
     with pytest.raises(DataError, match="longer than the 62"):
         hq.quantize(model, "4bit", {"input_ids": torch.full((4, 63), 5)}, config=SMOKE)
+
+
+@pytest.mark.parametrize(
+    ("made", "config"),
+    [
+        (T5ForConditionalGeneration, T5Config(vocab_size=64, d_model=32, d_ff=32, num_layers=1, n_positions=64)),
+        (DebertaV2Model, DebertaV2Config(**BERT, position_biased_input=False, relative_attention=True)),
+    ],
+    ids=["t5", "deberta"],
+)
+def test_models_of_relative_positions_take_any_length(made, config) -> None:  # type: ignore[no-untyped-def]
+    model = made(config).eval()
+    ids = torch.full((2, 100), 5)
+    batch = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    with torch.no_grad():
+        model(**batch)
+    assert rows.positions(model) is None
+    _, kwargs, _ = rows.splitter(model)(batch)
+    assert kwargs["input_ids"].shape == (2, 100)
+
+
+def test_models_of_both_kinds_of_positions_are_bounded() -> None:
+    assert rows.positions(MPNetModel(MPNetConfig(**BERT))) == 62
 
 
 def test_a_model_that_is_quantized_already(packed_llama: LlamaForCausalLM) -> None:
