@@ -79,7 +79,9 @@ class HuggingFaceAdapter:
         # By its name when it is needed: transformers' pipelines take longer to import than a model takes to load.
         if not isinstance(model, nn.Module) and isinstance(model, transformers.Pipeline):
             pipe = model
-            processor = pipe.tokenizer or pipe.image_processor or pipe.feature_extractor
+            # By the model's input: pipelines that write what they see or hear have a tokenizer as well.
+            kind = inputs.PROCESSORS.get(pipe.model.main_input_name, "tokenizer")
+            processor = getattr(pipe, kind) or pipe.tokenizer or pipe.image_processor or pipe.feature_extractor
 
             def wrap(packed: nn.Module) -> Any:
                 # A shallow copy: the user's pipeline keeps the float model.

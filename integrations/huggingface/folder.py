@@ -28,15 +28,15 @@ from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
 from hq_plugin.image_files import find_images
+from hq_plugin.integrations.huggingface.inputs import PROCESSORS
 from hq_plugin.nn import packed_modules
 from hq_plugin.storage import JSON_LIMIT, move_into_place
 
-#: Main input of a model, to what makes it.
-_PROCESSORS = {
-    "input_ids": AutoTokenizer,
-    "pixel_values": AutoImageProcessor,
-    "input_values": AutoFeatureExtractor,
-    "input_features": AutoFeatureExtractor,
+#: What makes the main input of a model, to the class that loads it.
+_READERS = {
+    "tokenizer": AutoTokenizer,
+    "image_processor": AutoImageProcessor,
+    "feature_extractor": AutoFeatureExtractor,
 }
 
 
@@ -75,7 +75,7 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
             raise
         raise ModelError(f"transformers {transformers.__version__} cannot load {reference}: {error}") from error
     processor = None
-    reader: Any = _PROCESSORS.get(getattr(model, "main_input_name", ""))
+    reader: Any = _READERS.get(PROCESSORS.get(getattr(model, "main_input_name", ""), ""))
     if reader is not None:
         try:
             processor = reader.from_pretrained(reference, **packed)

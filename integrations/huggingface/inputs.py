@@ -33,6 +33,13 @@ _WRITTEN = {"smoke": 8, "fast": 128, "balanced": 384, "best": 2048}
 _AT_ONCE = 32
 #: Rows of a stream that are read for each sequence that is needed: texts are shorter than sequences.
 _STREAMED = 8
+#: Main input of a model, to what makes it, as pipelines call that.
+PROCESSORS = {
+    "input_ids": "tokenizer",
+    "pixel_values": "image_processor",
+    "input_values": "feature_extractor",
+    "input_features": "feature_extractor",
+}
 #: Fields in which rows of a data set keep their text.
 TEXT_FIELDS = ("text", "content", "sentence")
 

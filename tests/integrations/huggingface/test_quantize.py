@@ -116,6 +116,15 @@ def test_a_pipeline_in_a_pipeline_out(tmp_path: Path) -> None:
     assert again("the cat", max_new_tokens=4, do_sample=False) == answer
 
 
+def test_a_pipeline_reads_sounds_with_its_feature_extractor() -> None:
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, hop_length=400)
+    words, model = tokenizer(), build("whisper")
+    made = pipeline("automatic-speech-recognition", model=model, tokenizer=words, feature_extractor=extractor)
+    packed = hq.quantize(made, "4.6bit", [torch.randn(16_000).numpy() for _ in range(8)], config=SMOKE)
+    assert packed_modules(packed.model)
+    assert packed.tokenizer is words
+
+
 @pytest.mark.parametrize(
     "data",
     [
