@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hq_plugin.artifact import SavedModel, SavedSite
-from hq_plugin.compact import read_beside
+from hq_plugin.compact import REPORT_FILE, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
 from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
@@ -41,7 +41,7 @@ _READERS = {
 
 
 #: Files that an earlier save of a model left, and that the next one may lack.
-_OF_A_MODEL = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)")
+_OF_A_MODEL = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)|" + re.escape(REPORT_FILE))
 
 
 def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from hq_plugin.compact import write_beside
+from hq_plugin.compact import REPORT_FILE, write_beside
 from hq_plugin.distribution import is_first
 from hq_plugin.errors import ModelError
 from hq_plugin.integrations.huggingface.card import card, is_unedited
@@ -76,12 +76,16 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
         )
     options.setdefault("is_main_process", is_first())
     options.setdefault("save_original_format", not _is_stored_otherwise(self))
+    config = Path(save_directory) / "config.json"
+    earlier = config.read_bytes() if config.is_file() else None
     type(self).save_pretrained(self, save_directory, **options)
     if options["is_main_process"]:
         add_checksum(Path(save_directory))
         if _card_is_ours(Path(save_directory)):
             _write_card(self, save_directory)
-        _write_report(self, save_directory)
+        if not _write_report(self, save_directory) and config.read_bytes() != earlier:
+            # The report of what was saved here before. One loaded from here is the same, by its checksum.
+            (Path(save_directory) / REPORT_FILE).unlink(missing_ok=True)
 
 
 def _is_stored_otherwise(model: PreTrainedModel) -> bool:
@@ -117,10 +121,12 @@ def _write_card(model: PreTrainedModel, directory: Any) -> None:
     write_text(Path(directory) / "README.md", page)
 
 
-def _write_report(model: PreTrainedModel, directory: Any) -> None:
+def _write_report(model: PreTrainedModel, directory: Any) -> bool:
+    """Writes the model's report, if it has one, and returns whether it has."""
     result = getattr(model, "hq", None)
     if isinstance(result, Result):
         write_beside(result, directory)
+    return isinstance(result, Result)
 
 
 __all__ = ["bind"]

@@ -438,6 +438,23 @@ def test_what_lies_beside_a_model_stays(packed_llama: LlamaForCausalLM, tmp_path
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(target)), logits(packed_llama))
 
 
+def test_a_report_goes_with_the_model_that_it_is_of(
+    packed_llama: LlamaForCausalLM, folder: Path, tmp_path: Path
+) -> None:
+    report = folder / "hq_result.json"
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    loaded.save_pretrained(folder)
+    assert report.exists(), "it is the same model"
+    with torch.no_grad():
+        loaded.model.norm.weight.mul_(2)
+    loaded.save_pretrained(folder)
+    assert not report.exists(), "it is another one"
+    packed_llama.save_pretrained(folder)
+    assert report.exists()
+    write_folder(loaded, None, folder)
+    assert not report.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
