@@ -204,7 +204,8 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
     """
     known = {*inspect.signature(model.forward).parameters, *LABEL_KEYS}
     columns = [name for name in rows[0] if name in known and not isinstance(rows[0][name], (str, type(None)))]
-    padding = {"input_ids": model.config.get_text_config().pad_token_id or 0, "labels": IGNORED}
+    blank = model.config.get_text_config().pad_token_id or 0
+    padding = {"input_ids": blank, "decoder_input_ids": blank, "labels": IGNORED}
     tensors = {}
     for name in columns:
         try:
@@ -222,6 +223,12 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
                 f"The column {name!r} cannot be stacked into one tensor ({error}). Give every row the same inputs, "
                 "or pass batches: a DataLoader, or a list of dicts of tensors."
             ) from error
+    if "decoder_input_ids" in tensors and "decoder_attention_mask" in known.difference(columns):
+        # By the lengths, since T5's decoder starts with the token that pads.
+        lengths = torch.tensor([len(row["decoder_input_ids"]) for row in rows])
+        if len(lengths.unique()) > 1:
+            places = torch.arange(int(lengths.max()))
+            tensors["decoder_attention_mask"] = (places < lengths[:, None]).long()
     check_length(model, tensors.get("input_ids"))
     return Rows(tensors)
 

@@ -123,6 +123,18 @@ def test_padding_is_cut_from_all_that_has_a_value_for_each_token() -> None:
     assert kwargs["input_ids"].shape == kwargs["of_each_token"].shape[:2] == (2, 32)
 
 
+def test_what_a_decoder_reads_is_padded_and_masked() -> None:
+    model = bart()
+    model.config.pad_token_id = 7
+    data = [{"input_ids": [5] * 4, "decoder_input_ids": [1, *[5] * (n % 3)]} for n in range(6)]
+    found = batches(model, data, config()).tensors
+    assert found["decoder_input_ids"][:3].tolist() == [[1, 7, 7], [1, 5, 7], [1, 5, 5]]
+    assert found["decoder_attention_mask"][:3].tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    given = [{**row, "decoder_attention_mask": [0, *[1] * (len(row["decoder_input_ids"]) - 1)]} for row in data]
+    assert batches(model, given, config()).tensors["decoder_attention_mask"][2].tolist() == [0, 1, 1]
+    assert "decoder_attention_mask" not in batches(model, data[:1] * 4, config()).tensors
+
+
 @pytest.mark.parametrize("build", [bart, t5])
 @torch.no_grad()
 def test_a_decoder_s_padding_is_not_looked_at(build) -> None:  # type: ignore[no-untyped-def]
