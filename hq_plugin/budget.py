@@ -92,7 +92,7 @@ class Budget:
         if not isinstance(budget, str):
             raise BudgetError(f"A budget is a string or a Budget, not {type(budget).__name__}. Try {_FORMS}.")
         limits: dict[str, Any] = {}
-        for part in re.split(r"[+,]", budget):
+        for part in re.split(r"(?<!\d[eE])\+|,", budget):
             timed = re.fullmatch(r"(.*s)\s*for\s*(\d+)\s*samples?\s*", part.lower())
             name, value = cls._parse_limit(timed[1] if timed else part, budget)
             if name in limits:
@@ -106,7 +106,9 @@ class Budget:
 
     @staticmethod
     def _parse_limit(part: str, whole: str) -> tuple[str, float]:
-        match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([a-z%]+)\s*", part.lower())
+        # Reports write microjoules with the micro sign, which many keyboards give as the Greek letter.
+        written = re.sub("[\N{MICRO SIGN}\N{GREEK SMALL LETTER MU}]", "u", part.lower())
+        match = re.fullmatch(r"\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*([a-z%]+)\s*", written)
         if match:
             value, unit = float(match[1]), match[2]
             if unit in ("bit", "bits"):

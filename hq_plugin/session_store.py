@@ -106,19 +106,10 @@ def read_session(
     """
     content = read_json(directory, FORMAT, VERSION)
     functions = _functions(content.get("config"), options)
-    if fixed := [name for name in _SHAPING if name in options]:
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a session: its MetaQuantNet was trained for what it was. Leave "
-            "that out, and give hq_plugin.meta_train other widths, layers or blocks."
-        )
-    if fixed := [name for name in _MEASURED if name in options and name not in functions]:
-        raise ConfigError(
-            f"{', '.join(fixed)} cannot change in a session: it measured sensitivities on what it holds out, and "
-            "was trained on the rest. Leave that out, and give it to hq_plugin.meta_train."
-        )
     tensors = read_tensors(directory, content.get("sha256"))
     with clean_errors(f"{directory}, or does not fit the options that changed: it"):
         before = Config.from_json(content["config"])
+        _refuse_changes(before, {name: value for name, value in options.items() if name not in functions})
         # Another effort holds out as many samples as before: the others were trained on.
         config, data = prepare(before, {**options, "holdout": before.steps.holdout})
         teacher = teacher_of(model, data, config, by_use=saved_orders(tensors))
@@ -148,6 +139,22 @@ def read_session(
     if options.get("checkpoint_dir") is not None:  # not the one that the session was meta-trained with
         session.checkpoint = open_checkpoint(teacher, data, config, None, session=str(content.get("sha256")))
     return session
+
+
+def _refuse_changes(before: Config, options: Mapping[str, Any]) -> None:
+    """Raises ConfigError for an option that differs from what the session's own work hangs on."""
+    after = before.with_options(options)
+    changed = [name for name in options if getattr(after, name) != getattr(before, name)]
+    if fixed := [name for name in changed if name in _SHAPING]:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a session: its MetaQuantNet was trained for what it was. Leave "
+            "that out, and give hq_plugin.meta_train other widths, layers or blocks."
+        )
+    if fixed := [name for name in changed if name in _MEASURED]:
+        raise ConfigError(
+            f"{', '.join(fixed)} cannot change in a session: it measured sensitivities on what it holds out, and "
+            "was trained on the rest. Leave that out, and give it to hq_plugin.meta_train."
+        )
 
 
 def _functions(stored: Any, options: Mapping[str, Any]) -> list[str]:

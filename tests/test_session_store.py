@@ -92,6 +92,14 @@ def test_options_that_shape_the_search_space_cannot_change(
         hq.load_session(session.save(tmp_path / "session"), trained, batches, **options)
 
 
+def test_options_that_are_as_they_were_are_no_change(
+    session: Session, tmp_path: Path, trained: nn.Module, batches: Batches
+) -> None:
+    saved = session.save(tmp_path / "session")
+    same = {"seed": session.config.seed, "target": "storage", "weight_bits": list(session.config.weight_bits)}
+    assert hq.load_session(saved, trained, batches, **same).space == session.space
+
+
 def test_another_effort_holds_out_what_was_not_trained_on(
     session: Session, tmp_path: Path, trained: nn.Module, batches: Batches
 ) -> None:

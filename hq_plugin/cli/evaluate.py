@@ -11,6 +11,7 @@ from hq_plugin.cli.errors import one_line_errors
 from hq_plugin.cli.models import Source, load_saved, load_trained_model
 from hq_plugin.cli.options import DATA, AsJson, Checkpoint, Debug, ModelArgs, Pretrained, Saved, Skeleton
 from hq_plugin.cli.output import say, say_json
+from hq_plugin.errors import ConfigError
 
 
 def evaluate(
@@ -39,6 +40,8 @@ def evaluate(
       hq-plugin evaluate small --model my_project:model --data my_project:test_batches --json
     """
     with one_line_errors(debug):
+        if float_model is None and (checkpoint is not None or pretrained):
+            raise ConfigError("--checkpoint and --pretrained give weights to the float model: name it by --float.")
         source = load_saved(directory, model, model_arg)
         name, value, count, unit = _measure(source, data)
         found = {name: value}

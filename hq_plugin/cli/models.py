@@ -113,7 +113,8 @@ def _load_weights(model: Any, reference: str, checkpoint: Path) -> None:
         raise ModelError(
             f"{checkpoint} does not fit {reference!r}: {_some(missing)} of the model's tensors are not in it, and "
             f"{_some(foreign)} of its tensors are not in the model. Names must agree: write the file with "
-            "safetensors.torch.save_file(model.state_dict(), FILE) from this very model."
+            "safetensors.torch.save_file({n: t.clone() for n, t in model.state_dict().items()}, FILE) from this "
+            "very model."
         )
     try:
         model.load_state_dict(weights)

@@ -142,7 +142,11 @@ def _quantize(
         if session is None:
             return hq_plugin.quantize(model, wanted, data, **options)
         return hq_plugin.load_session(session, model, data, **options).quantize(wanted)
-    widths = hq_plugin.HybridPolicy.from_json(policy.read_text(encoding="utf-8"))
+    try:
+        written = policy.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise PolicyError(f"{policy} is not written in UTF-8 ({error}). Save it so.") from error
+    widths = hq_plugin.HybridPolicy.from_json(written)
     if session is not None:
         return hq_plugin.load_session(session, model, data, **options).finetune(widths)
     return hq_plugin.meta_train(model, data, policy=widths, **space_of(widths, source, options)).finetune(widths)
