@@ -19,7 +19,7 @@ from hq_plugin.budget import format_bytes
         ("3bit,10%", Budget(weight_bits=3, size_fraction=0.1)),
         ("1e3KB", Budget(size=1e6)),
         ("8ms for 4 samples", Budget(latency_ms=8, batch=4)),
-        ("50\N{MICRO SIGN}J + 1e+3KB", Budget(energy_uj=50, size=1000)),
+        ("50\N{MICRO SIGN}J + 1e+3KB", Budget(energy_uj=50, size=1e6)),
         ("50\N{GREEK SMALL LETTER MU}J", Budget(energy_uj=50)),
         ("3bit + 0.5S for 1 Sample", Budget(weight_bits=3, latency_ms=500)),
     ],
