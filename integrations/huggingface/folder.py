@@ -125,6 +125,9 @@ def write_folder(model: Any, processor: Any, directory: str | Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        if (target / "README.md").is_file():  # a card that was edited stays, which saving decides
+            (staging / "new").mkdir()
+            shutil.copy2(target / "README.md", staging / "new" / "README.md")
         model.save_pretrained(staging / "new")
         if processor is not None:
             processor.save_pretrained(staging / "new")

@@ -423,6 +423,17 @@ def test_a_card_that_was_edited_stays(packed_llama: LlamaForCausalLM, tmp_path: 
     assert "My own words" in page.read_text()
 
 
+def test_a_folder_that_is_replaced_keeps_its_edited_card(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    page = write_folder(packed_llama, None, tmp_path / "small") / "README.md"
+    written = page.read_text()
+    page.write_text(card("Another", "", packed_llama.config.quantization_config))
+    write_folder(packed_llama, None, tmp_path / "small")
+    assert page.read_text() == written, "ours, of another model"
+    page.write_text("My own words")
+    write_folder(packed_llama, None, tmp_path / "small")
+    assert page.read_text() == "My own words"
+
+
 def test_what_lies_beside_a_model_stays(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     target = write_folder(packed_llama, None, tmp_path / "small")
     (target / "notes").mkdir()
