@@ -110,9 +110,16 @@ class Profile:
         try:
             return min(self.layers[signature(site)][width(bits)].values())
         except KeyError:
+            how = "hq-plugin profile, with the same target, weight_bits and activation_bits."
+            if signature(site) not in self.layers and any(name.startswith(_layer(site)) for name in self.layers):
+                raise ConfigError(
+                    f"The profile has no time for {site.name!r} on inputs of {site.input_numel:,} numbers a sample: "
+                    "it was measured on inputs of another size. Give data of that size, or measure one for this: "
+                    f"{how}"
+                ) from None
             raise ConfigError(
                 f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "
-                "widths: hq-plugin profile, with the same target, weight_bits and activation_bits."
+                f"widths: {how}"
             ) from None
 
     def save(self, path: str | Path) -> Path:
@@ -207,7 +214,12 @@ def engine_versions(target: str) -> dict[str, str]:
 
 def signature(site: Site) -> str:
     """Returns what tells layers of different speed apart."""
-    return f"{site.type_name} {list(site.weight_shape)} macs={site.macs} inputs={site.input_numel}"
+    return f"{_layer(site)}macs={site.macs} inputs={site.input_numel}"
+
+
+def _layer(site: Site) -> str:
+    """Returns how the signatures of a layer begin, whatever the size of its inputs."""
+    return f"{site.type_name} {list(site.weight_shape)} "
 
 
 def width(bits: LayerBits) -> str:

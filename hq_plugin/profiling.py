@@ -81,7 +81,7 @@ def measure_profile(
                             times[width(bits)] = {NO_KERNEL: 0.0} if x is None else layer_time(layer, x)
                 task.advance()
     made = Profile(
-        "onnxruntime" if target == "onnxruntime" else "torch",
+        _runtime(target),
         samples,
         machine(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -185,6 +185,9 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
         teacher: The float model, in eval mode.
         batch: Inputs to measure on.
         config: Gives `profile`, `target` and `progress`.
+
+    Raises:
+        ConfigError: The profile is of another target, of another number of samples, or lacks a layer or a width.
     """
     if budget.latency_ms is None or costs.latency_batch == budget.batch:
         return
@@ -196,6 +199,12 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
         )
     else:
         profile = given if isinstance(given, Profile) else Profile.load(given)
+        if profile.target != _runtime(config.target):
+            raise ConfigError(
+                f"The profile is of target={profile.target!r}, and target={config.target!r} runs on other kernels. "
+                f"Measure one for that: hq-plugin profile --target {_runtime(config.target)}; or give "
+                f"target={profile.target!r}."
+            )
         profile.warn_if_foreign()
         if profile.batch != budget.batch:
             raise ConfigError(
@@ -204,6 +213,11 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
             )
     profile.warn_if_rough()
     profile.put_into(costs)
+
+
+def _runtime(target: str) -> str:
+    """Returns what a target runs on, as profiles name it: a model for storage runs in PyTorch."""
+    return "onnxruntime" if target == "onnxruntime" else "torch"
 
 
 LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]

@@ -211,6 +211,19 @@ def test_a_profile_of_something_else(
             profile=made,
             **{**options, "weight_bits": (3, 8)},  # type: ignore[arg-type]
         )
+    with pytest.raises(ConfigError, match=r"'stem' on inputs of 144 numbers a sample.*another size.*data of that"):
+        larger = [(nn.functional.pad(x, (2, 2, 2, 2)), y) for x, y in batches]
+        hq.quantize(trained, Budget(latency_ms=180, batch=4), larger, profile=made, **options)  # type: ignore[arg-type]
+    other = Profile(**{**vars(made), "target": "onnxruntime"})
+    for target in ("storage", "torch"):
+        with pytest.raises(ConfigError, match=rf"target='onnxruntime', and target='{target}'.*--target torch"):
+            hq.quantize(
+                trained,
+                Budget(latency_ms=180, batch=4),
+                batches,
+                profile=other,
+                **{**options, "target": target},  # type: ignore[arg-type]
+            )
 
 
 def test_a_profile_for_onnxruntime_knows_its_version(
