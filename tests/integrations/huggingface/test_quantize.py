@@ -71,6 +71,19 @@ def test_text_models_get_weights_in_groups_and_no_quantized_activations(packed_l
     assert packed_llama.get_input_embeddings().weight_packed is packed_llama.lm_head.weight_packed
 
 
+@pytest.mark.parametrize(
+    ("target", "widths"),
+    [("storage", (0, 1, 2, 3, 4, 5, 6, 8)), ("torch", (1, 2, 3, 4, 8)), ("onnxruntime", (2, 4, 8))],
+)
+def test_an_encoder_s_embeddings_may_have_what_the_target_runs(target: str, widths: tuple[int, ...]) -> None:
+    def found(**options: object) -> object:
+        config = hq.Config(target=target, **options)  # type: ignore[arg-type]
+        return config.filled(ADAPTER.options(build("bert"), config)).embedding_bits
+
+    assert found() == widths
+    assert found(weight_bits=(2, 4)) is None, "who names widths gets no others"
+
+
 def test_layers_that_kernels_fuse_share_a_width(packed_llama: LlamaForCausalLM) -> None:
     policy = packed_llama.hq.policy
     for layer in range(2):
