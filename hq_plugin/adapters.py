@@ -60,6 +60,12 @@ class Adapter(Protocol):
     def rebuild(self, description: dict[str, Any]) -> nn.Module:
         """Builds the float architecture without any download; its parameters need no values and no memory."""
 
+    def skeleton(self, model: nn.Module) -> nn.Module:
+        """Returns a float model, which is not changed, with the layers that its quantized form has.
+
+        Its parameters need no values.
+        """
+
     def finish(self, model: nn.Module) -> nn.Module:
         """Gives a packed model what its library expects of one."""
 
@@ -107,6 +113,16 @@ def unwrap(model: Any) -> Unwrapped:
     adapter = find(model)
     found = None if adapter is None else adapter.unwrap(model)
     return found or Unwrapped(model, None, lambda packed: packed)
+
+
+def skeleton(model: Any) -> Any:
+    """Takes a float model out of what wraps it, with the layers that its quantized form has.
+
+    Unlike for `unwrap` its parameters need no values, and it need not be one that can be quantized.
+    """
+    model = opened(model)
+    adapter = find(model) if isinstance(model, nn.Module) else None
+    return model if adapter is None else adapter.skeleton(model)
 
 
 def find(model: nn.Module) -> Adapter | None:

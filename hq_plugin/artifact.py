@@ -207,8 +207,9 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
 
     Args:
         directory: What `save` wrote.
-        model: A float model of the same architecture, whose weights do not matter and which is not
-            changed. None rebuilds the architecture by its name, for models of a known library (timm).
+        model: A float model of the same architecture, whose weights do not matter (they may be on the meta
+            device) and which is not changed. None rebuilds the architecture by its name, for models of a known
+            library (timm).
 
     Returns:
         The packed model on the CPU, in eval mode, with `.hq` where the saved one had it.
@@ -225,7 +226,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
             f"{directory} does not say how to build the model's architecture. Pass a float model of the "
             "same class: hq_plugin.load(directory, model)."
         )
-    skeleton = None if model is None else _without_values(adapters.unwrap(model).model)
+    skeleton = None if model is None else _without_values(adapters.skeleton(model))
     with clean_errors(directory):
         written, check = start_reading(directory, data.get("sha256"))
         try:
@@ -256,8 +257,8 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
         empty = [name for name, tensor in filled if tensor.is_meta]
         if empty:
             raise ArtifactError(
-                f"{', '.join(empty[:5])} could not be filled: its layer loads tensors in a way of its own. Pass a "
-                "float model: hq_plugin.load(directory, model)."
+                f"{', '.join(empty[:5])} could not be filled: its layer loads tensors in a way of its own, or no "
+                "file holds it. Pass a float model that has values: hq_plugin.load(directory, model)."
             )
     skeleton.eval().requires_grad_(False)
     if info.result is not None:

@@ -113,8 +113,8 @@ class Profile:
             how = "hq-plugin profile, with the same target, weight_bits and activation_bits."
             if signature(site) not in self.layers and any(name.startswith(_layer(site)) for name in self.layers):
                 raise ConfigError(
-                    f"The profile has no time for {site.name!r} on inputs of {site.input_numel:,} numbers a sample: "
-                    "it was measured on inputs of another size. Give data of that size, or measure one for this: "
+                    f"The profile has no time for {site.name!r} on inputs of {site.input_numel:,} numbers a "
+                    "sample: it was measured on inputs of another size. Give data of that size, or measure one for this: "
                     f"{how}"
                 ) from None
             raise ConfigError(

@@ -6,6 +6,7 @@ How text and pictures become batches is `inputs.py`; how `save_pretrained` and `
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from typing import Any
@@ -121,7 +122,9 @@ class HuggingFaceAdapter:
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
             else:
-                if config.weight_bits == Config(target=config.target).weight_bits:  # who names widths gets no others
+                if (
+                    config.weight_bits == Config(target=config.target).weight_bits
+                ):  # who names widths gets no others
                     proposed["embedding_bits"] = (1, *config.weight_bits)
                 if config.target == "storage":  # the others' fastest kernels have one step a channel
                     proposed["group_size"] = (0, 32, 64, 128)
@@ -155,7 +158,7 @@ class HuggingFaceAdapter:
         return inputs.batches(model, data, config)
 
     def example_inputs(self, model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Returns transformers' own dummy inputs, with the text cut from one seeded noise for two samples."""
+        """Returns random inputs for two samples, of the sizes that the model's configuration says."""
         assert isinstance(model, PreTrainedModel)
         return (), inputs.example(model)
 
@@ -195,9 +198,7 @@ class HuggingFaceAdapter:
         generation = checked(description.get("generation_config"))
         try:
             with offline():
-                config = made.config_class.from_dict(values)  # type: ignore[attr-defined]
-                with torch.random.fork_rng(devices=[]), no_init_weights():
-                    model: Any = without_memory(lambda: made(config))
+                model: Any = _hollow(made, made.config_class.from_dict(values))  # type: ignore[attr-defined]
             model.tie_weights()  # a part of the initialisation that was left out
             if generation is not None and model.can_generate():
                 model.generation_config = model.generation_config.from_dict(generation)
@@ -205,12 +206,38 @@ class HuggingFaceAdapter:
             raise ArtifactError(f"The saved model cannot be rebuilt: {error}") from error
         return with_linear_layers(model.eval())
 
+    def skeleton(self, model: nn.Module) -> nn.Module:
+        """Returns the model with Linear layers for Conv1D, and with values in buffers that no file holds."""
+        assert isinstance(model, PreTrainedModel)
+        model = with_linear_layers(model)
+        hollow = {name for name, buffer in model.named_buffers() if buffer.is_meta}
+        if not hollow:
+            return model
+        model = copy.deepcopy(model)  # what is hollow takes no memory
+        try:
+            with torch.device("cpu"):
+                made = _hollow(type(model), copy.deepcopy(model.config))
+        except Exception:  # a class that takes more than its configuration; whoever needs the values says so
+            return model
+        for name, buffer in made.named_buffers():
+            if name in hollow:
+                parent, _, last = name.rpartition(".")
+                model.get_submodule(parent)._buffers[last] = buffer
+        return model
+
     def finish(self, model: nn.Module) -> nn.Module:
         """Gives a packed model what `save_pretrained` needs."""
         return attach(model)
 
 
 ADAPTER = HuggingFaceAdapter()
+
+
+def _hollow(made: Any, config: Any) -> PreTrainedModel:
+    """Builds a model of a class without values in its parameters; its buffers have theirs."""
+    with torch.random.fork_rng(devices=[]), no_init_weights():
+        model: PreTrainedModel = without_memory(lambda: made(config))  # type: ignore[assignment]
+    return model
 
 
 def _checked(model: PreTrainedModel) -> PreTrainedModel:

@@ -108,6 +108,10 @@ class TimmAdapter:
         _set_preprocessing(model, description.get("preprocessing", {}))
         return model
 
+    def skeleton(self, model: nn.Module) -> nn.Module:
+        """Returns the model: timm's layers are what they are called."""
+        return model
+
     def finish(self, model: nn.Module) -> nn.Module:
         """Returns the model as it is."""
         return model

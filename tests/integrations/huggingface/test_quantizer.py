@@ -411,6 +411,24 @@ def test_a_pickled_model_saves_what_it_was(packed_llama: LlamaForCausalLM, folde
     assert {path.name for path in (tmp_path / "again").iterdir()} == {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.filterwarnings("ignore:No data")
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_a_model_to_load_into_needs_no_values(kind: str, tmp_path: Path) -> None:
+    packed = hq.quantize(build(kind), "4.6bit", config=SMOKE, sequence_length=16)
+    saved = hq.save(packed, tmp_path / "saved")
+    with torch.device("meta"):
+        hollow = KINDS[kind]()
+    half = build(kind).bfloat16()
+    with torch.no_grad():
+        assert torch.equal(hq.load(saved, hollow)(IDS)[0], packed(IDS)[0])
+        loaded = hq.load(saved, half)
+        torch.testing.assert_close(loaded(IDS)[0].float(), packed(IDS)[0], rtol=0.1, atol=0.1)
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+    assert hollow.device.type == "meta"
+    with pytest.raises(hq.ModelError, match="another architecture"):
+        hq.load(saved, llama().bfloat16())
+
+
 def test_a_card_that_was_edited_stays(packed_llama: LlamaForCausalLM, tmp_path: Path) -> None:
     packed_llama.save_pretrained(tmp_path)
     page = tmp_path / "README.md"
