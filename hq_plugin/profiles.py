@@ -114,8 +114,8 @@ class Profile:
             if signature(site) not in self.layers and any(name.startswith(_layer(site)) for name in self.layers):
                 raise ConfigError(
                     f"The profile has no time for {site.name!r} on inputs of {site.input_numel:,} numbers a "
-                    "sample: it was measured on inputs of another size. Give data of that size, or measure one for this: "
-                    f"{how}"
+                    "sample: it was measured on inputs of another size. Give data of that size, or measure one for "
+                    f"this: {how}"
                 ) from None
             raise ConfigError(
                 f"The profile has no time for {site.name!r} at {bits}. Measure one for this model and these "

@@ -211,8 +211,8 @@ def test_a_profile_of_something_else(
             profile=made,
             **{**options, "weight_bits": (3, 8)},  # type: ignore[arg-type]
         )
+    larger = [(nn.functional.pad(x, (2, 2, 2, 2)), y) for x, y in batches]
     with pytest.raises(ConfigError, match=r"'stem' on inputs of 144 numbers a sample.*another size.*data of that"):
-        larger = [(nn.functional.pad(x, (2, 2, 2, 2)), y) for x, y in batches]
         hq.quantize(trained, Budget(latency_ms=180, batch=4), larger, profile=made, **options)  # type: ignore[arg-type]
     other = Profile(**{**vars(made), "target": "onnxruntime"})
     for target in ("storage", "torch"):

@@ -122,9 +122,8 @@ class HuggingFaceAdapter:
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
             else:
-                if (
-                    config.weight_bits == Config(target=config.target).weight_bits
-                ):  # who names widths gets no others
+                # Who names widths gets no others; a target has narrowed the default ones.
+                if config.weight_bits == Config(target=config.target).weight_bits:
                     proposed["embedding_bits"] = (1, *config.weight_bits)
                 if config.target == "storage":  # the others' fastest kernels have one step a channel
                     proposed["group_size"] = (0, 32, 64, 128)
