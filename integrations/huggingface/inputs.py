@@ -9,7 +9,7 @@ import copy
 import inspect
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,20 +85,31 @@ def batches(model: PreTrainedModel, data: Any, config: Config) -> Any:
     if isinstance(first, Mapping) and rows.is_row(model, first):
         return rows.from_rows(model, list(samples))
     if takes_text(model) and _text_of(first) is not None:
-        tokens = _tokenized(model, [_text_of(row) or "" for row in samples], config)
-        if config.self_written and _writes(model):
-            tokens = {"input_ids": _with_written(model, tokens["input_ids"], config)}
-        return rows.Rows(tokens)
+        texts, labels = _apart(samples, lambda row: _text_of(row) or "")
+        tokens = _tokenized(model, texts, config)
+        if _writes(model):  # whose samples are cut from all texts
+            share = config.self_written
+            return rows.Rows({"input_ids": _with_written(model, tokens["input_ids"], config)} if share else tokens)
+        return rows.Rows({**tokens, **labels})
     field = rows.media_field(first)
 
     def media(row: Any) -> Any:
         return row if field is None else row[field]
 
     if rows.is_picture(media(first)):
-        return rows.from_pictures([media(row) for row in samples], config.processor)
+        pictures, labels = _apart(samples, media)
+        return rows.Rows({**rows.from_pictures(pictures, config.processor).tensors, **labels})
     if not takes_text(model) and rows.is_sound(media(first)):
-        return rows.from_sounds(model, [media(row) for row in samples], config.processor)
+        sounds, labels = _apart(samples, media)
+        return rows.Rows({**rows.from_sounds(model, sounds, config.processor).tensors, **labels})
     return data
+
+
+def _apart(samples: Iterable[Any], content: Callable[[Any], Any]) -> tuple[list[Any], dict[str, Tensor]]:
+    """Returns the contents of samples, which are read once, and their labels, int64, where all have one."""
+    pairs = [(content(row), rows.label_of(row)) for row in samples]
+    labels = [label for _, label in pairs if label is not None]
+    return [made for made, _ in pairs], {"labels": torch.tensor(labels)} if len(labels) == len(pairs) else {}
 
 
 def _text_of(row: Any) -> str | None:

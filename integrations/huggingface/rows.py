@@ -6,6 +6,7 @@ What `datasets` gives, row by row, becomes one tensor a column here. How text be
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -214,7 +215,7 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
                 fill = padding.get(name, 0)
                 tensors[name] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
                 mask = [torch.ones(len(value), dtype=torch.long) for value in values]
-                if name == model.main_input_name and "attention_mask" in known:
+                if name == model.main_input_name and "attention_mask" in known and "attention_mask" not in columns:
                     tensors["attention_mask"] = nn.utils.rnn.pad_sequence(mask, batch_first=True)
             else:
                 tensors[name] = torch.stack(values)
@@ -307,6 +308,17 @@ def media_field(row: Any) -> str | None:
     if not isinstance(row, Mapping):
         return None
     return next((name for name in MEDIA_FIELDS if is_picture(row.get(name)) or is_sound(row.get(name))), None)
+
+
+def label_of(row: Any) -> int | None:
+    """Returns the class of a row of a data set, where a whole number names it."""
+    if isinstance(row, Mapping):
+        for name in LABEL_KEYS:
+            try:
+                return operator.index(row.get(name))
+            except (TypeError, RuntimeError):  # there is none, or it is something else
+                continue
+    return None
 
 
 def is_picture(value: Any) -> bool:

@@ -231,6 +231,34 @@ def test_pictures_with_a_processor() -> None:
         hq.quantize(build("vit"), "4.6bit", pictures, config=SMOKE)
 
 
+def test_labels_beside_text_pictures_and_sounds_are_kept() -> None:
+    numbers = [i % 5 for i in range(16)]
+    pictures = [{"image": Image.effect_noise((40, 40), 60 + i), "label": i} for i in numbers]
+    texts = [{"text": text, "labels": torch.tensor(i)} for text, i in zip(TEXTS, numbers, strict=False)]
+    sounds = [{"audio": {"array": torch.randn(800).numpy(), "sampling_rate": 16_000}, "label": i} for i in numbers]
+    processor = ViTImageProcessor(size={"height": 32, "width": 32})
+    for model, data, reader in (
+        (build("vit"), pictures, processor),
+        (build("bert"), texts, tokenizer()),
+        (wav2vec2(), sounds, Wav2Vec2FeatureExtractor()),
+    ):
+        made = inputs.batches(model, data, replace(SMOKE, processor=reader, sequence_length=16))
+        assert made.tensors["labels"].tolist() == numbers
+    packed = hq.quantize(build("vit"), "4.6bit", pictures, config=SMOKE, processor=processor)
+    assert packed.hq.accuracy is not None
+    named = [{**row, "label": "cat"} for row in pictures]
+    for data in (named, [*pictures[:3], *named]):
+        made = inputs.batches(build("vit"), data, replace(SMOKE, processor=processor))
+        assert set(made.tensors) == {"pixel_values"}
+
+
+def test_a_row_s_own_mask_is_kept_wherever_it_stands() -> None:
+    found = [{"input_ids": [5, 6, 0], "attention_mask": [1, 1, 0]}, {"input_ids": [7], "attention_mask": [1]}]
+    for data in (found, [dict(reversed(row.items())) for row in found]):
+        made = inputs.batches(build("bert"), data, SMOKE)
+        assert made.tensors["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0]]
+
+
 def test_sounds_with_a_feature_extractor() -> None:
     rate = 16_000
     sounds = [torch.randn(800 + 40 * (i % 3)).numpy() for i in range(12)]
