@@ -16,7 +16,7 @@ import numpy as np
 from hq_plugin.allocation import dynamic_programming
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.policy import HybridPolicy
-from hq_plugin.repair import Repair, moved
+from hq_plugin.repair import NOISE, Repair, moved
 from hq_plugin.space import Genome, SearchSpace
 
 #: Without a budget in sight, the ladder reaches from the smallest policy to this many effective bits above:
@@ -27,8 +27,6 @@ SPREAD_BITS = 2.5
 RUNGS, BITOPS_SHARES = 8, (1.0, 0.75, 0.5)
 #: Without a budget in sight, shares of the stream that are the widest policy and uniform policies.
 WIDEST, UNIFORM = 0.05, 0.1
-#: Noise of the repair that ends each draw (see `allocation.NOISE`).
-NOISE = 1.0
 
 
 class PolicySampler:
