@@ -234,6 +234,12 @@ def _place(layer: str) -> tuple[str, int, int | None] | None:
     return None if found is None else (found[1], int(found[2]), None if found[3] is None else int(found[3]))
 
 
+def tables_of(layers: Mapping[str, Any]) -> list[str]:
+    """Returns those layers, by their names, that are a table of a split embedding or turn back its rows."""
+    owners = {place[0] for layer in layers if (place := _place(layer)) is not None}
+    return [name for name in layers if _place(name) or name.removesuffix(f".{BASIS}") in owners]
+
+
 def same_columns(layer: str) -> str:
     """Returns one name for all tables of an embedding that hold the same columns; of other layers their own."""
     place = _place(layer)
@@ -285,5 +291,6 @@ __all__ = [
     "saved_orders",
     "split_embeddings",
     "table_rows",
+    "tables_of",
     "with_split_tables",
 ]

@@ -23,7 +23,9 @@ from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
 _PRODUCTS = (
     torch.ops.aten.linear.default,
     torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv1d.padding,  # named, "same"
     torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv2d.padding,
 )
 
 

@@ -91,6 +91,37 @@ def test_a_policy_is_torchao_s_configuration(net: nn.Module) -> None:
     assert float((model(X) - net(X)).norm() / net(X).norm()) < 0.5
 
 
+@pytest.mark.parametrize(
+    ("bits", "says"),
+    [
+        ({"words": LayerBits(0)}, r"leaves out \(0 bits\): words\..*embedding_bits without 0"),
+        (
+            {"words.parts.0": LayerBits(4), "first": LayerBits(4)},
+            r"split embedding: words\.parts\.0\..*embedding_parts=1",
+        ),
+        (
+            {"words.parts.0.0": LayerBits(4), "words.parts.0.1": LayerBits(0), "words.basis": LayerBits(4)},
+            r"split embedding: words\.parts\.0\.0, words\.parts\.0\.1, words\.basis\..*embedding_columns=1",
+        ),
+    ],
+)
+def test_a_policy_that_torchao_s_configuration_cannot_say(bits: dict[str, LayerBits], says: str) -> None:
+    with pytest.raises(PolicyError, match=says):
+        torchao_config(HybridPolicy(bits))
+
+
+def test_the_quantizer_knows_padding_by_name() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding="same"), nn.Flatten(2), nn.Conv1d(4, 4, 3, padding="same")
+    ).eval()
+    exported = torch.export.export(net, (torch.randn(2, 3, 8, 8),)).module()
+    policy = HybridPolicy({"0": LayerBits(4, 8), "2": LayerBits(4, 8)})
+    prepared = prepare_pt2e(exported, HybridQuantizer(policy))
+    prepared(torch.randn(2, 3, 8, 8))
+    converted = convert_pt2e(prepared)
+    assert sum("dequantize_per_channel" in str(node.target) for node in converted.graph.nodes) == 2
+
+
 def test_the_quantizer_annotates_an_exported_graph(net: nn.Module) -> None:
     policy = HybridPolicy({"first": LayerBits(3, 8), "head": LayerBits(4, 16)})
     exported = torch.export.export(net, (X,)).module()
