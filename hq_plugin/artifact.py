@@ -19,7 +19,7 @@ from hq_plugin import adapters
 from hq_plugin.compact import REPORT_FILE, compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
-from hq_plugin.nn import PackedModule, check_unedited, packed_modules, with_layers_of
+from hq_plugin.nn import PackedModule, check_unedited, packed_modules, replace_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
 from hq_plugin.state import load_state, state_tensors
@@ -305,13 +305,7 @@ def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:
                 f"weight of shape {site.shape}, this one {found}."
             )
         swapped[id(module)] = PackedModule.skeleton(module, site.bits)
-    holder = nn.Module()
-    holder.add_module("model", model)
-    for parent in list(holder.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in swapped:
-                parent._modules[name] = swapped[id(child)]
-    return holder.get_submodule("model")
+    return replace_modules(model, swapped)
 
 
 def _constants(data: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Tensor]:

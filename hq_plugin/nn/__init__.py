@@ -22,6 +22,7 @@ from hq_plugin.nn.packed import (
     weight_key,
 )
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
+from hq_plugin.nn.replacing import replace_modules
 from hq_plugin.nn.split import SplitEmbedding, with_split_tables
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "packed_modules",
     "packed_type",
     "parametrized_weight",
+    "replace_modules",
     "share_packed_weight",
     "weight_key",
     "with_held_weights",

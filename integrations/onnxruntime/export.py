@@ -29,7 +29,7 @@ from hq_plugin.integrations.onnxruntime.rewrites import Rewritten
 from hq_plugin.integrations.onnxruntime.sessions import EXACT_SUMS
 from hq_plugin.integrations.onnxruntime.tables import merge_tables
 from hq_plugin.integrations.onnxruntime.verify import difference
-from hq_plugin.nn import check_unedited, packed_modules
+from hq_plugin.nn import check_unedited, packed_modules, replace_modules
 from hq_plugin.nn.saturation import may_clip, saturates
 from hq_plugin.policy import FLOAT_BITS, LayerBits
 from hq_plugin.storage import write_bytes
@@ -233,19 +233,13 @@ def _exported_form(model: nn.Module, accuracy_level: int) -> tuple[nn.Module, di
     """Returns a copy of a model with its packed layers in their exported form, tied ones once, and these layers."""
     if accuracy_level not in range(5):
         raise ExportError(f"accuracy_level={accuracy_level!r} is not possible: give 0 to 4.")
-    holder = nn.Module()
     made: Any = copy.deepcopy(model).eval().cpu()
     if hasattr(made, "set_experts_implementation"):
         # transformers' other ways to compute a mixture of experts depend on which expert each token takes.
         made.set_experts_implementation("batched_mm")
-    holder.add_module("model", made)
     layers = packed_modules(made)
-    forms = {id(layer): exported_layer(layer, accuracy_level) for layer in packed_modules(holder).values()}
-    for parent in list(holder.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in forms:
-                parent._modules[name] = forms[id(child)]
-    exported = holder.get_submodule("model").requires_grad_(False)
+    forms = {id(layer): exported_layer(layer, accuracy_level) for layer in layers.values()}
+    exported = replace_modules(made, forms).requires_grad_(False)
     merge_tables(exported)
     return exported, {name: forms[id(layer)] for name, layer in layers.items()}
 

@@ -11,7 +11,7 @@ from torchao.quantization import IntxUnpackedToInt8Tensor
 
 from hq_plugin import adapters
 from hq_plugin.errors import ModelError
-from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain, packed_modules, weight_key
+from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain, packed_modules, replace_modules, weight_key
 from hq_plugin.policy import FLOAT_BITS
 
 
@@ -27,12 +27,10 @@ def to_torchao(model: nn.Module) -> nn.Module:
     Raises:
         ModelError: No layer of the model fits torchao's tensors.
     """
-    model = adapters.opened(model)
-    holder = nn.Module()
-    holder.add_module("model", copy.deepcopy(model))
+    model = copy.deepcopy(adapters.opened(model))
     made: dict[int, nn.Module] = {}
     weights: dict[tuple[int, bool], nn.Parameter] = {}
-    for layer in packed_modules(holder).values():
+    for layer in packed_modules(model).values():
         plain = is_plain(layer, nn.Linear) or is_plain(layer, nn.Embedding)
         if plain and (layer.bits.activation == FLOAT_BITS or _per_token(layer)):
             # A tensor says how its input is rounded: tied layers share it where they agree on that.
@@ -45,11 +43,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
             "No layer fits torchao's tensors: they are for Linear and Embedding layers with float inputs, or 8-bit "
             'ones with a step for each token. Quantize with activation_bits=16 or activation_scheme="dynamic".'
         )
-    for parent in list(holder.modules()):
-        for name, child in parent._modules.items():
-            if child is not None and id(child) in made:
-                parent._modules[name] = made[id(child)]
-    return holder.get_submodule("model")
+    return replace_modules(model, made)
 
 
 def _per_token(layer: PackedModule) -> bool:
