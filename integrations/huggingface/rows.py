@@ -314,8 +314,9 @@ def label_of(row: Any) -> int | None:
     """Returns the class of a row of a data set, where a whole number names it."""
     if isinstance(row, Mapping):
         for name in LABEL_KEYS:
+            value: Any = row.get(name)
             try:
-                return operator.index(row.get(name))
+                return operator.index(value)
             except (TypeError, RuntimeError):  # there is none, or it is something else
                 continue
     return None
