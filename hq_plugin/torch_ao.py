@@ -28,7 +28,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from hq_plugin.batchnorm import fold_batchnorm
 from hq_plugin.errors import HQWarning, ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
-from hq_plugin.nn import PackedModule, adopt, share_packed_weight, with_layers_of
+from hq_plugin.nn import PackedModule, adopt, replace_modules, share_packed_weight, with_layers_of
 from hq_plugin.nn.packed import versions
 from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
@@ -401,12 +401,9 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         swap(holder, {float_type: remember(handler) for float_type, handler in mapping.items()})
-    for module in list(holder.modules()):
-        for name, child in list(module._modules.items()):
-            if child is not None and id(child) in swapped:
-                module._modules[name] = swapped[id(child)]
+    replaced = replace_modules(holder.get_submodule("model"), swapped)
     del originals
-    return holder.get_submodule("model")
+    return replaced
 
 
 def apply_policy(prepared: nn.Module, policy: HybridPolicy) -> None:

@@ -45,7 +45,8 @@ class HybridQuantizer(Quantizer):
         """Annotates the inputs and weights of the layers that the policy names.
 
         Raises:
-            PolicyError: The graph has no product for a layer that the policy names, or its input is dynamic.
+            PolicyError: The graph has no product for a layer that the policy names, its input is dynamic, or its
+                weight has fewer than 2 bits.
         """
         left = set(self.policy)
         dynamic = [name for name, bits in self.policy.items() if bits.dynamic]
@@ -53,6 +54,12 @@ class HybridQuantizer(Quantizer):
             raise PolicyError(
                 f"The policy gives {', '.join(dynamic[:5])}{' ...' if len(dynamic) > 5 else ''} a step for each "
                 'row of the input, which PT2E cannot annotate. Search with activation_scheme="static".'
+            )
+        narrow = [name for name, bits in self.policy.items() if bits.weight < 2]
+        if narrow:
+            raise PolicyError(
+                f"The policy gives {', '.join(narrow[:5])}{' ...' if len(narrow) > 5 else ''} fewer than 2 bits, "
+                "which PT2E rounds to zeros. Search with weight_bits of at least 2, or leave these layers out."
             )
         for node in model.graph.nodes:
             name = _layer_of(node)

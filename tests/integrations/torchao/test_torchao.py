@@ -139,6 +139,12 @@ def test_the_quantizer_annotates_an_exported_graph(net: nn.Module) -> None:
         prepare_pt2e(exported, HybridQuantizer(HybridPolicy({"nothing": LayerBits(4, 8)})))
 
 
+def test_a_bit_that_the_quantizer_would_round_to_zeros_is_refused() -> None:
+    exported = torch.export.export(nn.Sequential(nn.Linear(8, 4)).eval(), (torch.randn(2, 8),)).module()
+    with pytest.raises(PolicyError, match="gives 0 fewer than 2 bits"):
+        prepare_pt2e(exported, HybridQuantizer(HybridPolicy({"0": LayerBits(1, 8)})))
+
+
 def test_without_torchao_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.startswith("hq_plugin.integrations.torchao")]:
         monkeypatch.delitem(sys.modules, name)
