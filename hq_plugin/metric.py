@@ -13,6 +13,7 @@ from numbers import Real
 from torch import Tensor, nn
 
 from hq_plugin.errors import ConfigError, HQWarning
+from hq_plugin.modes import in_eval_mode
 
 EvalFunction = Callable[[nn.Module], float]
 
@@ -49,13 +50,8 @@ def measured(eval_fn: EvalFunction, model: nn.Module) -> float:
     """
     if not callable(eval_fn):
         raise ConfigError(f"eval_fn is {eval_fn!r}. It must be a function that takes a model and returns a number.")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with in_eval_mode(model):
         value: object = eval_fn(model)
-    finally:
-        for module, training in modes:
-            module.training = training
     if isinstance(value, Tensor) and value.numel() == 1:
         value = value.item()
     if not isinstance(value, Real) or isinstance(value, bool):

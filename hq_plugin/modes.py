@@ -18,15 +18,22 @@ def gradients() -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Inside, the network is in eval mode; afterwards each of its modules is in the mode that it was in."""
+def modes_kept(network: nn.Module) -> Iterator[None]:
+    """Inside, modes may change; afterwards each of the network's modules is in the mode that it was in."""
     modes = [(module, module.training) for module in network.modules()]
     try:
-        network.eval()
         yield
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextmanager
+def in_eval_mode(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode; afterwards each of its modules is in the mode that it was in."""
+    with modes_kept(network):
+        network.eval()
+        yield
 
 
 def set_training_modes(network: nn.Module, batch_statistics: bool) -> None:
@@ -79,9 +86,7 @@ class KeptValues:
     def forget(self) -> None:
         """Makes every module compute anew in the next forward."""
         for keeper in self._keepers:
-            modes = [(module, module.training) for module in keeper.modules()]
-            mode = keeper.training
-            keeper.train(True)
-            keeper.train(mode)
-            for module, training in modes:
-                module.training = training
+            with modes_kept(keeper):
+                mode = keeper.training
+                keeper.train(True)
+                keeper.train(mode)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from hq_plugin.modes import in_eval_mode
+
 #: Functions that multiply by a weight, and the position of the first argument that may be one.
 _PRODUCTS = {
     "linear": 1,
@@ -69,18 +71,14 @@ def probe(
     """
     seen = Probe()
     handles = []
-    modes = [(module, module.training) for module in model.modules()]
     try:
         for name, (kind, module) in layers.items():
             handles.append(module.register_forward_hook(_record(seen, name, kind), with_kwargs=True))
-        model.eval()
-        with torch.no_grad(), _Watch(seen, weights):
+        with in_eval_mode(model), torch.no_grad(), _Watch(seen, weights):
             run(model)
     finally:
         for handle in handles:
             handle.remove()
-        for module, training in modes:
-            module.training = training
     return seen
 
 

@@ -23,7 +23,7 @@ from hq_plugin.config import Config
 from hq_plugin.data import RERANK_FACTOR
 from hq_plugin.errors import DataError, HQWarning
 from hq_plugin.integrations.huggingface import rows
-from hq_plugin.modes import evaluating
+from hq_plugin.modes import in_eval_mode
 from hq_plugin.precision import autocast
 from hq_plugin.seeding import seeded
 
@@ -219,7 +219,7 @@ def written(model: PreTrainedModel, config: Config, count: int, length: int | No
         dtype = torch.get_autocast_dtype(kind.type) if torch.is_autocast_enabled(kind.type) else None
     writer: Any = model if dtype is None else copy.deepcopy(model).to(dtype=dtype)
     made = [torch.empty(0, length, dtype=torch.long)]
-    with seeded(config.seed), _without_settings(writer), evaluating(writer):
+    with seeded(config.seed), _without_settings(writer), in_eval_mode(writer):
         for first in range(0, count, _AT_ONCE):
             ids = torch.full((min(_AT_ONCE, count - first), 1), start, device=kind)
             # Sequences go on after an end-of-text token: samples of one length need no padding.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from hq_plugin.batch import LABEL_KEYS, Split
 from hq_plugin.errors import DataError
-from hq_plugin.modes import evaluating
+from hq_plugin.modes import in_eval_mode
 
 #: Fields in which rows of a data set keep their picture or sound.
 MEDIA_FIELDS = ("image", "img", "audio", "speech")
@@ -297,7 +297,7 @@ def _transcripts(model: Any, features: Tensor) -> Tensor:
     end = model.generation_config.pad_token_id or 0
     most = min(_TRANSCRIPT, getattr(model.config, "max_target_positions", 2 * _TRANSCRIPT) // 2)
     made: list[Tensor] = []
-    with evaluating(model):
+    with in_eval_mode(model):
         for part in features.split(16):
             made += model.generate(part.to(device), max_new_tokens=most, do_sample=False).cpu()
     return nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=float(end))
