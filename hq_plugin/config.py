@@ -258,6 +258,9 @@ class Config:
             raise ConfigError(f"seed={self.seed!r} must be below 2**32.")
         if self.pinned is not None and not isinstance(self.pinned, Mapping):
             raise ConfigError(f'pinned={self.pinned!r} must map names or patterns to widths: {{"head": 8}}.')
+        if self.pinned is not None:
+            pinned = {k: tuple(v) if isinstance(v, list) else v for k, v in self.pinned.items()}
+            object.__setattr__(self, "pinned", pinned)
         for name in ("hidden", "rank", "population"):
             self._check_number(name, least=1)
         for name in (
@@ -391,9 +394,6 @@ class Config:
         values["trackers"] = ()
         if values.get("loss") not in ("auto", "kl", "mse"):
             values["loss"] = "auto"
-        pinned = values.get("pinned")
-        if pinned:
-            values["pinned"] = {k: tuple(v) if isinstance(v, list) else v for k, v in pinned.items()}
         return cls(**values)
 
 

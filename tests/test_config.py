@@ -10,6 +10,10 @@ def test_effort_sets_what_is_not_given() -> None:
     assert (steps.meta, steps.finetune) == (100, 7)
 
 
+def test_pairs_of_widths_may_be_lists() -> None:
+    assert Config(pinned={"stem": [8, 8], "head": 4}).pinned == {"stem": (8, 8), "head": 4}  # type: ignore[dict-item]
+
+
 def test_options_replace() -> None:
     assert Config().with_options({"seed": 3, "activation_bits": 4}).activation_bits == (4,)
     with pytest.raises(ConfigError, match=r"no option 'sed'.*seed"):
