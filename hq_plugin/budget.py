@@ -78,8 +78,8 @@ class Budget:
         """Reads the short forms: `"3bit"`, `"250KB"`, `"4MB"`, `"12%"`, `"1.5GBitOps"`, `"8ms"`, `"50uJ"`.
 
         A time may be that of several samples: `"8ms for 4 samples"`. Several limits may be joined by `+` or a
-        comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers
-        of 1000, KiB, MiB and GiB of 1024. Case and spaces do not matter.
+        comma: `"3bit + 2GBitOps"`. KB, MB and GB are powers of 1000, KiB, MiB and GiB of 1024. Case and spaces do
+        not matter.
 
         Args:
             budget: The text; a `Budget` is returned as it is.

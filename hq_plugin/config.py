@@ -256,9 +256,9 @@ class Config:
         self._check_number("seed", least=0)
         if self.seed >= 2**32:
             raise ConfigError(f"seed={self.seed!r} must be below 2**32.")
-        if self.pinned is not None and not isinstance(self.pinned, Mapping):
-            raise ConfigError(f'pinned={self.pinned!r} must map names or patterns to widths: {{"head": 8}}.')
         if self.pinned is not None:
+            if not isinstance(self.pinned, Mapping):
+                raise ConfigError(f'pinned={self.pinned!r} must map names or patterns to widths: {{"head": 8}}.')
             pinned = {k: tuple(v) if isinstance(v, list) else v for k, v in self.pinned.items()}
             object.__setattr__(self, "pinned", pinned)
         for name in ("hidden", "rank", "population"):

@@ -28,7 +28,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_name
-from hq_plugin.distribution import alive_together, in_first, map_split, processes
+from hq_plugin.distribution import alive_together, in_first, processes
 from hq_plugin.errors import BudgetError, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import FineTuned, finetune_network, float_network, generated_network, warn_of_no_gain
@@ -517,7 +517,7 @@ class Session:
         fidelity = self._measured(network)
         # The first process decides: what each has measured may differ in the last bits.
         before, after = untrained.distance, fidelity.distance
-        if not map_split(lambda pair: pair[1] <= pair[0], [(before, after)])[0]:
+        if not in_first(lambda: after <= before):
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
             # would cost as much memory as the model.
             warn_of_no_gain(config.steps.finetune, before, after)

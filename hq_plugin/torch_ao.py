@@ -559,13 +559,11 @@ def convert(prepared: nn.Module) -> nn.Module:
         dict.fromkeys(types, swapper),
         lambda holder, mapping: tq.convert(holder, mapping=mapping, inplace=True),
     )
-    left = {
-        n.rpartition(".")[0]: m for n, m in converted.named_modules() if isinstance(m, HybridWeightFakeQuantize)
-    }
-    if left:
+    quantizers = [n for n, m in converted.named_modules() if isinstance(m, HybridWeightFakeQuantize)]
+    if left := [name.rpartition(".")[0] for name in quantizers]:
         kinds = {type(converted.get_submodule(name)).__name__ for name in left}
         raise ModelError(
-            f"{', '.join(list(left)[:5])} cannot be packed: torch.ao made a {', '.join(sorted(kinds))} of it. "
+            f"{', '.join(left[:5])} cannot be packed: torch.ao made a {', '.join(sorted(kinds))} of it. "
             "Leave such layers out of the policy."
         )
     fold_batchnorm(converted)

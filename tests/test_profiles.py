@@ -198,32 +198,30 @@ def test_times_that_do_not_add_up_are_told(
 def test_a_profile_of_something_else(
     made: Profile, trained: nn.Module, batches: list[tuple[Tensor, Tensor]], options: dict[str, object]
 ) -> None:
+    four = Budget(latency_ms=180, batch=4)
+
+    def quantize(
+        profile: Profile,
+        budget: str | Budget = four,
+        data: list[tuple[Tensor, Tensor]] = batches,
+        **changed: object,
+    ) -> nn.Module:
+        return hq.quantize(trained, budget, data, profile=profile, **{**options, **changed})  # type: ignore[arg-type]
+
     foreign = Profile(**{**vars(slow_and_fast(made)), "machine": "another", "versions": {"torch": "1.0"}})
     with pytest.warns(HQWarning, match=r"another machine \(another.*torch 1.0 \(now"):
-        hq.quantize(trained, Budget(latency_ms=180, batch=4), batches, profile=foreign, **options)  # type: ignore[arg-type]
+        quantize(foreign)
     with pytest.raises(ConfigError, match="4 samples a forward, the budget of 1"):
-        hq.quantize(trained, "180ms", batches, profile=made, **options)  # type: ignore[arg-type]
+        quantize(made, "180ms")
     with pytest.raises(ConfigError, match=r"no time for 'stem' at W3.*hq-plugin profile"):
-        hq.quantize(
-            trained,
-            Budget(latency_ms=180, batch=4),
-            batches,
-            profile=made,
-            **{**options, "weight_bits": (3, 8)},  # type: ignore[arg-type]
-        )
+        quantize(made, weight_bits=(3, 8))
     larger = [(nn.functional.pad(x, (2, 2, 2, 2)), y) for x, y in batches]
     with pytest.raises(ConfigError, match=r"'stem' on inputs of 144 numbers a sample.*another size.*data of that"):
-        hq.quantize(trained, Budget(latency_ms=180, batch=4), larger, profile=made, **options)  # type: ignore[arg-type]
+        quantize(made, data=larger)
     other = Profile(**{**vars(made), "target": "onnxruntime"})
     for target in ("storage", "torch"):
         with pytest.raises(ConfigError, match=rf"target='onnxruntime', and target='{target}'.*--target torch"):
-            hq.quantize(
-                trained,
-                Budget(latency_ms=180, batch=4),
-                batches,
-                profile=other,
-                **{**options, "target": target},  # type: ignore[arg-type]
-            )
+            quantize(other, target=target)
 
 
 def test_a_profile_for_onnxruntime_knows_its_version(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +21,19 @@ def space_of(policy: HybridPolicy, source: Source, given: Mapping[str, Any]) -> 
     """
     from torch import nn
 
-    from hq_plugin.nn.split import PARTS
+    from hq_plugin.nn.split import table_place
 
     modules = dict(source.model.named_modules())
-    tables = [re.fullmatch(rf".+\.{PARTS}\.(\d+)(?:\.(\d+))?", name) for name in policy if name not in modules]
-    split = [table for table in tables if table is not None]
-    names = {table.string for table in split}
-    embeddings = {name for name in policy if name in names or isinstance(modules.get(name), nn.Embedding)}
+    tables = {name: place for name in policy if name not in modules and (place := table_place(name)) is not None}
+    embeddings = {name for name in policy if name in tables or isinstance(modules.get(name), nn.Embedding)}
     # A model may consist of embeddings alone.
     layers = [bits for name, bits in policy.items() if name not in embeddings] or list(policy.values())
     options: dict[str, Any] = {
         "weight_bits": _ascending(bits.weight for bits in layers if bits.weight),
         "activation_bits": _ascending(bits.activation for bits in layers),
         "activation_scheme": "dynamic" if any(bits.dynamic for bits in layers) else "static",
-        "embedding_parts": max((int(table[1]) + 1 for table in split), default=1),
-        "embedding_columns": max((int(table[2] or 0) + 1 for table in split), default=1),
+        "embedding_parts": max((part + 1 for _, part, _ in tables.values()), default=1),
+        "embedding_columns": max(((columns or 0) + 1 for *_, columns in tables.values()), default=1),
     }
     if embeddings:
         options["embedding_bits"] = _ascending(policy[name].weight for name in embeddings)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hq_plugin.nn.replacing import replace_modules
+
 #: Child that holds the tables: the embedding `words` becomes the layers `words.parts.0`, `words.parts.1` ..., or
 #: `words.parts.0.0`, `words.parts.0.1` ... where tables have several blocks of columns.
 PARTS = "parts"
@@ -198,7 +200,7 @@ def with_split_tables(
     """
     modules = dict(model.named_modules())
     counts: dict[str, tuple[int, int]] = {}
-    for owner, table, column in filter(None, map(_place, layers)):
+    for owner, table, column in filter(None, map(table_place, layers)):
         if isinstance(modules.get(owner), nn.Embedding):
             tables, columns = counts.get(owner, (0, 0))
             counts[owner] = max(tables, table + 1), max(columns, (column or 0) + 1)
@@ -221,14 +223,10 @@ def with_split_tables(
         )
         for owner, (tables, columns) in counts.items()
     }
-    for parent in list(model.modules()):
-        for name, child_module in parent._modules.items():
-            if child_module is not None and id(child_module) in split:
-                parent._modules[name] = split[id(child_module)]
-    return model
+    return replace_modules(model, split)
 
 
-def _place(layer: str) -> tuple[str, int, int | None] | None:
+def table_place(layer: str) -> tuple[str, int, int | None] | None:
     """Returns the embedding that a table is part of, the table's number and that of its block of columns."""
     found = re.fullmatch(rf"(.+)\.{PARTS}\.(\d+)(?:\.(\d+))?", layer, re.ASCII)
     return None if found is None else (found[1], int(found[2]), None if found[3] is None else int(found[3]))
@@ -236,13 +234,13 @@ def _place(layer: str) -> tuple[str, int, int | None] | None:
 
 def tables_of(layers: Mapping[str, Any]) -> list[str]:
     """Returns those layers, by their names, that are a table of a split embedding or turn back its rows."""
-    owners = {place[0] for layer in layers if (place := _place(layer)) is not None}
-    return [name for name in layers if _place(name) or name.removesuffix(f".{BASIS}") in owners]
+    owners = {place[0] for layer in layers if (place := table_place(layer)) is not None}
+    return [name for name in layers if table_place(name) or name.removesuffix(f".{BASIS}") in owners]
 
 
 def same_columns(layer: str) -> str:
     """Returns one name for all tables of an embedding that hold the same columns; of other layers their own."""
-    place = _place(layer)
+    place = table_place(layer)
     if place is None:
         return layer
     return place[0] if place[2] is None else f"{place[0]}.{PARTS}.*.{place[2]}"
@@ -290,6 +288,7 @@ __all__ = [
     "same_columns",
     "saved_orders",
     "split_embeddings",
+    "table_place",
     "table_rows",
     "tables_of",
     "with_split_tables",

@@ -109,21 +109,20 @@ def _compared(document: Document) -> str:
     baselines = {c.name: c for c in document.candidates if c.name not in ("float", "result")}
     result, text = document.result, ""
     if document.chosen in baselines:
-        chosen = baselines[document.chosen].distance
-        closest = chosen == min((c.distance for c in baselines.values() if c.distance is not None), default=None)
-        text = f"The policy comes from {escape(document.chosen_label)}: of those below "
+        before = baselines[document.chosen].distance
+        closest = before == min((c.distance for c in baselines.values() if c.distance is not None), default=None)
+        text = f"The policy comes from {escape(document.chosen_label)}: of those below it "
         text += (
-            "it was the closest to the float model before fine-tuning. "
+            "was the closest to the float model before fine-tuning. "
             if closest
-            else "it had the least distance together with what fine-tuning would not repair. "
+            else "had the least distance together with what fine-tuning would not repair. "
         )
         uniform = baselines.get("uniform")
-        if uniform and document.chosen != "uniform" and uniform.distance and baselines[document.chosen].distance:
-            factor = uniform.distance / (baselines[document.chosen].distance or 1.0)
+        if uniform and document.chosen != "uniform" and uniform.distance and before:
+            factor = uniform.distance / before
             times = f"{factor:.3g} times as close as" if factor >= 1 else f"{1 / factor:.3g} times as far as"
             times = "as close as" if abs(factor - 1) < 0.005 else times
             text += f"It came {times} the best uniform policy. "
-        before = baselines[document.chosen].distance
         if before and result.distance is not None:
             text += (
                 f"Fine-tuning brought it from {number(before)} to {number(result.distance)}."

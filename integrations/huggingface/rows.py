@@ -207,6 +207,8 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
     columns = [name for name in rows[0] if name in known and not isinstance(rows[0][name], (str, type(None)))]
     blank = model.config.get_text_config().pad_token_id or 0
     padding = {"input_ids": blank, "decoder_input_ids": blank, "labels": IGNORED}
+    # By the lengths, since T5's decoder starts with the token that pads.
+    masks = {model.main_input_name: "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
     tensors = {}
     for name in columns:
         try:
@@ -214,9 +216,9 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
             if values[0].dim() == 1 and len({len(value) for value in values}) > 1:
                 fill = padding.get(name, 0)
                 tensors[name] = nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=fill)
-                mask = [torch.ones(len(value), dtype=torch.long) for value in values]
-                if name == model.main_input_name and "attention_mask" in known and "attention_mask" not in columns:
-                    tensors["attention_mask"] = nn.utils.rnn.pad_sequence(mask, batch_first=True)
+                if masks.get(name) in known.difference(columns):
+                    kept = [torch.ones(len(value), dtype=torch.long) for value in values]
+                    tensors[masks[name]] = nn.utils.rnn.pad_sequence(kept, batch_first=True)
             else:
                 tensors[name] = torch.stack(values)
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
@@ -224,12 +226,6 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
                 f"The column {name!r} cannot be stacked into one tensor ({error}). Give every row the same inputs, "
                 "or pass batches: a DataLoader, or a list of dicts of tensors."
             ) from error
-    if "decoder_input_ids" in tensors and "decoder_attention_mask" in known.difference(columns):
-        # By the lengths, since T5's decoder starts with the token that pads.
-        lengths = torch.tensor([len(row["decoder_input_ids"]) for row in rows])
-        if len(lengths.unique()) > 1:
-            places = torch.arange(int(lengths.max()))
-            tensors["decoder_attention_mask"] = (places < lengths[:, None]).long()
     check_length(model, tensors.get("input_ids"))
     return Rows(tensors)
 
