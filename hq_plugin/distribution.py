@@ -6,6 +6,7 @@ scoring splits each generation of policies; what one process found, all are told
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import os
@@ -51,6 +52,28 @@ def processes() -> tuple[int, int]:
     return accelerator.process_index, accelerator.num_processes
 
 
+def in_job() -> bool:
+    """Whether this process is one of a job's; does not initialise anything."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def leave() -> None:
+    """Ends this process's part in the job, where it has one."""
+    if in_job():
+        torch.distributed.destroy_process_group()
+
+
+@atexit.register
+def _leave_gloo() -> None:
+    """Leaves where a program ends without: gloo's threads may otherwise abort a process that has done all.
+
+    They let go of what the last collective sent when they come to it, and need the interpreter for that. With NCCL
+    all end together, so that it is for the program to do. After an error the others may never come.
+    """
+    if in_job() and torch.distributed.get_backend() == "gloo" and not hasattr(sys, "last_value"):
+        leave()
+
+
 def in_pieces(tensor: torch.Tensor) -> bool:
     """Whether a tensor is spread over processes (a DTensor)."""
     # Its module takes a second to import, and whoever has one has imported it.
@@ -60,21 +83,19 @@ def in_pieces(tensor: torch.Tensor) -> bool:
 
 def is_first() -> bool:
     """Whether this process writes files; does not initialise anything."""
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return not distributed or torch.distributed.get_rank() == 0
+    return not in_job() or torch.distributed.get_rank() == 0
 
 
 def wait_for_all() -> None:
     """Waits until every process is here, where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_job():
         with alive_together():
             torch.distributed.barrier()
 
 
 def lost_process(error: BaseException) -> bool:
     """Whether an error says that another process of the job is gone."""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return several and isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
+    return in_job() and isinstance(error, RuntimeError) and _GONE.search(str(error)) is not None
 
 
 @contextmanager
@@ -140,7 +161,7 @@ def in_first(function: Callable[[], T]) -> T:
     Args:
         function: Its result is sent between processes: plain data.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not in_job():
         return function()
     outcome: list[Any] = [None, None]
     if is_first():

@@ -38,12 +38,16 @@ class _Command(TyperCommand):
     """A command whose paths, models and data may begin with `~`, which bash does not expand in `--out=~/small`."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command."""
+        """Runs the command, and leaves the job of several processes that it was part of, where it ends well."""
         ctx.params = {
             name: type(value)(os.path.expanduser(value)) if isinstance(value, (str, Path)) else value
             for name, value in ctx.params.items()
         }
-        return super().invoke(ctx)
+        result = super().invoke(ctx)
+        from hq_plugin.distribution import leave  # which imports torch: not for --help
+
+        leave()
+        return result
 
 
 for _command in (quantize, meta_train, profile, export, inspect, report, explore, evaluate, demo):

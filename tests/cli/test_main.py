@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 import typer
 
 import hq_plugin
 from hq_plugin.cli import app
+from hq_plugin.distribution import in_job, leave
 from tests.cli.conftest import DATA, MODEL, call
 
 COMMANDS = typer.main.get_command(app).commands
@@ -87,3 +89,14 @@ def test_a_path_may_begin_with_the_home_directory(
     assert f"saved to {tmp_path / 'fresh'}: {written:,} bytes" in result.stdout, result.output
     (tmp_path / "a.npz").touch()
     assert "is no .npz file" in call("quantize", MODEL, "3bit", "--data=~/a.npz", "--out=~/b").stderr
+
+
+def test_a_command_leaves_the_job_that_it_was_part_of(saved: Path, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert call("inspect", tmp_path / "none").exit_code == 2
+        assert in_job(), "the others may still be at it"
+        assert call("inspect", saved).exit_code == 0
+        assert not in_job()
+    finally:
+        leave()
