@@ -34,6 +34,7 @@ class Outline:
         source: Arguments of the command line that give the float model and its data; empty where none did.
         finetune_steps: Steps of fine-tuning that are to follow.
         second_order: The same to second order, where it counts beside that.
+        target: What it is for; empty where an earlier version saved it.
     """
 
     model: str
@@ -45,6 +46,7 @@ class Outline:
     source: tuple[str, ...]
     finetune_steps: int = 0
     second_order: Table | None = None
+    target: str = ""
 
 
 def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]:
@@ -58,6 +60,7 @@ def write_outline(session: Session, model: str, distance: str) -> dict[str, Any]
         "model": model,
         "distance": distance,
         "source": list(session.source),
+        "target": session.config.target,
         "finetune_steps": session.config.steps.finetune,
         "sites": [asdict(site) for site in space.table],
         "float_layers": [asdict(layer) for layer in space.table.float_layers],
@@ -128,7 +131,7 @@ def read_outline(content: Mapping[str, Any], sensitivities: Any, second_order: A
         if steps < 0:
             raise ValueError("a negative number of steps")
         curved = read_second_order(second_order, losses)
-        return Outline(*texts, space, costs, losses, scored, source, steps, curved)
+        return Outline(*texts, space, costs, losses, scored, source, steps, curved, str(content.get("target", "")))
 
 
 def read_second_order(table: Any, sensitivities: Table) -> Table | None:

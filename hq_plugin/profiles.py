@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.errors import ArtifactError, ArtifactPathError, ConfigError, HQWarning
@@ -174,9 +175,22 @@ class Profile:
                 raise ValueError("a time is not a positive number")
         return made
 
-    def warn_if_foreign(self) -> None:
-        """Warns where the profile is of another machine or of other versions than these."""
-        here = machine()
+    def check_target(self, target: str) -> None:
+        """Raises ConfigError where the profile is of another runtime than a target's."""
+        if self.target != runtime(target):
+            raise ConfigError(
+                f"The profile is of target={self.target!r}, and target={target!r} runs on other kernels. "
+                f"Measure one for that: hq-plugin profile --target {runtime(target)}; or give "
+                f"target={self.target!r}."
+            )
+
+    def warn_if_foreign(self, device: torch.device) -> None:
+        """Warns where the profile is of another machine or of other versions than these.
+
+        Args:
+            device: Where the model is, and would be timed.
+        """
+        here = where(self.target, device)
         different = [f"machine ({self.machine}; this is {here})"] if self.machine != here else []
         now = engine_versions(self.target)
         different += [
@@ -200,6 +214,16 @@ class Profile:
                 HQWarning,
                 stacklevel=3,
             )
+
+
+def runtime(target: str) -> str:
+    """Returns what a target runs on, as profiles name it: a model for storage runs in PyTorch."""
+    return "onnxruntime" if target == "onnxruntime" else "torch"
+
+
+def where(target: str, device: torch.device) -> str:
+    """Returns the machine on which a model on a device is timed: ONNX Runtime's is the processor."""
+    return machine(device if runtime(target) == "torch" else None)
 
 
 def engine_versions(target: str) -> dict[str, str]:

@@ -27,11 +27,11 @@ from hq_plugin.nn import PackedModule
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.preparation import device_of
 from hq_plugin.probe import first_inputs
-from hq_plugin.profiles import Profile, engine_versions, signature, width
+from hq_plugin.profiles import Profile, engine_versions, runtime, signature, where, width
 from hq_plugin.progress import progress
 from hq_plugin.quantization import weight_range, weight_rows
 from hq_plugin.space import Genome, SearchSpace
-from hq_plugin.timing import MODEL_SECONDS, OtherMemory, machine, median_milliseconds
+from hq_plugin.timing import MODEL_SECONDS, OtherMemory, median_milliseconds
 
 #: Stands for the kernel of a layer that did not run.
 NO_KERNEL = "none"
@@ -81,9 +81,9 @@ def measure_profile(
                             times[width(bits)] = {NO_KERNEL: 0.0} if x is None else layer_time(layer, x)
                 task.advance()
     made = Profile(
-        _runtime(target),
+        runtime(target),
         samples,
-        machine(),
+        where(target, device_of(teacher)),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         engine_versions(target),
         0.0,
@@ -199,13 +199,8 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
         )
     else:
         profile = given if isinstance(given, Profile) else Profile.load(given)
-        if profile.target != _runtime(config.target):
-            raise ConfigError(
-                f"The profile is of target={profile.target!r}, and target={config.target!r} runs on other kernels. "
-                f"Measure one for that: hq-plugin profile --target {_runtime(config.target)}; or give "
-                f"target={profile.target!r}."
-            )
-        profile.warn_if_foreign()
+        profile.check_target(config.target)
+        profile.warn_if_foreign(device_of(teacher))
         if profile.batch != budget.batch:
             raise ConfigError(
                 f"The profile is of {profile.batch} samples a forward, the budget of {budget.batch}. Measure one "
@@ -213,11 +208,6 @@ def with_latency(costs: CostTable, budget: Budget, teacher: nn.Module, batch: Ba
             )
     profile.warn_if_rough()
     profile.put_into(costs)
-
-
-def _runtime(target: str) -> str:
-    """Returns what a target runs on, as profiles name it: a model for storage runs in PyTorch."""
-    return "onnxruntime" if target == "onnxruntime" else "torch"
 
 
 LayerTimer = Callable[[PackedModule, Tensor], dict[str, float]]

@@ -71,9 +71,14 @@ def _wait() -> None:
         torch.accelerator.synchronize()
 
 
-def machine() -> str:
-    """Returns what a measurement is for: processor and its instructions, threads and version of torch."""
-    return f"{platform.machine()}, {_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+def machine(device: torch.device | None = None) -> str:
+    """Returns what a measurement is for: processor and its instructions, threads and version of torch.
+
+    Args:
+        device: Where it ran, which is named where that is not the processor.
+    """
+    on = "" if device is None or device.type == "cpu" else f", on {device_name(device)}"
+    return f"{platform.machine()}, {_cpu()}, {torch.get_num_threads()} threads, torch {torch.__version__}{on}"
 
 
 def device_name(device: torch.device) -> str:

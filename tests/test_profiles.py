@@ -28,13 +28,15 @@ from hq_plugin.nn import packed_modules
 from hq_plugin.nn.kernels import KERNELS, REFERENCE
 from hq_plugin.nn.saturation import saturates
 from hq_plugin.policy import LayerBits
-from hq_plugin.profiles import signature, width
+from hq_plugin.profiles import engine_versions, signature, width
 from hq_plugin.profiling import _fit, first_samples, random_layer
 from hq_plugin.result import versions
 from hq_plugin.sites import find_sites
 from hq_plugin.storage import sealed
 from hq_plugin.timing import machine
 from tests.conftest import TinyNet
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -231,9 +233,26 @@ def test_a_profile_for_onnxruntime_knows_its_version(
     assert made.versions["onnxruntime"] == metadata.version("onnxruntime")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        made.warn_if_foreign()
+        made.warn_if_foreign(CPU)
     with pytest.warns(HQWarning, match=r"another onnxruntime 0\.1 \(now"):
-        Profile(**{**vars(made), "versions": {**made.versions, "onnxruntime": "0.1"}}).warn_if_foreign()
+        Profile(**{**vars(made), "versions": {**made.versions, "onnxruntime": "0.1"}}).warn_if_foreign(CPU)
+
+
+def test_a_profile_knows_its_device(made: Profile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    gpu = torch.device("cuda")
+    with pytest.warns(HQWarning, match=r"another machine.*this is .*, on NVIDIA H200\)"):
+        made.warn_if_foreign(gpu)
+    there = Profile(**{**vars(made), "machine": machine(gpu)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        there.warn_if_foreign(gpu)
+        # ONNX Runtime runs on the processor, wherever the model is.
+        Profile(
+            **{**vars(made), "target": "onnxruntime", "versions": engine_versions("onnxruntime")}
+        ).warn_if_foreign(gpu)
+    with pytest.warns(HQWarning, match="another machine"):
+        there.warn_if_foreign(CPU)
 
 
 def test_an_engine_that_is_not_installed(

@@ -41,11 +41,12 @@ class OneLineGroup(TyperGroup):
 
 
 @contextmanager
-def one_line_errors(debug: bool) -> Iterator[None]:
+def one_line_errors(debug: bool, resumable: bool = False) -> Iterator[None]:
     """Turns errors into one line on stderr and an exit code, and warnings into one line each.
 
     Args:
         debug: Whether to let errors through, with their traceback.
+        resumable: Whether the command has `--checkpoint-dir`.
     """
     with warnings.catch_warnings():
         if not debug:
@@ -63,8 +64,8 @@ def one_line_errors(debug: bool) -> Iterator[None]:
             raise typer.Exit(0) from None
         except KeyboardInterrupt as error:
             # A stage that knows what was kept says so.
-            told = str(error) or "Interrupted. With --checkpoint-dir the same command goes on from there."
-            _line("error", told, "red")
+            advice = " With --checkpoint-dir the same command goes on from there." if resumable else ""
+            _line("error", str(error) or f"Interrupted.{advice}", "red")
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
             if debug:

@@ -39,7 +39,9 @@ def explore(
     with one_line_errors(debug):
         outline = read_session_outline(session)
         if profile is not None:
-            Profile.load(profile).put_into(outline.costs)
+            times = Profile.load(profile)
+            times.check_target(outline.target or times.target)
+            times.put_into(outline.costs)
         with Server(Answers(outline, session), port) as server:
             if as_json:
                 say_json({"url": server.url})

@@ -58,7 +58,7 @@ def meta_train(
     """
     import hq_plugin
 
-    with one_line_errors(debug):
+    with one_line_errors(debug, resumable=True):
         check_out(out, overwrite, "session")
         options = config_options(
             option,
@@ -72,7 +72,7 @@ def meta_train(
         source = load_trained_model(model, model_arg, checkpoint, pretrained, seed)
         options |= {} if source.processor is None else {"processor": source.processor}
         session = hq_plugin.meta_train(source.model, load_data(data, source), **options)
-        session.source = source_arguments(model, data, checkpoint, model_arg, pretrained)
+        session.source = source_arguments(model, data, checkpoint, model_arg, pretrained, seed)
         session.save(out, overwrite=overwrite)
         loss = session.history[-1]["loss"] if session.history else None
         report = {"sites": len(session.space.table), "loss": loss, "seconds": session.seconds}

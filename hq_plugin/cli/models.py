@@ -156,13 +156,19 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def source_arguments(
-    reference: str, data: str | None, checkpoint: Path | None, arguments: Sequence[str] | None, pretrained: bool
+    reference: str,
+    data: str | None,
+    checkpoint: Path | None,
+    arguments: Sequence[str] | None,
+    pretrained: bool,
+    seed: int | None,
 ) -> tuple[str, ...]:
     """Returns the arguments that give a float model and its data again, for commands that a user is shown."""
     named = [
         ("--checkpoint", checkpoint),
         *(("--model-arg", argument) for argument in arguments or ()),
         ("--data", data),
+        ("--seed", seed),
     ]
     given = [text for flag, value in named if value is not None for text in (flag, str(value))]
     return (reference, *(["--pretrained"] if pretrained else []), *given)

@@ -78,7 +78,7 @@ def quantize(
       hq-plugin quantize my_project:model 2.5bit --session session --data data.npz --out smaller
       hq-plugin quantize my_project:model --policy policy.json --session session --data data.npz --out chosen
     """
-    with one_line_errors(debug):
+    with one_line_errors(debug, resumable=True):
         check_out(out, overwrite, "model")
         if (budget is None) == (policy is None):
             raise BudgetError('Give a budget such as "3bit", or --policy, and not both.')

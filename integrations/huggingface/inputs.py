@@ -265,6 +265,9 @@ def example(model: PreTrainedModel) -> dict[str, Any]:
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
         shape = (2, getattr(vision, "num_channels", 3), height, width)
         return {"pixel_values": torch.randn(shape, dtype=parameter.dtype, device=parameter.device)}
+    if model.main_input_name == "input_values" and rows.reads_spectrograms(model):
+        spectrum = (2, config.max_length, config.num_mel_bins)
+        return {"input_values": torch.randn(spectrum, dtype=parameter.dtype, device=parameter.device)}
     if model.main_input_name == "input_values":
         return {"input_values": torch.randn(2, 16_000, dtype=parameter.dtype, device=parameter.device)}
     if model.main_input_name == "input_features":

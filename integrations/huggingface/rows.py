@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hq_plugin.batch import LABEL_KEYS, Split
 from hq_plugin.errors import DataError
@@ -187,12 +187,19 @@ def is_row(model: PreTrainedModel, first: Mapping[str, Any]) -> bool:
     # Pictures in patches (SigLIP 2) have a dimension less; beside them is how many rows and columns they have.
     name = "spatial_shapes" if "spatial_shapes" in first else model.main_input_name
     wanted, value = _DIMENSIONS.get(name), first.get(name)
+    if name == "input_values" and reads_spectrograms(model):
+        wanted = 2
     if value is None or wanted is None:
         return False
     try:
         return torch.as_tensor(value).dim() == wanted
     except (ValueError, TypeError, RuntimeError):
         return False
+
+
+def reads_spectrograms(model: PreTrainedModel) -> bool:
+    """Whether `input_values` are spectrograms `[frames, bins]` in patches (AST), and not sounds `[samples]`."""
+    return hasattr(model.config, "frequency_stride")
 
 
 def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows:
@@ -205,7 +212,7 @@ def from_rows(model: PreTrainedModel, rows: Sequence[Mapping[str, Any]]) -> Rows
     """
     known = {*inspect.signature(model.forward).parameters, *LABEL_KEYS}
     columns = [name for name in rows[0] if name in known and not isinstance(rows[0][name], (str, type(None)))]
-    blank = model.config.get_text_config().pad_token_id or 0
+    blank = getattr(model.config.get_text_config(), "pad_token_id", None) or 0
     padding = {"input_ids": blank, "decoder_input_ids": blank, "labels": IGNORED}
     # By the lengths, since T5's decoder starts with the token that pads.
     masks = {model.main_input_name: "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
@@ -238,12 +245,17 @@ def from_pictures(pictures: list[Any], processor: Any) -> Rows:
     """Lets an image processor read pictures.
 
     Raises:
-        DataError: There is no processor.
+        DataError: There is no processor, or it reads no pictures.
     """
     if processor is None:
         raise DataError(
             "data is pictures, and there is no image processor to read them with. Pass it: "
             "hq_plugin.quantize(model, budget, data=pictures, processor=image_processor)."
+        )
+    if isinstance(processor, PreTrainedTokenizerBase):
+        raise DataError(
+            f"data is pictures, and processor= is a {type(processor).__name__}, which reads none. Pass the image "
+            "processor, or the processor that holds it: transformers.AutoProcessor.from_pretrained(...)."
         )
     # Grey ones and those with an alpha channel among them: processors take what they get.
     coloured = [p.convert("RGB") if getattr(p, "mode", "RGB") in _CONVERTED else p for p in pictures]
@@ -259,7 +271,7 @@ def from_sounds(model: PreTrainedModel, sounds: list[Any], processor: Any) -> Ro
         processor: A feature extractor, or a processor that holds one.
 
     Raises:
-        DataError: There is no processor, or a sound has another sampling rate than it reads.
+        DataError: There is no processor, it reads no sounds, or a sound has another sampling rate than it reads.
     """
     extractor = getattr(processor, "feature_extractor", processor)
     if extractor is None:
@@ -267,7 +279,12 @@ def from_sounds(model: PreTrainedModel, sounds: list[Any], processor: Any) -> Ro
             "data is sounds, and there is no feature extractor to read them with. Pass it: "
             "hq_plugin.quantize(model, budget, data=sounds, processor=feature_extractor)."
         )
-    rate = extractor.sampling_rate
+    rate = getattr(extractor, "sampling_rate", None)
+    if rate is None:
+        raise DataError(
+            f"data is sounds, and processor= is a {type(extractor).__name__}, which reads none. Pass the feature "
+            "extractor, or the processor that holds it: transformers.AutoProcessor.from_pretrained(...)."
+        )
     arrays = []
     for sound in sounds:
         if hasattr(sound, "keys") or hasattr(sound, "get_all_samples"):
@@ -282,13 +299,13 @@ def from_sounds(model: PreTrainedModel, sounds: list[Any], processor: Any) -> Ro
     options = {"padding": True} if model.main_input_name == "input_values" else {}
     tensors = dict(extractor(arrays, sampling_rate=rate, return_tensors="pt", **options))
     if model.config.is_encoder_decoder and model.can_generate():
-        tensors["decoder_input_ids"] = _transcripts(model, tensors[model.main_input_name])
+        tensors |= _transcripts(model, tensors[model.main_input_name])
     return Rows(tensors)
 
 
 @torch.no_grad()
-def _transcripts(model: Any, features: Tensor) -> Tensor:
-    """Returns what a model writes of each sample, `[samples, tokens]`."""
+def _transcripts(model: Any, features: Tensor) -> dict[str, Tensor]:
+    """Returns what a model writes of each sample, `[samples, tokens]`, and its mask where the decoder takes one."""
     device = next(model.parameters()).device
     end = model.generation_config.pad_token_id or 0
     most = min(_TRANSCRIPT, getattr(model.config, "max_target_positions", 2 * _TRANSCRIPT) // 2)
@@ -296,7 +313,13 @@ def _transcripts(model: Any, features: Tensor) -> Tensor:
     with in_eval_mode(model):
         for part in features.split(16):
             made += model.generate(part.to(device), max_new_tokens=most, do_sample=False).cpu()
-    return nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=float(end))
+    written = {"decoder_input_ids": nn.utils.rnn.pad_sequence(made, batch_first=True, padding_value=float(end))}
+    last = model.generation_config.eos_token_id
+    if last is not None and "decoder_attention_mask" in inspect.signature(model.forward).parameters:
+        ended = torch.isin(written["decoder_input_ids"], torch.as_tensor(last))
+        ended[:, 0] = False  # BART's and its like start with it
+        written["decoder_attention_mask"] = (ended.cumsum(1) == 0).long()
+    return written
 
 
 def media_field(row: Any) -> str | None:

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 import hq_plugin as hq
-from tests.cli.conftest import MODEL, call
+from tests.cli.conftest import DATA, MODEL, call
 
 
 def broken() -> nn.Module:
@@ -29,9 +29,12 @@ def test_debug_raises(tmp_path: Path) -> None:
 
 
 def test_interruption(tmp_path: Path) -> None:
-    result = call("quantize", "tests.cli.test_errors:interrupted", "3bit", "--out", tmp_path / "out")
+    model = "tests.cli.test_errors:interrupted"
+    result = call("quantize", model, "3bit", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "--checkpoint-dir" in result.stderr
+    result = call("profile", model, "--data", DATA, "--out", tmp_path / "profile.json")
+    assert (result.exit_code, result.stderr) == (130, "error: Interrupted.\n")
 
 
 @pytest.mark.parametrize(

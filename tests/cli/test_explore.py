@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch import nn
 
+import hq_plugin as hq
+from hq_plugin.explore import Answers
+from hq_plugin.session_store import read_session_outline
 from tests.browser import browser, needs_browser
 from tests.cli.conftest import DATA, MODEL, call
+from tests.conftest import digits_batches
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,22 @@ def test_serves_until_it_is_interrupted_and_then_the_page_says_so(
         page.press("End")
         page.wait_for("!document.getElementById('problem').hidden")
         assert "Start it again" in page.evaluate("document.getElementById('problem').textContent")
+
+
+def test_a_profile_of_another_runtime_is_refused(trained: nn.Module, session: Path, tmp_path: Path) -> None:
+    options = {"weight_bits": 8, "activation_bits": 8, "progress": False}
+    made = hq.profile(trained, digits_batches(), target="onnxruntime", **options)  # type: ignore[arg-type]
+    result = call("explore", session, "--profile", made.save(tmp_path / "profile.json"))
+    assert result.exit_code == 2
+    assert "The profile is of target='onnxruntime', and target='storage' runs on other kernels" in result.stderr
+
+
+def test_the_command_has_the_seed_that_the_model_was_made_with(checkpoint: Path, tmp_path: Path) -> None:
+    arguments = [MODEL, "--checkpoint", checkpoint, "--data", DATA, "--effort", "smoke", "-o", "meta_steps=2"]
+    assert call("meta-train", *arguments, "--seed", 3, "--out", tmp_path / "session").exit_code == 0
+    outline = read_session_outline(tmp_path / "session")
+    assert outline.target == "storage"
+    assert " --seed 3 " in Answers(outline, "session").command()
 
 
 @pytest.mark.parametrize("arguments", [("missing",), ("--profile", "missing.json"), ("--port", "70000")])

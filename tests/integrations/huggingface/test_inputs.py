@@ -156,3 +156,31 @@ def test_a_decoder_s_padding_is_not_looked_at(build) -> None:  # type: ignore[no
         input_ids=ids[:1, :5], decoder_input_ids=kwargs["decoder_input_ids"][:1, :7], use_cache=False
     ).logits
     torch.testing.assert_close(found["logits"][:7], alone[0], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_of_a_model_that_knows_no_padding() -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3)).eval()
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(16)]
+    made = batches(model, data, config())
+    assert made.tensors["pixel_values"].shape == (16, 3, 16, 16)
+    assert made.tensors["labels"].shape == (16,)
+
+
+def test_spectrograms_are_rows_and_examples() -> None:
+    from transformers import ASTConfig, ASTForAudioClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ASTForAudioClassification(ASTConfig(**sizes, max_length=32, num_mel_bins=16, num_labels=3)).eval()
+    torch.manual_seed(0)
+    data = [{"input_values": torch.randn(32, 16), "labels": i % 3} for i in range(16)]
+    made = batches(model, data, config())
+    assert made.tensors["input_values"].shape == (16, 32, 16)
+    options = {"effort": "smoke", "sensitivities": "fisher", "progress": False}
+    packed = hq_plugin.quantize(model, "4bit", data, **options)
+    assert packed.hq.accuracy is not None
+    with pytest.warns(hq_plugin.HQWarning, match="No data was given"):
+        packed = hq_plugin.quantize(model, "4bit", **options)
+    assert packed(torch.randn(2, 32, 16)).logits.shape == (2, 3)

@@ -268,6 +268,8 @@ def test_sounds_with_a_feature_extractor() -> None:
         assert packed.hq.effective_bits <= 4.6
     with pytest.raises(DataError, match="processor=feature_extractor"):
         hq.quantize(wav2vec2(), "4.6bit", sounds, config=SMOKE)
+    with pytest.raises(DataError, match=r"is a \w*Tokenizer\w*, which reads none. Pass the feature extractor"):
+        hq.quantize(wav2vec2(), "4.6bit", sounds, config=SMOKE, processor=tokenizer())
     slow = [{"audio": {"array": sound, "sampling_rate": 8000}} for sound in sounds]
     with pytest.raises(DataError, match=r"8000 samples a second.*Resample"):
         hq.quantize(wav2vec2(), "4.6bit", slow, config=SMOKE, processor=Wav2Vec2FeatureExtractor())
@@ -280,6 +282,14 @@ def test_the_decoder_of_sounds_reads_what_the_float_model_writes() -> None:
     made = inputs.batches(model, sounds, replace(SMOKE, processor=extractor))
     assert made.tensors["input_features"].shape == (4, 16, 40)
     assert made.tensors["decoder_input_ids"].shape[1] > 1
+    # What follows an end of text is padding, of which a decoder says nothing that counts.
+    assert bool(made.tensors["decoder_attention_mask"].all())
+    model.generation_config.eos_token_id = [int(made.tensors["decoder_input_ids"][0, 1])]
+    ended = inputs.batches(model, sounds, replace(SMOKE, processor=extractor))
+    mask = ended.tensors["decoder_attention_mask"][0]
+    assert int(mask[0]) == 1
+    assert int(mask.sum()) == 1
+    model.generation_config.eos_token_id = None
     packed = hq.quantize(model, "4.6bit", sounds * 4, config=SMOKE, processor=extractor)
     assert packed.hq.effective_bits <= 4.6
 
