@@ -23,6 +23,8 @@ from hq_plugin.profiles import Profile
 from hq_plugin.profiling import measure_profile
 from hq_plugin.seeding import seeded
 from hq_plugin.session import Session
+from hq_plugin.state import state_tensors
+from hq_plugin.storage import storable
 from hq_plugin.synthetic import synthetic_data
 from hq_plugin.tracking import tracking
 
@@ -233,6 +235,14 @@ def _check_model(model: Any) -> None:
         )
     if packed_modules(model):
         raise ModelError("model is quantized already. Give the float model that it was made from.")
+    if "hq" in {**model._modules, **model._parameters, **model._buffers}:
+        raise ModelError("The model has a part of the name 'hq', under which the result's report goes. Rename it.")
+    for name, tensor in state_tensors(model).items():
+        if not storable(tensor.dtype):
+            raise ModelError(
+                f"The model's {name!r} is {tensor.dtype}, which no safetensors file can hold. Give it another "
+                "dtype, or register it with persistent=False."
+            )
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("The model is on the meta device, without weights. Load it with its weights.")
     adapter = adapters.find(model)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import adapters
+from hq_plugin.batchnorm import norms_to_fold
 from hq_plugin.compact import REPORT_FILE, compact, expand, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.errors import ArtifactError, ModelError
 from hq_plugin.nn import PackedModule, check_unedited, packed_modules, replace_modules, with_layers_of
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.result import Result
-from hq_plugin.state import load_state, state_tensors
+from hq_plugin.state import load_state, memory_of, state_tensors
 from hq_plugin.storage import JSON_FILE, TENSOR_FILE, read_json, start_reading, write_directory
 from hq_plugin.untrusted import clean_errors
 
@@ -91,11 +92,14 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
     tied: dict[str, str] = {}
     constants: dict[str, Any] = {}
     first: dict[tuple[Any, ...], str] = {}
+    # What costs count as gone is so, and a number alone is no constant otherwise: it is one of the model's values.
+    statistics = [tensor for norm in norms_to_fold(model) for tensor in norm.buffers(recurse=False)]
+    folded = {memory_of(tensor) for tensor in statistics}
     for name, tensor in state_tensors(model).items():
-        owner = first.setdefault(_memory(tensor), name) if tensor.numel() else name
+        owner = first.setdefault(memory_of(tensor), name) if tensor.numel() else name
         if owner != name:
             tied[name] = owner
-        elif (value := _constant(tensor)) is not None:
+        elif (tensor.numel() > 1 or memory_of(tensor) in folded) and (value := _constant(tensor)) is not None:
             dtype = str(tensor.dtype).removeprefix("torch.")
             constants[name] = {"shape": list(tensor.shape), "dtype": dtype, "value": value}
         else:
@@ -119,13 +123,9 @@ def save(model: nn.Module, directory: str | Path, *, overwrite: bool = False) ->
     return write_directory(directory, FORMAT, VERSION, content, written, overwrite=overwrite)
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
-
-
 def _constant(tensor: Tensor) -> float | int | None:
-    """Returns the one value of a tensor of at least two equal, finite elements, else None."""
-    if tensor.numel() < 2 or str(tensor.dtype).removeprefix("torch.") not in _CONSTANT_DTYPES:
+    """Returns the one value of a tensor of equal, finite elements, else None."""
+    if not tensor.numel() or str(tensor.dtype).removeprefix("torch.") not in _CONSTANT_DTYPES:
         return None
     value = tensor.reshape(-1)[0]
     if not bool((tensor == value).all()) or not math.isfinite(value.item()):

@@ -6,6 +6,7 @@ Labels are recognised and kept apart; they are never needed, the float model is 
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,9 @@ class Batch:
             DataError: As for `run`.
         """
         try:
-            return model(*self.args, **self.kwargs)
+            # On copies: a model may change its inputs in place, and another one reads them after it.
+            args, kwargs = _map((self.args, self.kwargs), Tensor.clone)
+            return model(*args, **kwargs)
         except HQError:
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError) as error:
@@ -156,7 +159,7 @@ def make_batch(raw: Any, split: Callable[[Any], Split]) -> Batch:
             first = int(bad.flatten(1).any(1).nonzero()[0]) if tensor.dim() > 1 else int(bad.nonzero()[0])
             where = f"sample {first} of an input of shape {tuple(tensor.shape)}"
             raise DataError(f"A batch holds NaN or infinity: {where}. Clean the data first.")
-    size = tensors[0].shape[0] if tensors[0].dim() else 1
+    size = next((tensor.shape[0] for tensor in tensors if tensor.dim()), 1)
     if size == 0:
         raise DataError("A batch holds no sample (its first dimension is 0). Drop empty batches.")
     return Batch(tuple(args), dict(kwargs), labels, size)
@@ -177,12 +180,17 @@ def label_names(model: nn.Module) -> list[str]:
     return [name for name in LABEL_KEYS if name not in needed]
 
 
+#: Names of parameters that take one whole number a sample, which is no label.
+_LENGTHS = re.compile(r"len|offset", re.IGNORECASE)
+
+
 class _Splitter:
     """Tells inputs from labels by the rules that most pipelines follow.
 
     A dict goes in by keyword, without `labels`, `label`, `targets`, `target` and `y` unless `forward`
     needs them. The last element of a tuple is a label if `forward` takes fewer inputs, or if it can do without it
-    and it is one whole number a sample while the first is floating point.
+    and it is one whole number a sample, while the first is floating point or has several a sample; not where it
+    would go to a parameter that asks for lengths.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -190,6 +198,7 @@ class _Splitter:
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         self.labels = label_names(model)
         inputs = [p for p in parameters if p.kind in positional]
+        self.lengths = [_LENGTHS.search(p.name) is not None for p in inputs]
         self.takes, self.needs = len(inputs), sum(p.default is inspect.Parameter.empty for p in inputs)
         self.takes_any = any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters)
 
@@ -202,8 +211,10 @@ class _Splitter:
             return (), kwargs, labels
         if isinstance(raw, (tuple, list)):
             args = tuple(raw)
+            at = len(args) - 1
+            asked_for = at < self.takes and self.lengths[at]
             if len(args) > max(1, self.needs) and (
-                _is_label(args) or (len(args) > self.takes and not self.takes_any)
+                (_is_label(args) and not asked_for) or (len(args) > self.takes and not self.takes_any)
             ):
                 last = args[-1]
                 return args[:-1], {}, last if _is_label(args) else None

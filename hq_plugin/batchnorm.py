@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections import Counter
 from typing import Any
 
 import torch
@@ -17,7 +20,51 @@ def has_statistics(module: nn.Module) -> bool:
 
 def foldable(module: nn.Module) -> bool:
     """Whether a module is a BatchNorm that is one learned affine map a channel in eval mode."""
-    return has_statistics(module) and module.weight is not None
+    return has_statistics(module) and module.weight is not None and module.bias is not None
+
+
+def norms_to_fold(model: nn.Module) -> list[Any]:
+    """Returns the BatchNorms of a model that `fold_batchnorm` folds.
+
+    Not those whose tensors are another layer's as well, nor those of a class whose own forward would give something
+    else: one that scales by `1 + weight`, or always takes the statistics of the batch.
+    """
+    uses = Counter(id(tensor) for module in model.modules() for tensor in _tensors(module))
+    return [
+        module
+        for module in model.modules()
+        if foldable(module) and all(uses[id(tensor)] == 1 for tensor in _tensors(module)) and _stays_itself(module)
+    ]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    own = (*module._parameters.values(), *module._buffers.values())
+    return [tensor for tensor in own if tensor is not None]
+
+
+#: BatchNorms whose forward is torch's own.
+_KNOWN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@torch.no_grad()
+def _stays_itself(module: Any) -> bool:
+    """Whether a BatchNorm gives the same once it is folded: tried, where its class is not one of torch's."""
+    if type(module) in _KNOWN:
+        return True
+    places = {nn.BatchNorm1d: 1, nn.BatchNorm3d: 3}
+    dims = next((count for base, count in places.items() if isinstance(module, base)), 2)
+    shape = (2, module.num_features, *[2] * dims)
+    like = module.weight
+    probe = torch.linspace(-2, 2, math.prod(shape), device=like.device).view(shape).to(like.dtype)
+    norm = copy.deepcopy(module).eval()
+    try:
+        before = type(norm).forward(norm, probe)
+        _fold(norm)
+        after = type(norm).forward(norm, probe)
+        loose = 1e-4 if like.dtype in (torch.float32, torch.float64) else 2e-2
+        return bool(torch.allclose(before, after, rtol=loose, atol=loose))
+    except Exception:  # it takes something else: then nothing is known of it
+        return False
 
 
 @torch.no_grad()
@@ -41,16 +88,18 @@ def fold_batchnorm(model: nn.Module) -> None:
     The layer keeps its class (timm's hold an activation as well), its scale and shift take over what the
     statistics did, and constants cost nothing on disk.
     """
-    for module in model.modules():
-        if foldable(module):
-            bn: Any = module
-            scale, shift = affine_of(bn)
-            bn.weight.copy_(scale)
-            bn.bias.copy_(shift)
-            bn.running_mean.zero_()
-            bn.running_var.fill_(_one_less(bn.eps, bn.running_var.dtype))
-            if bn.num_batches_tracked is not None:
-                bn.num_batches_tracked.zero_()
+    for norm in norms_to_fold(model):
+        _fold(norm)
+
+
+def _fold(bn: Any) -> None:
+    scale, shift = affine_of(bn)
+    bn.weight.copy_(scale)
+    bn.bias.copy_(shift)
+    bn.running_mean.zero_()
+    bn.running_var.fill_(_one_less(bn.eps, bn.running_var.dtype))
+    if bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.zero_()
 
 
 def _one_less(eps: float, dtype: torch.dtype) -> float:

@@ -131,16 +131,22 @@ class Budget:
         if self.weight_bits is not None:
             parts.append(f"{self.weight_bits:g}bit")
         if self.size is not None:
-            parts.append(format_bytes(self.size))
+            parts.append(f"{_exact(self.size)}B")
         if self.size_fraction is not None:
             parts.append(f"{self.size_fraction * 100:g}%")
         if self.bitops is not None:
-            parts.append(f"{format_count(self.bitops)}BitOps")
+            parts.append(f"{_exact(self.bitops)}BitOps")
         if self.latency_ms is not None:
             parts.append(f"{self.latency_ms:g}ms" + (f" for {self.batch} samples" if self.batch > 1 else ""))
         if self.energy_uj is not None:
             parts.append(f"{self.energy_uj:g}uJ")
         return " + ".join(parts)
+
+
+def _exact(count: float) -> str:
+    """Writes a count with an SI prefix and all of its digits: a limit that is read again is the same."""
+    prefix = next((name for name in "TGMk" if count >= _PREFIX[name.lower()]), "")
+    return f"{count / _PREFIX[prefix.lower()]:.15g} {prefix}"
 
 
 def format_bytes(count: float) -> str:

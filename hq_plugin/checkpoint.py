@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 import warnings
@@ -32,6 +33,8 @@ FORMAT, VERSION = "hq_plugin checkpoint", 1
 _KEY, _SCORES = "checkpoint.json", "scores.jsonl"
 #: Seconds between two states of a training stage.
 INTERVAL = 60.0
+#: Names of what kills in the middle of writing leave: of the key's file, and of a stage's directory.
+_LEFT = re.compile(rf"\.({re.escape(_KEY)}|[0-9a-f]{{16}})\.")
 
 
 class Checkpoint:
@@ -79,11 +82,10 @@ class Checkpoint:
             raise ArtifactPathError(f"{self.directory} cannot be used for a checkpoint: {error}") from error
         found = read_sealed(file, FORMAT, VERSION)
         kept = found.get("key")
-        different = [
-            name
-            for name in wanted
-            if not isinstance(kept, dict) or json.dumps(kept.get(name)) != json.dumps(wanted[name])
-        ]
+        if not isinstance(kept, dict):
+            kept = {}
+        both = {**wanted, **kept}
+        different = [name for name in both if json.dumps(kept.get(name)) != json.dumps(wanted.get(name))]
         if different:
             raise ArtifactError(
                 f"{self.directory} is the checkpoint of other work: {', '.join(different[:5])} differ. Choose "
@@ -141,6 +143,8 @@ class Checkpoint:
     def _tidy(self) -> None:
         """Removes what kills in the middle of writing left behind."""
         for path in self.directory.glob(".*"):
+            if not _LEFT.match(path.name):  # somebody else's
+                continue
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -158,9 +162,11 @@ class Checkpoint:
         lines = [json.dumps(sealed({"of": of, "score": float(value).hex()})) for of, value in scores.items()]
         file = self.directory / _SCORES
         try:
-            torn = file.exists() and not file.read_bytes().endswith(b"\n")
-            with open(file, "a") as log:
-                log.write(("\n" if torn else "") + "\n".join(lines) + "\n")
+            with open(file, "a+b") as log:
+                size = log.seek(0, os.SEEK_END)
+                log.seek(max(size - 1, 0))
+                torn = size > 0 and log.read() != b"\n"
+                log.write((("\n" if torn else "") + "\n".join(lines) + "\n").encode())
                 log.flush()
                 os.fsync(log.fileno())
         except OSError as error:

@@ -34,7 +34,7 @@ class Resource:
     """One limit of a budget over the choices of a space.
 
     Attributes:
-        name: The budget's field: `"weight_bits"`, `"size"` or `"bitops"`.
+        name: The field of `Costs` and of the budget: `"weight_bits"`, `"size"`, `"bitops"` and so on.
         cost: `[groups, weight widths, activation widths]`; infinite where a group lacks the width.
         capacity: What the groups may cost together, in the unit of `cost`.
         base: Cost that no choice changes; it counts towards the limit and is in neither of the others.

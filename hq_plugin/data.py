@@ -113,6 +113,10 @@ def _read(data: Any, model: nn.Module, config: Config) -> Data:
         )
     if isinstance(data, np.ndarray):
         raise DataError("data is a numpy array, not batches: pass torch.from_numpy(data).split(64).")
+    if callable(getattr(data, "train_dataloader", None)):
+        raise DataError(
+            f"data is a {type(data).__name__}, not batches. Call its setup and pass data.train_dataloader()."
+        )
     if isinstance(data, (bytes, Mapping, Tensor)) or not isinstance(data, Iterable):
         raise DataError(
             f"data is a {type(data).__name__}, not batches. Pass a list of batches (tensor, tuple or "

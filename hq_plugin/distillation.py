@@ -78,7 +78,9 @@ class _KLDivergence(torch.autograd.Function):
             log_student = F.log_softmax(student[part].to(wide) / temperature, dim=-1)
             log_teacher = F.log_softmax(teacher[part].to(wide) / temperature, dim=-1)
             share = log_teacher.exp()
-            total += torch.sum(share * (log_teacher - log_student)) * temperature**2
+            # A class that both rule out (a score of -inf) adds nothing: 0 log 0 is 0.
+            apart = torch.where(share > 0, log_teacher - log_student, 0.0)
+            total += torch.sum(share * apart) * temperature**2
             if gradient is not None:
                 gradient[part] = log_student.exp_().sub_(share).mul_(temperature)
         if gradient is not None:

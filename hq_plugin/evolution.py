@@ -24,7 +24,7 @@ _RETRIES = 4
 class PolicyGenome(ng.p.Array):
     """A genome as a nevergrad parameter, with the operators of the genetic algorithm.
 
-    Mutation is `allocation.moved`; crossover takes each group's widths from one of two parents. Both end in repair.
+    Mutation is `repair.moved`; crossover takes each group's widths from one of two parents. Both end in repair.
     """
 
     def __init__(self, genome: Genome, repair: Repair, known: Container[bytes]) -> None:

@@ -59,7 +59,10 @@ def generated_network(network: nn.Module, policy: HybridPolicy) -> nn.Module:
     The weights that the MetaQuantNet generates for the policy become the layers' own; each layer keeps
     one learned step for its weight and one for its input.
     """
-    fixed = copy.deepcopy(network)
+    # Generators are not copied: what they generate is, and they may be larger than the model.
+    layers: list[Any] = list(qat_layers(network).values())
+    generators = [layer.weight_fake_quant.block for layer in layers]
+    fixed = copy.deepcopy(network, {id(block): block for block in generators})
     torch_ao.apply_policy(fixed, policy)
     # One new block for each old one, so that tied weights stay tied (and are generated once).
     blocks: dict[int, WeightBlock] = {}

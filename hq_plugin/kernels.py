@@ -12,7 +12,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -112,7 +112,7 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
 
     Args:
         model: A converted model in eval mode; changed in place.
-        *args: Inputs of the size that it will be used with: for a language model, a prompt.
+        *args: Inputs of the size that it will be used with: for a language model, a prompt. Or a dict of them.
         cache: File that keeps measurements; None takes `kernels.json` in `~/.cache/hq_plugin`, or in the
             folder that the environment variable `HQ_PLUGIN_CACHE` names.
         **kwargs: More inputs.
@@ -124,12 +124,24 @@ def choose_kernels(model: nn.Module, *args: Any, cache: Path | None = None, **kw
         KernelError: The model holds no packed layer.
     """
     model = adapters.opened(model)
+    named = args[0] if len(args) == 1 and isinstance(args[0], Mapping) else None  # as hq_plugin.export takes them
+    return choose_by(model, lambda: model(*args, **kwargs) if named is None else model(**named), cache)
+
+
+def choose_by(model: nn.Module, run: Callable[[], Any], cache: Path | None = None) -> dict[str, Choice]:
+    """Does what `choose_kernels` does, for inputs of any name.
+
+    Args:
+        model: As for `choose_kernels`, and no pipeline.
+        run: Runs it once.
+        cache: As for `choose_kernels`.
+    """
     layers = packed_modules(model)
     if not layers:
         raise KernelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
     use_kernel(model, REFERENCE)
-    seen = first_inputs(layers, lambda: model(*args, **kwargs))
-    norms = batchnorm_after(model, layers, lambda: model(*args, **kwargs))
+    seen = first_inputs(layers, run)
+    norms = batchnorm_after(model, layers, run)
     inputs = {name: x for name, x in seen.items() if x.is_floating_point()}
     path = cache or _cache_file()
     known = _read_cache(path)

@@ -37,8 +37,8 @@ class ActivationSteps(nn.Module):
     def __init__(self, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.widths = tuple(bits for bits in widths if bits != FLOAT_BITS)
-        self.log_step = nn.Parameter(torch.zeros(len(self.widths)))
-        self.zero_point = nn.Parameter(torch.zeros(len(self.widths)))
+        self.log_step = nn.Parameter(torch.zeros(len(self.widths), dtype=torch.float32))
+        self.zero_point = nn.Parameter(torch.zeros(len(self.widths), dtype=torch.float32))
         self.register_buffer("calibrated", torch.tensor(False))
         self.calibrated: Tensor
 

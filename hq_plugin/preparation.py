@@ -79,6 +79,8 @@ def open_checkpoint(
         "budget": None if budget is None else asdict(budget),
         **({} if session is None else {"session": session}),
         **decisive(config),
+        "mixed precision": Accelerator().mixed_precision,
+        "gradient accumulation": Accelerator().gradient_accumulation_steps,
     }
     held = tree_leaves([(batch.args, batch.kwargs) for batch in data.holdout])
     seen = fingerprint({str(n): value for n, value in enumerate(held) if isinstance(value, Tensor)})
@@ -141,7 +143,10 @@ def teacher_of(
         by_use: Rows of embeddings in the order in which they lie in the tables, by name; None counts in the data.
     """
     reject_lazy(model)
-    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()} if share else {}
+    # Embeddings with `max_norm` change rows that they look up.
+    changed = {id(module.weight) for module in model.modules() if getattr(module, "max_norm", None) is not None}
+    shared = [p for p in model.parameters() if id(p) not in changed] if share else []
+    memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in shared}
     try:
         teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
     except RuntimeError as error:
@@ -149,7 +154,15 @@ def teacher_of(
             raise
         raise ModelError(
             "The model cannot be copied: a layer keeps a tensor with a gradient, as torch.nn.utils.weight_norm "
-            "does. Use torch.nn.utils.parametrizations.weight_norm, or remove_weight_norm first."
+            "does, or torch.nn.utils.prune. Use torch.nn.utils.parametrizations.weight_norm, or remove_weight_norm "
+            'first; prune.remove(layer, "weight") makes pruning permanent, and zeros stay zeros.'
+        ) from error
+    except TypeError as error:
+        if "cannot pickle" not in str(error):
+            raise
+        raise ModelError(
+            f"The model cannot be copied: copy.deepcopy(model) says {str(error)!r}. A module holds such an object "
+            "(a lock, a file, a connection): take it out, or give the module a __getstate__ that leaves it out."
         ) from error
     for module in teacher.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

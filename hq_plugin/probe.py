@@ -163,9 +163,6 @@ def _product_macs(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], weig
     return first.numel() // first.shape[-1] * weight.numel()
 
 
-__all__ = ["Probe", "probe"]
-
-
 def first_inputs(
     layers: Mapping[str, nn.Module], run: Callable[[], Any], *, keywords: bool = False
 ) -> dict[str, Tensor]:

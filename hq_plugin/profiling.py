@@ -22,7 +22,7 @@ from hq_plugin.config import Config
 from hq_plugin.cost import CostTable, Table
 from hq_plugin.distribution import in_first
 from hq_plugin.errors import ConfigError, EngineError
-from hq_plugin.kernels import choose_kernels, measure
+from hq_plugin.kernels import choose_by, measure
 from hq_plugin.nn import PackedModule
 from hq_plugin.policy import HybridPolicy, LayerBits
 from hq_plugin.preparation import device_of
@@ -229,7 +229,7 @@ def _timers(target: str, space: SearchSpace, device: torch.device) -> tuple[Laye
 
 
 def _torch_model(model: nn.Module, batch: Batch) -> float:
-    choose_kernels(model, *batch.args, **batch.kwargs)
+    choose_by(model, lambda: batch.run_whole(model))
     return median_milliseconds(lambda: batch.run(model), seconds=MODEL_SECONDS)
 
 

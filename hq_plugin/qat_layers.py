@@ -37,8 +37,10 @@ class QATMixin(nn.Module):
         """Runs the float layer's forward on a fake-quantized input and weight."""
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             args = (self.activation_fake_quant(args[0]), *args[1:])
-        elif not args:
-            kwargs = {name: self.activation_fake_quant(value) for name, value in kwargs.items()}
+        elif not args and kwargs:
+            name, value = next(iter(kwargs.items()))
+            if isinstance(value, Tensor) and value.is_floating_point():
+                kwargs = {**kwargs, name: self.activation_fake_quant(value)}
         elif self._float_type.forward is nn.Embedding.forward:
             return self._look_up(args[0])
         output: Tensor = super().forward(*args, **kwargs)

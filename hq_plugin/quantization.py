@@ -60,11 +60,6 @@ def per_channel(step: Tensor, weight: Tensor) -> Tensor:
     return step.reshape(-1, *(1,) * (weight.dim() - 1))
 
 
-def round_ste(x: Tensor) -> Tensor:
-    """Rounds half to even; the gradient passes straight through (Bengio et al., arXiv:1308.3432)."""
-    return x + (x.round() - x).detach()
-
-
 def weight_rows(weight: Tensor, group_size: int) -> Tensor:
     """Views a weight as `[rows, inputs]`, with one row for each step.
 

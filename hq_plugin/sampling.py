@@ -49,6 +49,7 @@ class PolicySampler:
         self.plans: list[tuple[list[Resource], Genome]] = (
             [(list(focus), dynamic_programming(losses, focus))] if focus else self._ladder(costs)
         )
+        self._repairs: dict[int, Repair] = {}
 
     def _ladder(self, costs: CostTable) -> list[tuple[list[Resource], Genome]]:
         """Plans from wide to narrow; each starts from the one before, so that all cost one descent."""
@@ -87,6 +88,10 @@ class PolicySampler:
         if not self.focused and draw < WIDEST + UNIFORM:
             weight, activation = rng.choice(space.weight_bits), rng.choice(space.activation_bits)
             return space.policy(space.nearest_uniform(int(weight), int(activation)))
-        limits, planned = self.plans[rng.randint(len(self.plans))]
-        repair = Repair(self.losses, limits, space.top, rng, noise=NOISE)
+        number = rng.randint(len(self.plans))
+        limits, planned = self.plans[number]
+        if number not in self._repairs:
+            self._repairs[number] = Repair(self.losses, limits, space.top, rng, noise=NOISE)
+        repair = self._repairs[number]
+        repair.rng = rng
         return space.policy(repair(moved(planned, space.top, rng)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,15 +26,15 @@ from hq_plugin.blocks import find_blocks
 from hq_plugin.budget import Budget
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
+from hq_plugin.conversion import convert_network
 from hq_plugin.cost import CostTable, Resource, Table
 from hq_plugin.data import Data
 from hq_plugin.distillation import Fidelity, LossFunction, loss_name
 from hq_plugin.distribution import alive_together, in_first, processes
-from hq_plugin.errors import BudgetError, PolicyError
+from hq_plugin.errors import BudgetError, HQWarning, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
 from hq_plugin.finetune import FineTuned, finetune_network, float_network, generated_network, warn_of_no_gain
 from hq_plugin.found import Found
-from hq_plugin.kernels import choose_kernels
 from hq_plugin.lasting import LastingLosses, counts_second_order
 from hq_plugin.memory import peak_memory
 from hq_plugin.meta_training import build_network, meta_train_network
@@ -51,7 +52,7 @@ from hq_plugin.preparation import (
     search_space,
     teacher_of,
 )
-from hq_plugin.profiling import first_samples, policy_milliseconds, with_latency
+from hq_plugin.profiling import policy_milliseconds, with_latency
 from hq_plugin.ranking import distances, rerank
 from hq_plugin.result import Baseline, Result, versions
 from hq_plugin.rounding import start_from_good_integers
@@ -240,6 +241,7 @@ class Session:
             )
         return self._scorer
 
+    @_stage
     def sampler(self, budget: str | Budget | None = None) -> PolicySampler:
         """Returns what gives the policy of each step of meta-training, for a training loop of your own.
 
@@ -345,6 +347,7 @@ class Session:
         with_latency(self.costs, budget, self._at_home, self._example, self.config)
         return self.costs.resources(budget)
 
+    @_stage
     def baselines(self, budget: str | Budget) -> dict[str, HybridPolicy]:
         """Returns the policies that need no search: best uniform, and dynamic programming.
 
@@ -444,7 +447,10 @@ class Session:
             BudgetError: The budget cannot be read.
         """
         found = self._found(found)
-        budget = found.budget if budget is None else Budget.parse(budget)
+        if budget is not None:
+            budget = Budget.parse(budget)
+            found = replace(found, budget=budget, used=self._used(found, budget))
+        budget = found.budget
         config = replace(
             self.config,
             finetune_from=start or self.config.finetune_from,
@@ -454,7 +460,7 @@ class Session:
         tuned = self._trained_on(found.policy, config)
         memory = {**self.memory, **found.memory, "finetune": peak_memory()}
         began = time.perf_counter()
-        packed = self._converted(tuned.network, config, budget)
+        packed = convert_network(tuned.network, self.data.holdout[0], config, budget, self.device)
         spent = {"finetune": tuned.seconds, "convert": time.perf_counter() - began}
         labelled = any(batch.labels is not None for batch in self.scorer.batches)
         fidelity, float_accuracy = tuned.fidelity, self._measured(self.teacher).accuracy if labelled else None
@@ -494,6 +500,7 @@ class Session:
     def _found(self, found: Found | HybridPolicy) -> Found:
         """Returns what a search found, or what there is to say of a policy that was given in its place."""
         if isinstance(found, Found):
+            self.space.genome(found.policy)  # raises where it is another session's
             return found
         if not isinstance(found, HybridPolicy):
             raise PolicyError(
@@ -503,6 +510,19 @@ class Session:
         costs = self.costs.costs(self.space.genome(found))
         front = predicted_front(self.costs, self.sensitivities, self.losses, self.costs.weight_bytes)
         return Found(found, "given", costs, {}, {}, [], {}, front=front)
+
+    def _used(self, found: Found, budget: Budget) -> dict[str, float]:
+        """Returns the share of each limit of a budget that a policy uses, and warns where it exceeds one."""
+        # Nothing is measured for a report.
+        known = budget.latency_ms is None or self.costs.latency_batch == budget.batch
+        limits = budget if known else replace(budget, latency_ms=None)
+        genome = self.space.genome(found.policy)
+        used = {resource.name: resource.used(genome) for resource in self.costs.resources(limits)}
+        if over := [f"{share:.0%} of {name}" for name, share in used.items() if share > 1]:
+            warnings.warn(
+                f"The policy exceeds the budget {budget}: it uses {', '.join(over)}.", HQWarning, stacklevel=4
+            )
+        return used
 
     def _trained_on(self, policy: HybridPolicy, config: Config) -> FineTuned:
         """Trains the network of a policy on (step 3), unless that makes it worse."""
@@ -514,7 +534,7 @@ class Session:
         history = finetune_network(
             network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
         )
-        fidelity = self._measured(network)
+        fidelity = self._measured(network) if history else untrained
         # The first process decides: what each has measured may differ in the last bits.
         before, after = untrained.distance, fidelity.distance
         if not in_first(lambda: after <= before):
@@ -523,17 +543,6 @@ class Session:
             warn_of_no_gain(config.steps.finetune, before, after)
             network, fidelity = self._start(policy, config), untrained
         return FineTuned(network, fidelity, history, time.perf_counter() - began)
-
-    def _converted(self, network: nn.Module, config: Config, budget: Budget | None) -> nn.Module:
-        """Converts a network into packed layers (step 4), with kernels chosen where it is to run in PyTorch."""
-        # accelerate may have trained on another device than the one that the model came from.
-        packed = torch_ao.convert(network).to(self.device)
-        timed = budget is not None and budget.latency_ms is not None
-        if config.target == "torch" or (config.target == "storage" and timed):
-            batch = self.data.holdout[0].to(self.device)
-            batch = first_samples(batch, budget.batch if budget is not None and timed else batch.size)
-            choose_kernels(packed, *batch.args, **batch.kwargs)
-        return packed
 
     def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
         """Returns the network that fine-tuning starts from."""

@@ -24,7 +24,7 @@ from hq_plugin.preparation import at_work, device_of, distance_of, open_checkpoi
 from hq_plugin.rewriting import float_state
 from hq_plugin.search import Scored
 from hq_plugin.session import Session
-from hq_plugin.state import load_state, state_tensors
+from hq_plugin.state import load_state, memory_of, state_tensors
 from hq_plugin.storage import fingerprint, read_json, read_tensors, write_directory
 from hq_plugin.untrusted import at_most, clean_errors
 
@@ -39,14 +39,18 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
     Raises:
         ArtifactPathError: The directory holds something else, or cannot be written.
     """
-    first: dict[int, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    storages: set[int] = set()
     tied, tensors = {}, {}
     for name, tensor in state_tensors(session.network).items():
-        owner = first.setdefault(tensor.data_ptr(), name) if tensor.numel() else name
-        if owner == name:
-            tensors[name] = tensor
-        else:
+        owner = first.setdefault(memory_of(tensor), name) if tensor.numel() else name
+        if owner != name:
             tied[name] = owner
+            continue
+        storage = tensor.untyped_storage().data_ptr()
+        # A copy of another view of one memory, since safetensors refuses such.
+        tensors[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
     content = {
         "model": fingerprint(float_state(session.teacher)),
         "sites": [site.name for site in session.space.table],

@@ -7,6 +7,7 @@ used in a probe forward. What is left float is listed with its reason. Nothing h
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from hq_plugin.batchnorm import foldable
+from hq_plugin.batchnorm import norms_to_fold
 from hq_plugin.errors import ConfigError, ModelError
 from hq_plugin.nn.held import HeldWeight
 from hq_plugin.nn.split import BASIS, place_bytes, split_embeddings
 from hq_plugin.probe import probe
 
+#: Why a layer with a `forward` of its own stays float: what is bound to the layer does not move to another.
+OWN_FORWARD = "its forward was replaced on the instance (by hand, or by hooks of accelerate)"
 #: Base class of each kind of site. Transposed and 3-D convolutions are not subclasses of these.
 KINDS: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,
@@ -156,7 +159,7 @@ def find_sites(
         model: Any module. It is left as it was.
         run: Runs the model once on one batch: `lambda model: model(batch)`.
         batch_size: Samples in that batch; MACs and input sizes are divided by it.
-        exclude: Site names or shell patterns that stay float.
+        exclude: Names or shell patterns of layers that stay float, or of modules all of whose layers do.
 
     Raises:
         ModelError: The model has nothing to quantize, or an uninitialised (lazy) parameter.
@@ -165,10 +168,11 @@ def find_sites(
     reject_lazy(model)
     modules = {name: module for name, module in model.named_modules() if _has_own_parameters(module)}
     _check_patterns(exclude, [name for name, _ in model.named_modules()])
+    folded = set(norms_to_fold(model))
     reasons: dict[str, str] = {}
     candidates: dict[str, tuple[str, nn.Module]] = {}
     for name, module in modules.items():
-        kind, reason = _kind_of(name, module, exclude)
+        kind, reason = _kind_of(name, module, exclude, module in folded)
         if kind:
             candidates[name] = (kind, module)
         else:
@@ -238,15 +242,18 @@ def _own_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def _kind_of(name: str, module: nn.Module, exclude: Sequence[str]) -> tuple[str | None, str]:
+def _kind_of(name: str, module: nn.Module, exclude: Sequence[str], folds: bool) -> tuple[str | None, str]:
     """Returns the kind of site, or None and the reason why the layer stays float."""
-    if any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
+    inside = list(itertools.accumulate(name.split("."), lambda outer, part: f"{outer}.{part}"))
+    if any(fnmatch.fnmatchcase(outer, pattern) for pattern in exclude for outer in inside):
         return None, "excluded by the configuration"
     kind = next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
     if kind is None:
-        if foldable(module):
+        if folds:
             return None, "BatchNorm: folded into one scale and one shift a channel at convert"
         return None, f"{type(module).__name__} is not a Linear, Conv1d, Conv2d or Embedding"
+    if "forward" in vars(module):
+        return None, OWN_FORWARD
     if parametrize.is_parametrized(module):
         return None, "its weight is parametrized; torch.nn.utils.parametrize.remove_parametrizations first"
     weight = module._parameters.get("weight")
@@ -284,11 +291,10 @@ def _reject_shared_weights(
     """Keeps a weight float that is also a parameter of a layer that is not a site: it must stay tied."""
     site_modules = {id(module) for _, module in candidates.values()}
     foreign = {
-        id(parameter): name
+        id(parameter): f"{name}.{own}" if id(module) in site_modules else name
         for name, module in model.named_modules()
-        if id(module) not in site_modules
-        for parameter in module._parameters.values()
-        if parameter is not None
+        for own, parameter in module._parameters.items()
+        if parameter is not None and (id(module) not in site_modules or own != "weight")
     }
     for name, (_, module) in list(candidates.items()):
         other = foreign.get(id(module.weight))
@@ -317,9 +323,7 @@ def _count_bytes(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     added = {id(module.basis.weight) for module in split if module.basis is not None}
     total = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in added)
     gone = {id(model.get_submodule(site.name).weight) for site in sites}
-    for module in model.modules():
-        if foldable(module):
-            folded = (module.running_mean, module.running_var, module.num_batches_tracked)
-            gone.update(id(tensor) for tensor in folded)
+    for norm in norms_to_fold(model):
+        gone.update(id(tensor) for tensor in norm._buffers.values())
     rest = sum(tensor.numel() * tensor.element_size() for key, tensor in tensors.items() if key not in gone)
     return total, rest

@@ -101,6 +101,11 @@ class SearchSpace:
             if isinstance(config.embedding_bits, tuple) and all(site.kind == "embedding" for site in sites):
                 left_out = all(site.may_be_left_out for site in sites)
                 widths = tuple(bits for bits in config.embedding_bits if bits != LEFT_OUT or left_out)
+                if not widths:
+                    raise ConfigError(
+                        f"embedding_bits={LEFT_OUT} leaves {name!r} no width: 0 bits are for blocks of columns "
+                        "(embedding_columns). Add a width from 1 to 8."
+                    )
             if config.target == "onnxruntime" and any(site.quantizes_input for site in sites):
                 widths = _exactly_summed(widths, activations)
             pins = {

@@ -6,6 +6,7 @@ directories. The JSON holds a checksum of the tensors and one of itself. Nothing
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from hq_plugin.distribution import is_first, wait_for_all
@@ -32,6 +33,16 @@ JSON_FILE, TENSOR_FILE = "hq.json", "model.safetensors"
 JSON_LIMIT = 64 << 20
 #: Key under which JSON holds the checksum of the rest of it.
 _SEAL = "checksum"
+
+
+@functools.cache
+def storable(dtype: torch.dtype) -> bool:
+    """Whether a safetensors file can hold tensors of a dtype."""
+    try:
+        save({"": torch.zeros(1, dtype=dtype)})
+    except (KeyError, ValueError, TypeError, RuntimeError, SafetensorError):
+        return False
+    return True
 
 
 def write_directory(
@@ -136,6 +147,19 @@ def check_place(target: Path) -> None:
         raise ArtifactPathError(
             f"{target} cannot be written: {error.strerror}. Choose a writable place."
         ) from error
+
+
+def check_file_place(target: Path) -> None:
+    """Finds out whether a file could be written, without leaving anything.
+
+    Raises:
+        ArtifactPathError: It could not: it is a directory, or its place cannot be written.
+    """
+    if target.expanduser().is_dir():
+        raise ArtifactPathError(
+            f"{target} is a directory. Give a file, such as {target / ('name' + target.suffix)}."
+        )
+    check_place(target)
 
 
 def _check_movable(target: Path) -> None:

@@ -59,7 +59,7 @@ def store_step(step: Tensor) -> Tensor:
     Returns:
         uint8, `[1 + rows]`: the largest exponent, biased as in float32, and the steps.
     """
-    step = stored_step(step.detach())
+    step = stored_step(step.detach().float())
     largest = _largest_exponent(step)
     bits = step.view(torch.int32)
     below = largest - (bits >> _FLOAT_MANTISSA)

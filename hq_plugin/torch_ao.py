@@ -34,7 +34,7 @@ from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
 from hq_plugin.qat_layers import QATMixin, qat_layers, qat_type, set_trainable
 from hq_plugin.quantization import fake_quantize_rows
-from hq_plugin.sites import KINDS
+from hq_plugin.sites import KINDS, OWN_FORWARD
 from hq_plugin.weight_blocks import WeightBlock
 
 __all__ = [
@@ -335,6 +335,8 @@ def prepare(
                 f"The policy is for another model: it names {name!r}, {what}. Layers that can be quantized "
                 "are Linear, Conv1d, Conv2d and Embedding."
             )
+        if "forward" in vars(module):
+            raise PolicyError(f"The policy names {name!r}, which cannot be quantized: {OWN_FORWARD}.")
         if isinstance(module, nn.Embedding) and bits.activation != FLOAT_BITS:
             raise PolicyError(
                 f"The policy gives the input of {name!r} {bits.activation} bits, but an Embedding takes indices, "
@@ -378,9 +380,17 @@ def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps 
     )
 
 
+#: Where a module keeps the hooks of its forward.
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+
+
 def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Module:
     """Swaps by torch.ao, and also the root module and every further reference to a swapped module."""
     swapped: dict[int, nn.Module] = {}
+    hooks: dict[int, dict[str, Any]] = {}
     originals = list(model.modules())  # keeps ids alive
 
     def remember(handler: Any) -> type:
@@ -388,6 +398,7 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
             @staticmethod
             def from_float(module: nn.Module) -> nn.Module:
                 if id(module) not in swapped:
+                    hooks[id(module)] = {name: vars(module)[name].copy() for name in _HOOKS}
                     swapped[id(module)] = handler.from_float(module)
                 return swapped[id(module)]
 
@@ -402,6 +413,9 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
         warnings.simplefilter("ignore", FutureWarning)
         swap(holder, {float_type: remember(handler) for float_type, handler in mapping.items()})
     replaced = replace_modules(holder.get_submodule("model"), swapped)
+    # What came in has the layer's hooks; torch.ao registers them once more, without their keywords.
+    for key, new in swapped.items():
+        new.__dict__.update(hooks[key])
     del originals
     return replaced
 
@@ -456,11 +470,14 @@ def calibrate(prepared: nn.Module) -> Iterator[None]:
 @contextmanager
 def float_forward(prepared: nn.Module) -> Iterator[None]:
     """Inside, a prepared model runs in float: its fake-quantizers let everything through."""
-    prepared.apply(tq.disable_fake_quant)
+    enabled = [m for m in prepared.modules() if isinstance(m, FakeQuantizeBase) and bool(m.fake_quant_enabled[0])]
+    for quantizer in enabled:
+        quantizer.disable_fake_quant()
     try:
         yield
     finally:
-        prepared.apply(tq.enable_fake_quant)
+        for quantizer in enabled:
+            quantizer.enable_fake_quant()
 
 
 class _SwapToPacked:

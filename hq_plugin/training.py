@@ -149,7 +149,7 @@ def _train(
             follow_batches(network)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
-            for _ in range(first):
+            for _ in range(first if first < task.steps else 0):  # a stage that is done needs no data
                 for _ in range(accumulated):
                     next(batches)
                 schedule.step()
@@ -215,7 +215,7 @@ def _train(
     kept.forget()
     if by_batch:
         agree_on_statistics(network, accelerator)
-    if keep is not None:
+    if keep is not None and first < task.steps:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
     # References in circles would keep the moments, twice the weights, until Python finds them.
     optimizer.state.clear()

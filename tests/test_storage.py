@@ -159,9 +159,12 @@ def test_what_kills_left_in_a_checkpoint_is_removed(tmp_path: Path) -> None:
         Checkpoint(tmp_path / "ck", {})
     (tmp_path / "ck" / ".1234.xyz").rmdir()
     kept = Checkpoint(tmp_path / "ck", {})
-    (tmp_path / "ck" / ".1234.xyz").mkdir()
+    for ours in (".0123456789abcdef.xyz", ".0123456789abcdef.old.xyz"):
+        (tmp_path / "ck" / ours).mkdir()
+    (tmp_path / "ck" / ".checkpoint.json.abc").write_text("{")
+    (tmp_path / "ck" / ".git").mkdir()  # somebody else's
     with kept.held():
-        assert [path.name for path in (tmp_path / "ck").iterdir()] == ["checkpoint.json"]
+        assert sorted(path.name for path in (tmp_path / "ck").iterdir()) == [".git", "checkpoint.json"]
 
 
 WRITE = """

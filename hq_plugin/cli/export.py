@@ -31,8 +31,10 @@ def export(
       hq-plugin export small --model my_project:model --data my_project:batches --out small.onnx
     """
     import hq_plugin
+    from hq_plugin.storage import check_file_place
 
     with one_line_errors(debug):
+        check_file_place(out)
         source = load_saved(directory, model, model_arg)
         written = hq_plugin.export(source.model, out, example_inputs(source, load_data(data, source, test=True)))
         if as_json:

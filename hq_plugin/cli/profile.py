@@ -56,8 +56,10 @@ def profile(
         --profile laptop8.json
     """
     import hq_plugin
+    from hq_plugin.storage import check_file_place
 
     with one_line_errors(debug):
+        check_file_place(out)
         options = config_options(option, target=target, weight_bits=weight_bits, activation_bits=activation_bits)
         source = load_model(model, model_arg)
         options |= {} if source.processor is None else {"processor": source.processor}

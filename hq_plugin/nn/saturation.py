@@ -32,7 +32,7 @@ def saturates() -> bool:
     size = 8
     with torch.device("cpu"):  # whatever the default is
         weight = torch.ops.onednn.qlinear_prepack(torch.full((size, size), 127, dtype=torch.int8), None)
-        ones, zeros = torch.ones(size), torch.zeros(size, dtype=torch.int32)
+        ones, zeros = torch.ones(size, dtype=torch.float32), torch.zeros(size, dtype=torch.int32)
         x = torch.full((size, size), 255, dtype=torch.uint8)
     y = torch.ops.onednn.qlinear_pointwise(x, 1.0, 0, weight, ones, zeros, None, *PLAIN_OUTPUT)
     return bool((y != 255 * 127 * size).any())

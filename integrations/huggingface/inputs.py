@@ -42,6 +42,11 @@ PROCESSORS = {
 }
 #: Fields in which rows of a data set keep their text.
 TEXT_FIELDS = ("text", "content", "sentence")
+#: The same of pairs of texts. A causal model reads both as one.
+PAIR_FIELDS = (
+    *(("text", "text_pair"), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question", "context")),
+    *(("query", "passage"), ("prompt", "completion")),
+)
 
 
 def takes_text(model: PreTrainedModel) -> bool:
@@ -85,7 +90,7 @@ def batches(model: PreTrainedModel, data: Any, config: Config) -> Any:
     if isinstance(first, Mapping) and rows.is_row(model, first):
         return rows.from_rows(model, list(samples))
     if takes_text(model) and _text_of(first) is not None:
-        texts, labels = _apart(samples, lambda row: _text_of(row) or "")
+        texts, labels = _apart(samples, _text_in)
         tokens = _tokenized(model, texts, config)
         if _writes(model):  # whose samples are cut from all texts
             share = config.self_written
@@ -112,12 +117,47 @@ def _apart(samples: Iterable[Any], content: Callable[[Any], Any]) -> tuple[list[
     return [made for made, _ in pairs], {"labels": torch.tensor(labels)} if len(labels) == len(pairs) else {}
 
 
-def _text_of(row: Any) -> str | None:
+def _text_of(row: Any) -> Any:
+    """Returns a text, a pair of texts, or the messages of a chat; None where there is none."""
     if isinstance(row, str):
         return row
-    if isinstance(row, Mapping):
-        return next((row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
-    return None
+    if isinstance(row, (tuple, list)):
+        return tuple(row) if len(row) == 2 and all(isinstance(text, str) for text in row) else None
+    if not isinstance(row, Mapping):
+        return None
+    for names in PAIR_FIELDS:
+        if all(isinstance(row.get(name), str) for name in names):
+            return tuple(row[name] for name in names)
+    messages = row.get("messages")
+    if isinstance(messages, (tuple, list)) and messages and isinstance(messages[0], Mapping):
+        return list(messages)
+    return next((row[name] for name in TEXT_FIELDS if isinstance(row.get(name), str)), None)
+
+
+def _text_in(row: Any) -> Any:
+    """Returns the text of a row among rows of text.
+
+    Raises:
+        DataError: It has none.
+    """
+    text = _text_of(row)
+    if text is None:
+        told = sorted(map(str, row)) if isinstance(row, Mapping) else type(row).__name__
+        raise DataError(
+            f"A row has no text, as the first one has: {told}. Texts are strings, pairs of strings, or rows with "
+            f"{', '.join(TEXT_FIELDS)} or messages in them. Leave it out."
+        )
+    return text
+
+
+def _written_out(text: Any, read: Any) -> str:
+    """Returns what a causal model reads of a text, a pair or a chat."""
+    if isinstance(text, list):
+        try:
+            return str(read.apply_chat_template(text, tokenize=False))
+        except (ValueError, AttributeError) as error:
+            raise DataError(f"data is chats, and the tokenizer cannot write them: {error}") from error
+    return text if isinstance(text, str) else "".join(text)
 
 
 def _writes(model: PreTrainedModel) -> bool:
@@ -145,7 +185,7 @@ def tokenizer(model: PreTrainedModel, config: Config) -> Any:
     )
 
 
-def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> dict[str, Tensor]:
+def _tokenized(model: PreTrainedModel, texts: Sequence[Any], config: Config) -> dict[str, Tensor]:
     """Tokenizes: one stream cut into samples for causal models, one padded sample a text for others."""
     read = tokenizer(model, config)
     length = config.sequence_length or 128
@@ -154,7 +194,8 @@ def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> 
         raise DataError(f"sequence_length={length} is longer than the {most} tokens that the model takes.")
     if _writes(model):
         end = [read.eos_token_id] if getattr(read, "eos_token_id", None) is not None else []
-        stream = list(itertools.chain.from_iterable([*read(text)["input_ids"], *end] for text in texts))
+        written_out = (_written_out(text, read) for text in texts)
+        stream = list(itertools.chain.from_iterable([*read(text)["input_ids"], *end] for text in written_out))
         count = len(stream) // length
         if count == 0:
             raise DataError(
@@ -165,11 +206,15 @@ def _tokenized(model: PreTrainedModel, texts: Sequence[str], config: Config) -> 
     if getattr(read, "pad_token", None) is None:
         read = copy.deepcopy(read)  # the user's is as it was
         read.pad_token = read.eos_token
-    encoded = dict(read(list(texts), padding=True, truncation=True, max_length=length, return_tensors="pt"))
+    options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
+    if any(isinstance(text, tuple) for text in texts):
+        if not all(isinstance(text, tuple) for text in texts):
+            raise DataError("Some rows are pairs of texts, and some are not. Give rows of one kind.")
+        encoded = dict(read([a for a, _ in texts], [b for _, b in texts], **options))
+    else:
+        encoded = dict(read([_written_out(text, read) for text in texts], **options))
     if model.config.is_encoder_decoder:
-        ids = encoded["input_ids"]
-        start = getattr(model.config, "decoder_start_token_id", None) or 0
-        encoded["decoder_input_ids"] = torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
+        encoded["decoder_input_ids"] = rows.shifted(model, encoded["input_ids"])
     return encoded
 
 

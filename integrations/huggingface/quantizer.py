@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 METHOD, VERSION = "hq", 1
 #: What safetensors calls the dtypes of a packed layer that no cast may change.
-_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.bfloat16: "BF16", torch.int32: "I32"}
+_DTYPES = {torch.uint8: "U8", torch.int8: "I8", torch.int32: "I32"}
 #: Buffer of a packed layer, and its name in a file.
 _STORED = {"weight_packed": "weight"}
 
@@ -150,9 +150,11 @@ class HqQuantizer(HfQuantizer):
         body = not hasattr(model, prefix)
         wrong = [name for name in lacking if name.startswith(f"{prefix}.")] if body and prefix else lacking
         if wrong or not self._names:
+            classes = ", ".join(model.config.architectures or ["config.json names none"])
             raise ModelError(
                 f"The policy in config.json is for another model: {type(model).__name__} has no layer "
-                f"{', '.join((wrong or lacking)[:5])}{' ...' if len(wrong or lacking) > 5 else ''}."
+                f"{', '.join((wrong or lacking)[:5])}{' ...' if len(wrong or lacking) > 5 else ''}. Load the class "
+                f"that it was saved from ({classes}), or its body by AutoModel, and put a head of your own on it."
             )
         self._untie(model)
         self._finish_check: Callable[[], None] | None = None

@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -73,6 +74,8 @@ def splitter(model: PreTrainedModel) -> Callable[[Any], Split]:
                 kwargs.setdefault("decoder_input_ids", _decoder_ids(model, label))
                 if masks:
                     kwargs.setdefault("decoder_attention_mask", _decoder_mask(label))
+            elif "input_ids" in kwargs and _reads_labels(model) and not any(n in kwargs for n in _DECODED):
+                kwargs["decoder_input_ids"] = shifted(model, kwargs["input_ids"])
             return (), _trimmed(kwargs), label if label is not None and label.dim() == 1 else None
         if isinstance(raw, (tuple, list)):
             last = raw[-1]
@@ -111,6 +114,16 @@ def _trimmed(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _reads_labels(model: PreTrainedModel) -> bool:
     """Whether the model has a decoder that reads its target text, shifted by one."""
     return bool(model.config.is_encoder_decoder) and hasattr(model, "prepare_decoder_input_ids_from_labels")
+
+
+#: What a decoder reads, where it is given.
+_DECODED = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+def shifted(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """Returns what a decoder reads that is to repeat a text `[samples, tokens]`: that, one token later."""
+    start = getattr(model.config, "decoder_start_token_id", None) or 0
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], dim=1)
 
 
 def _decoder_ids(model: Any, labels: Tensor) -> Tensor:
@@ -267,7 +280,8 @@ def from_sounds(model: PreTrainedModel, sounds: list[Any], processor: Any) -> Ro
 
     Args:
         model: The float model.
-        sounds: Each `[samples]`, or a mapping with `array` and `sampling_rate`.
+        sounds: Each `[samples]`, an array `[1, samples]`, a list of floats, or a mapping with `array` and
+            `sampling_rate`.
         processor: A feature extractor, or a processor that holds one.
 
     Raises:
@@ -294,7 +308,8 @@ def from_sounds(model: PreTrainedModel, sounds: list[Any], processor: Any) -> Ro
                     f"Resample it: dataset.cast_column('audio', Audio(sampling_rate={rate}))."
                 )
             sound = sound["array"]
-        arrays.append(torch.as_tensor(sound).float().numpy())
+        array = torch.as_tensor(sound).float()
+        arrays.append((array[0] if array.dim() == 2 else array).numpy())
     # Spectrograms are padded to the length that the model was made for, which is the extractor's default.
     options = {"padding": True} if model.main_input_name == "input_values" else {}
     tensors = dict(extractor(arrays, sampling_rate=rate, return_tensors="pt", **options))
@@ -352,4 +367,8 @@ def is_sound(value: Any) -> bool:
         return "array" in value and "sampling_rate" in value
     if hasattr(value, "get_all_samples"):  # what `datasets` gives where torchcodec is installed
         return True
-    return getattr(value, "ndim", None) == 1
+    if isinstance(value, list):
+        return bool(value) and isinstance(value[0], float)
+    # torchaudio has a dimension of one channel before the samples; a tensor with one is a batch.
+    mono = isinstance(value, np.ndarray) and value.ndim == 2 and len(value) == 1
+    return mono or getattr(value, "ndim", None) == 1

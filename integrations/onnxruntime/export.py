@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hq_plugin import adapters
 from hq_plugin.distribution import in_first, is_first
-from hq_plugin.errors import ExportError, HQWarning, ModelError
+from hq_plugin.errors import ArtifactPathError, ExportError, HQWarning, ModelError
 from hq_plugin.integrations.onnxruntime import graph
 from hq_plugin.integrations.onnxruntime.causal import CausalForward, causal_inputs, is_causal
 from hq_plugin.integrations.onnxruntime.dynamic import OPSET
@@ -32,7 +32,7 @@ from hq_plugin.integrations.onnxruntime.verify import difference
 from hq_plugin.nn import check_unedited, packed_modules, replace_modules
 from hq_plugin.nn.saturation import may_clip, saturates
 from hq_plugin.policy import FLOAT_BITS, LayerBits
-from hq_plugin.storage import write_bytes
+from hq_plugin.storage import check_file_place, write_bytes
 
 #: Files above this size cannot be one protobuf message.
 _LARGEST = 2_000_000_000
@@ -141,6 +141,10 @@ def export(
     if not packed_modules(model):
         raise ModelError("The model holds no packed layer. Call hq_plugin.quantize on it first.")
     check_unedited(model)
+    try:
+        in_first(lambda: check_file_place(Path(path)))
+    except ArtifactPathError as error:
+        raise ExportError(str(error)) from error
     # What is compared with the file runs in eval mode and, as the file does, in float32 on the CPU.
     model = nn.Module.float(copy.deepcopy(model).eval().cpu())  # transformers forbids its own
     causal = is_causal(model)
@@ -272,7 +276,9 @@ def _inputs(model: nn.Module, given: Any) -> tuple[tuple[Any, ...], dict[str, An
 
 
 def _as_exported(value: Tensor) -> Tensor:
-    return value.detach().cpu().float() if value.is_floating_point() else value.detach().cpu()
+    value = value.detach().cpu()
+    # What a slice's strides are is no property of inputs, and torch would write it into the graph.
+    return (value.float() if value.is_floating_point() else value).contiguous()
 
 
 def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | tuple[Any, ...]:

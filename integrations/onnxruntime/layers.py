@@ -37,6 +37,9 @@ def exported_layer(layer: PackedModule, accuracy_level: int) -> nn.Module:
     if made is None:
         return float_form
     made.float_form = float_form
+    # What code around the layer may read of it: `in_features`, `num_embeddings`, attributes of its user's.
+    plain = {name: value for name, value in vars(layer).items() if not name.startswith("_")}
+    made.__dict__.update({name: value for name, value in plain.items() if not hasattr(made, name)})
     return made
 
 
@@ -253,8 +256,9 @@ class _Dequantizing(nn.Module):
         made: Any = self
         if args:
             args = (made.input_quantizer(args[0]), *args[1:])
-        else:
-            kwargs = {name: made.input_quantizer(value) for name, value in kwargs.items()}
+        elif kwargs:
+            name, value = next(iter(kwargs.items()))
+            kwargs = {**kwargs, name: made.input_quantizer(value)}
         return super().forward(*args, **kwargs)
 
 

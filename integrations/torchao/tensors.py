@@ -43,7 +43,17 @@ def to_torchao(model: nn.Module) -> nn.Module:
             "No layer fits torchao's tensors: they are for Linear and Embedding layers with float inputs, or 8-bit "
             'ones with a step for each token. Quantize with activation_bits=16 or activation_scheme="dynamic".'
         )
-    return replace_modules(model, made)
+    made_of = replace_modules(model, made)
+    if hasattr(made_of, "save_pretrained"):
+        made_of.save_pretrained = _save_the_packed_one  # type: ignore[assignment]
+    return made_of
+
+
+def _save_the_packed_one(*_: Any, **__: Any) -> None:
+    raise ModelError(
+        "A model with torchao's tensors is not saved by save_pretrained. Save the packed model that it was made "
+        "from, and call to_torchao once it is loaded."
+    )
 
 
 def _per_token(layer: PackedModule) -> bool:
