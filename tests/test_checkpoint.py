@@ -196,3 +196,49 @@ def test_functions_of_one_factory_are_told_apart() -> None:
 def test_an_error_inside_is_not_taken_for_another_process(tmp_path: Path) -> None:
     with pytest.raises(BlockingIOError), Checkpoint(tmp_path / "work", {}, 60.0).held():
         raise BlockingIOError
+
+
+class Counting(torch.utils.data.Dataset):
+    """Samples, and how often one was read."""
+
+    def __init__(self) -> None:
+        self.samples, self.reads = torch.cat(batches()), 0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        self.reads += 1
+        return self.samples[index]
+
+
+def test_a_finished_stage_reads_no_data_again(tmp_path: Path) -> None:
+    data, options = Counting(), {**OPTIONS, "batch_size": 16, "meta_steps": 30}
+    first = hq.quantize(model(), "3.5bit", data, checkpoint_dir=tmp_path / "ck", **options)
+    reads, states = data.reads, {path: path.stat().st_mtime_ns for path in (tmp_path / "ck").iterdir()}
+    data.reads = 0
+    again = hq.quantize(model(), "3.5bit", data, checkpoint_dir=tmp_path / "ck", **options)
+    assert data.reads < reads - 30 * 16
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "ck").iterdir() if path.is_dir()}
+    assert len(kept) == 2
+    assert all(states[path] == time for path, time in kept.items())
+    x = batches()[0]
+    assert torch.equal(first(x), again(x))
+
+
+def test_work_in_another_precision_or_beside_a_session_is_other_work(tmp_path: Path) -> None:
+    made = hq.preparation.open_checkpoint
+    data, config = hq.data.prepare_data(batches(), model(), Config().filled()), Config().filled()
+
+    def opened(name: str, session: str | None = None) -> None:
+        made(model(), data, Config(checkpoint_dir=tmp_path / name).filled(), None, session=session)
+
+    assert config.checkpoint_dir is None
+    opened("mixed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.Accelerator.mixed_precision", "bf16")
+        with pytest.raises(ArtifactError, match="other work: mixed precision differ"):
+            opened("mixed")
+    opened("session", session="0123")
+    with pytest.raises(ArtifactError, match="other work: session differ"):
+        opened("session")

@@ -8,7 +8,6 @@ that dequantizes the packed integers. It takes and gives float tensors, and quan
 from __future__ import annotations
 
 import math
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Proxy
 from torch.utils.weak import WeakIdKeyDictionary
 
-from hq_plugin.errors import HQWarning, ModelError
+from hq_plugin.errors import ModelError
 from hq_plugin.packing import pack_bits, packed_bytes, unpack_bits
 from hq_plugin.policy import FLOAT_BITS, LEFT_OUT, LayerBits
 from hq_plugin.quantization import (
@@ -297,18 +296,6 @@ class PackedModule(nn.Module):
             self._kernel = self._kernel.again(self)
             self._lent = None
         return self
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Does what a module's does, which reaches a bias and no packed weight; says so where it is asked for."""
-        if requires_grad:
-            warnings.warn(
-                f"A packed {self._float_type.__name__} cannot be trained: its weight stays as it is. Leave it out "
-                "of PEFT's modules_to_save (which adds heads by itself for a task_type) and name it in "
-                "target_modules, or keep it float: hq_plugin.quantize(..., exclude=[...]).",
-                HQWarning,
-                stacklevel=2,
-            )
-        return super().requires_grad_(requires_grad)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.set_kernel(None)

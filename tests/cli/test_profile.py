@@ -28,6 +28,12 @@ def test_a_profile_of_several_samples(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(tmp_path: Path) -> None:
+    result = call("profile", "no.module:model", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "is a directory. Give a file" in result.stderr
+
+
 def test_lines_for_people(tmp_path: Path) -> None:
     widths = ["--weight-bits", "8", "--activation-bits", "8"]
     result = call("profile", MODEL, "--data", DATA, "--out", tmp_path / "p.json", *widths)

@@ -1,17 +1,19 @@
 """Text as batches, and text that a model writes itself."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import WhisperFeatureExtractor
+from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 import hq_plugin
-from hq_plugin import Config, ConfigError
+from hq_plugin import Config, ConfigError, DataError
 from hq_plugin.batch import Batch
 from hq_plugin.integrations.huggingface.inputs import batches, written
 from hq_plugin.integrations.huggingface.rows import splitter
-from tests.integrations.huggingface.conftest import bart, bert, llama, t5, tokenizer, whisper
+from tests.integrations.huggingface.conftest import TEXTS as BOOK
+from tests.integrations.huggingface.conftest import bart, bert, llama, t5, tokenizer, wav2vec2, whisper
 
 TEXTS = ["the cat sat on the mat"] * 400
 
@@ -184,3 +186,66 @@ def test_spectrograms_are_rows_and_examples() -> None:
     with pytest.warns(hq_plugin.HQWarning, match="No data was given"):
         packed = hq_plugin.quantize(model, "4bit", **options)
     assert packed(torch.randn(2, 32, 16)).logits.shape == (2, 3)
+
+
+PAIRS = [(BOOK[i], BOOK[-1 - i]) for i in range(16)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        PAIRS,
+        [{"text": a, "text_pair": b, "label": i % 2} for i, (a, b) in enumerate(PAIRS)],
+        [{"premise": a, "hypothesis": b} for a, b in PAIRS],
+    ],
+    ids=["tuples", "text_pair", "premise"],
+)
+def test_pairs_of_texts_are_read_as_pairs(data: list[Any]) -> None:
+    settings = replace(config(), processor=tokenizer(), sequence_length=64)
+    words = tokenizer()
+    words.pad_token = words.eos_token
+    expected = words([a for a, _ in PAIRS], [b for _, b in PAIRS], return_tensors="pt", padding=True)
+    made = batches(bert(), data, settings).tensors
+    assert torch.equal(made["input_ids"], expected["input_ids"])
+    assert made["input_ids"].shape[1] == 48
+    assert ("labels" in made) == (isinstance(data[0], dict) and "label" in data[0])
+    with pytest.raises(DataError, match="Some rows are pairs"):
+        batches(bert(), [*PAIRS, "the cat"], settings)
+
+
+def test_chats_and_prompts_are_read_by_causal_models() -> None:
+    words = tokenizer()
+    settings = replace(config(), processor=words, sequence_length=8, self_written=0.0)
+    prompts = [{"prompt": "the cat ", "completion": text} for text in BOOK]
+    expected = batches(llama(), ["the cat " + text for text in BOOK], settings).tensors["input_ids"]
+    assert torch.equal(batches(llama(), prompts, settings).tensors["input_ids"], expected)
+    chats = [{"messages": [{"role": "user", "content": "the cat "}, {"role": "it", "content": t}]} for t in BOOK]
+    with pytest.raises(DataError, match="the tokenizer cannot write them"):
+        batches(llama(), chats, settings)
+    words.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    assert torch.equal(batches(llama(), chats, settings).tensors["input_ids"], expected)
+
+
+def test_a_row_without_text_is_named() -> None:
+    settings = replace(config(), processor=tokenizer())
+    with pytest.raises(DataError, match=r"A row has no text, as the first one has: \['label', 'text'\]"):
+        batches(bert(), [{"text": "the cat", "label": 0}, {"text": None, "label": 1}] * 8, settings)
+
+
+def test_a_decoder_repeats_token_ids_that_come_alone() -> None:
+    ids = torch.randint(3, 64, (16, 12))
+    for data in ({"input_ids": ids}, [{"input_ids": part} for part in ids], [{"input_ids": ids[:8]}] * 4):
+        packed = hq_plugin.quantize(t5(), "5bit", data, effort="smoke", progress=False)
+        assert packed.hq.effective_bits <= 5
+    _, kwargs, _ = splitter(t5())({"input_ids": ids})
+    assert kwargs["decoder_input_ids"][:, 0].tolist() == [0] * 16
+    assert torch.equal(kwargs["decoder_input_ids"][:, 1:], ids[:, :-1])
+
+
+def test_sounds_of_one_channel_and_as_lists() -> None:
+    torch.manual_seed(0)
+    sounds = [torch.randn(16_000) for _ in range(4)]
+    settings = replace(config(), processor=Wav2Vec2FeatureExtractor())
+    expected = batches(wav2vec2(), sounds, settings).tensors["input_values"]
+    for given in ([s.numpy()[None] for s in sounds], [s.tolist() for s in sounds]):
+        assert torch.allclose(batches(wav2vec2(), given, settings).tensors["input_values"], expected, atol=1e-4)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
     BertModel,
@@ -305,6 +306,23 @@ def test_a_distance_that_is_not_finite_is_null(packed_llama: LlamaForCausalLM) -
     assert summary["kl"] is summary["baselines"][name] is None
     page = card("LlamaForCausalLM", "", HqConfig(packed_llama.config.quantization_config.policy, summary=summary))
     assert "| this model | not finite |" in page
+
+
+def test_another_head_says_which_class_was_saved(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"no layer lm_head. Load the class.*\(LlamaForCausalLM\), or its"):
+        AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+
+
+def test_a_model_with_biases_loads_in_half_precision(tmp_path: Path) -> None:
+    small = hq.quantize(build("bert"), "5bit", TEXTS, config=SMOKE, processor=tokenizer())
+    small.save_pretrained(tmp_path)
+    for dtype in (torch.bfloat16, torch.float16):
+        loaded = AutoModel.from_pretrained(tmp_path, dtype=dtype)
+        ids = torch.randint(64, (2, 9))
+        with torch.no_grad():
+            close, found = small(ids).last_hidden_state, loaded(ids).last_hidden_state
+        assert found.dtype == dtype
+        assert float((found.float() - close).norm() / close.norm()) < 0.05
 
 
 def test_a_policy_for_another_model(folder: Path) -> None:

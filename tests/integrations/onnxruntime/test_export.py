@@ -31,6 +31,7 @@ from tests.integrations.huggingface.conftest import (
     BERT,
     SMOKE,
     TEXTS,
+    bart,
     bert,
     gpt2,
     llama,
@@ -47,6 +48,41 @@ def packed(model: nn.Module, bits: dict[str, LayerBits], x: Tensor, whole: bool 
     with torch.no_grad():
         prepared(x)
     return torch_ao.convert(prepared)
+
+
+class Reads(nn.Module):
+    """Its forward reads what its layers say of themselves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.mix, self.head = nn.Embedding(50, 32), nn.Conv1d(32, 32, 3, padding=1), nn.Linear(32, 5)
+        self.head.tag = 2.0  # type: ignore[assignment]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids.clamp(max=self.words.num_embeddings - 1))
+        x = self.mix(x.transpose(1, 2)).mean(2) * self.mix.kernel_size[0]
+        return self.head(x * self.head.in_features**-0.5) * self.head.tag  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("activation", [8, 16])
+def test_what_code_reads_of_a_layer_is_there(activation: int, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    data = [torch.randint(50, (16, 7)) for _ in range(4)]
+    small = hq.quantize(Reads().eval(), "5bit", data, activation_bits=activation, config=SMOKE)
+    assert hq.export(small, tmp_path / "reads.onnx", data[0]).difference < 0.01
+
+
+def test_example_inputs_may_be_slices(tmp_path: Path) -> None:
+    ids = torch.randint(3, 64, (8, 16))
+    small = hq.quantize(bart(), "5bit", [{"input_ids": ids, "decoder_input_ids": ids}] * 2, config=SMOKE)
+    found = hq.export(small, tmp_path / "bart.onnx", {"input_ids": ids[:2], "decoder_input_ids": ids[:2, :6]})
+    assert found.difference < 0.02
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
+    small = hq.quantize(Reads().eval(), "5bit", [torch.randint(50, (16, 7)) for _ in range(4)], config=SMOKE)
+    with pytest.raises(ExportError, match=r"is a directory\. Give a file"):
+        hq.export(small, tmp_path)  # and not that example inputs are missing
 
 
 def session(path: Path) -> onnxruntime.InferenceSession:
@@ -482,7 +518,7 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match="does not generate"):
         hq.export(small, tmp_path / "m.onnx", x, cache=True)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ExportError, match="could not be written"):
+    with pytest.raises(ExportError, match="cannot be written"):
         hq.export(small, tmp_path / "file" / "m.onnx", x)
     monkeypatch.setitem(sys.modules, "onnx", None)
     for name in [name for name in sys.modules if name.startswith("hq_plugin.integrations.onnxruntime")]:

@@ -49,6 +49,13 @@ def test_tensors_have_equal_values(net: nn.Module, bits: int, group: int) -> Non
     assert type(made.second) is nn.Linear
 
 
+def test_a_transformers_model_says_how_it_is_saved() -> None:
+    options = {"activation_bits": 16, "processor": tokenizer(), "sequence_length": 16}
+    made = to_torchao(hq.quantize(llama(), "4.6bit", TEXTS, config=SMOKE, **options))
+    with pytest.raises(ModelError, match="Save the packed model"):
+        made.save_pretrained("anywhere")
+
+
 def test_layers_with_quantized_inputs_stay_packed(net: nn.Module) -> None:
     small = packed(net, {"first": LayerBits(4, 8), "head": LayerBits(4, 16)})
     made = to_torchao(small)
