@@ -112,8 +112,8 @@ class Config:
         pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
         groups: Lists of names or shell patterns of sites, the layers that are quantized: those of one list share
             their widths.
-        exclude: Names or shell patterns of layers that stay in floating point and do not count as sites; the name of
-            a module is for all layers in it.
+        exclude: Names or shell patterns of layers that stay in floating point and do not count as sites; the name
+            of a module is for all layers in it.
         sensitivities: How what each width costs alone is found: `"measured"` runs the network for each;
             `"fisher"` estimates it to second order from a few backward passes, for networks that are too large for
             that; `"both"` measures it, and where fine-tuning follows weighs the second order as well: training

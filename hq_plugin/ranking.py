@@ -27,6 +27,7 @@ def distances(
     samples: int,
     stage: str,
     checkpoint: Checkpoint | None = None,
+    of: str = "",
 ) -> list[float]:
     """Scores policies, split over processes where there are several; what a checkpoint knows is read.
 
@@ -37,8 +38,9 @@ def distances(
         samples: Held-out samples for each.
         stage: Under which scores are kept in the checkpoint.
         checkpoint: Where scores are kept; None keeps none.
+        of: By what the network is known there, where it may have been trained by other code than ours.
     """
-    names = [json.dumps([stage, samples, policy.to_json()]) for policy in policies]
+    names = [json.dumps([f"{stage}{of}", samples, policy.to_json()]) for policy in policies]
     known = {name: None if checkpoint is None else checkpoint.score(name) for name in names}
     new = [(name, policy) for name, policy in zip(names, policies, strict=True) if known[name] is None]
 

@@ -63,6 +63,7 @@ from hq_plugin.second_order import calibration_moments, second_order, weight_los
 from hq_plugin.seeding import seeded
 from hq_plugin.sharding import placed
 from hq_plugin.space import SearchSpace
+from hq_plugin.storage import fingerprint
 from hq_plugin.timed_search import search_and_time
 from hq_plugin.tracking import track, tracking
 
@@ -300,11 +301,13 @@ class Session:
         """Finds the best policy by what policies are known to cost."""
         resources, losses = self._resources(budget), self.losses
         began = time.perf_counter()
+        own_loop = self.checkpoint is not None and not self.config.steps.meta
+        trained = in_first(lambda: fingerprint(dict(self.network.named_parameters()))) if own_loop else ""
         with evaluating(self.network) as network:
             samples = self.scorer.samples
 
             def score(policies: Sequence[HybridPolicy]) -> list[float]:
-                return distances(self.scorer, network, policies, samples, "search", self.checkpoint)
+                return distances(self.scorer, network, policies, samples, "search", self.checkpoint, trained)
 
             uniform = best_uniform(self.space, self.costs, resources)
             found = genetic_search(self.space, resources, losses, score, self.config, uniform)

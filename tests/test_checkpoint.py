@@ -226,6 +226,16 @@ def test_a_finished_stage_reads_no_data_again(tmp_path: Path) -> None:
     assert torch.equal(first(x), again(x))
 
 
+def test_scores_are_of_the_network_that_a_loop_of_the_users_trained(tmp_path: Path) -> None:
+    options = {**OPTIONS, "meta_steps": 0}
+    session = hq.meta_train(model(), batches(), checkpoint_dir=tmp_path / "ck", **options)
+    before = [record["score"] for record in session.search("3.5bit").history]
+    assert [record["score"] for record in session.search("3.5bit").history] == before
+    with torch.no_grad():
+        session.network.head._parameters["weight"].mul_(0.5)
+    assert session.search("3.5bit").history[0]["score"] > 2 * before[0]
+
+
 def test_work_in_another_precision_or_beside_a_session_is_other_work(tmp_path: Path) -> None:
     made = hq.preparation.open_checkpoint
     data, config = hq.data.prepare_data(batches(), model(), Config().filled()), Config().filled()
