@@ -181,7 +181,7 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 #: Names of parameters that take one whole number a sample, which is no label.
-_LENGTHS = re.compile(r"len|offset", re.IGNORECASE)
+_LENGTHS = re.compile(r"(^|_)(lens?|lengths?|offsets?)(_|$)", re.IGNORECASE)
 
 
 class _Splitter:

@@ -16,7 +16,7 @@ from typing import Any
 import onnx
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only, tree_unflatten
 
 from hq_plugin import adapters
 from hq_plugin.distribution import in_first, is_first
@@ -302,7 +302,6 @@ def _dynamic(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | 
 
 
 def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], shapes: Any) -> onnx.ModelProto:
-    names = ["logits", *(f"present.{i}" for i in range(len(kwargs["past"])))] if "past" in kwargs else None
     with torch.no_grad(), warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore")
         with _Where(model) as where, Rewritten():
@@ -317,6 +316,10 @@ def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
                 )
             except Exception as error:  # whatever the model's own code makes of symbolic sizes
                 raise ExportError(_message(error, where.layer)) from error
+        if "past" in kwargs:
+            names: list[str] | None = ["logits", *(f"present.{i}" for i in range(len(kwargs["past"])))]
+        else:
+            names = _output_names(program, kwargs)
         # Fused successive Clips of onnxscript (0.7) may lose their bounds; without its rewriting they stay two.
         for optimize in (True, False):
             try:
@@ -337,6 +340,24 @@ def _translated(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             if graph.is_whole(proto):
                 break
     return proto
+
+
+def _output_names(program: torch.export.ExportedProgram, kwargs: Mapping[str, Any]) -> list[str] | None:
+    """Returns the outputs' names where a model has named outputs (a dict, transformers' ModelOutput), else None."""
+    spec = program.call_spec.out_spec
+    assert spec is not None
+    places = tree_unflatten(list(range(spec.num_leaves)), spec)
+    if not isinstance(places, Mapping):
+        return None
+    named = {
+        index: name if isinstance(value, int) else f"{name}.{number}"
+        for name, value in places.items()
+        for number, index in enumerate(tree_leaves(value))
+    }
+    # What is no tensor is not in the file.
+    outputs = program.graph_signature.user_outputs
+    names = [named[index] for index, output in enumerate(outputs) if isinstance(output, str)]
+    return None if {*names} & {*kwargs} else names
 
 
 class _Where:

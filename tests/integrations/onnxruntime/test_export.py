@@ -72,11 +72,33 @@ def test_what_code_reads_of_a_layer_is_there(activation: int, tmp_path: Path) ->
     assert hq.export(small, tmp_path / "reads.onnx", data[0]).difference < 0.01
 
 
+class NamedOutputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        hidden = torch.relu(self.inner(x))
+        scores = self.outer(hidden)
+        return {"loss": None, "scores": scores, "states": (hidden, scores)}
+
+
+def test_outputs_keep_their_names(tmp_path: Path) -> None:
+    data = [torch.randn(8, 16) for _ in range(4)]
+    small = hq.quantize(NamedOutputs().eval(), "8bit", data, config=SMOKE)
+    hq.export(small, tmp_path / "named.onnx", data[0])
+    made = session(tmp_path / "named.onnx")
+    assert [output.name for output in made.get_outputs()] == ["scores", "states.0", "states.1"]
+    found = made.run(["states.0"], {made.get_inputs()[0].name: data[0].numpy()})[0]
+    np.testing.assert_allclose(found, small(data[0])["states"][0].detach(), atol=0.05)
+
+
 def test_example_inputs_may_be_slices(tmp_path: Path) -> None:
     ids = torch.randint(3, 64, (8, 16))
     small = hq.quantize(bart(), "5bit", [{"input_ids": ids, "decoder_input_ids": ids}] * 2, config=SMOKE)
     found = hq.export(small, tmp_path / "bart.onnx", {"input_ids": ids[:2], "decoder_input_ids": ids[:2, :6]})
     assert found.difference < 0.02
+    assert session(tmp_path / "bart.onnx").get_outputs()[0].name == "logits"
 
 
 def test_a_place_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path) -> None:
