@@ -1,7 +1,7 @@
 """What torch's exporter does not translate, said in what it does, while a model is traced.
 
 Only what fails otherwise is said anew: attention whose inputs are not batches of as many heads, reshaped complex
-numbers, and the inverse of the error function.
+numbers, the inverse of the error function, products in bfloat16, and whether all of a tensor is true.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ def _polynomial(coefficients: tuple[float, ...], x: Tensor) -> Tensor:
     return total
 
 
+def _bfloat16(input: Tensor) -> Tensor:
+    """Rounds as bfloat16 does and stays in float32: the runtime multiplies no bfloat16 on a processor."""
+    return input.to(torch.bfloat16).float()
+
+
 _REWRITES: dict[Any, Callable[..., Tensor]] = {
     F.scaled_dot_product_attention: _attention,
     torch.unsqueeze: _unsqueeze,
@@ -95,4 +100,6 @@ _REWRITES: dict[Any, Callable[..., Tensor]] = {
     torch.erfinv: _erfinv,
     Tensor.erfinv: _erfinv,
     torch.special.erfinv: _erfinv,
+    Tensor.bfloat16: _bfloat16,
+    Tensor._is_all_true: Tensor.all,  # what torch's own checks call
 }

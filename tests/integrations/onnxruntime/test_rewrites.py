@@ -55,7 +55,22 @@ class Inverse(nn.Module):
         return torch.erfinv(torch.tanh(x)) * (1 + torch.distributions.Normal(0, 1).icdf(torch.tensor(0.95)))
 
 
-KINDS = [OneHeadOfKeys, Windows, Turned, Inverse]
+class Biased(nn.Module):
+    """A product in bfloat16, as Falcon's positions are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.linspace(0, 1, 32).bfloat16() * torch.arange(32)
+
+
+class Checked(nn.Module):
+    """A check of its own inputs, as LLaVA has it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._check_tensor_all((x * x) >= 0)
+        return x * 2
+
+
+KINDS = [OneHeadOfKeys, Windows, Turned, Inverse, Checked]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,6 +86,14 @@ def test_what_cannot_be_translated_is_said_anew(
     monkeypatch.setattr(rewrites, "_REWRITES", {})
     with pytest.raises(ExportError, match="cannot be exported"):
         hq.export(small, tmp_path / "again.onnx", x)
+
+
+def test_products_in_bfloat16_run(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(32, 32), Biased(), nn.Linear(32, 5)).eval(), torch.randn(3, 6, 32)
+    small = packed(model, {"0": LayerBits(4, 16), "2": LayerBits(8, 16)}, x)
+    hq.export(small, tmp_path / "m.onnx", x, accuracy_level=1)
+    assert error(tmp_path / "m.onnx", small, x) < 5e-3  # the product itself is not rounded to bfloat16
 
 
 @pytest.mark.parametrize(
