@@ -21,8 +21,8 @@ class Found:
         used: Share of each limit that it uses.
         baselines: Uniform, dynamic-programming and searched policy, each with its held-out distance.
         history: One `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
-        seconds: Wall time of the search; of that, in the genetic search's scoring,
-            outside it (`search_overhead`), and in ranking the best again on more data (`search_reranking`).
+        seconds: Wall time of the search; of that, in the genetic search's scoring, outside it
+            (`search_overhead`), and in ranking the best again on more data (`search_reranking`).
         memory: Most bytes in use so far at the end of the search.
         front: What additive sensitivities predict to be best over the budget's first limit.
         budget: What was searched under; None where the policy was given.

@@ -74,13 +74,14 @@ def open_checkpoint(
     """
     if config.checkpoint_dir is None:
         return None
+    accelerator = Accelerator()
     key = {
         "float model": fingerprint(float_state(teacher)),
         "budget": None if budget is None else asdict(budget),
         **({} if session is None else {"session": session}),
         **decisive(config),
-        "mixed precision": Accelerator().mixed_precision,
-        "gradient accumulation": Accelerator().gradient_accumulation_steps,
+        "mixed precision": accelerator.mixed_precision,
+        "gradient accumulation": accelerator.gradient_accumulation_steps,
     }
     held = tree_leaves([(batch.args, batch.kwargs) for batch in data.holdout])
     seen = fingerprint({str(n): value for n, value in enumerate(held) if isinstance(value, Tensor)})

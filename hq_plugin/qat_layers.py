@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hq_plugin.distribution import in_pieces
+from hq_plugin.nn import with_first
 
 
 class QATMixin(nn.Module):
@@ -35,14 +36,9 @@ class QATMixin(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Runs the float layer's forward on a fake-quantized input and weight."""
-        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-            args = (self.activation_fake_quant(args[0]), *args[1:])
-        elif not args and kwargs:
-            name, value = next(iter(kwargs.items()))
-            if isinstance(value, Tensor) and value.is_floating_point():
-                kwargs = {**kwargs, name: self.activation_fake_quant(value)}
-        elif self._float_type.forward is nn.Embedding.forward:
+        if args and self._float_type.forward is nn.Embedding.forward and not _is_float(args[0]):
             return self._look_up(args[0])
+        args, kwargs = with_first(args, kwargs, lambda x: self.activation_fake_quant(x) if _is_float(x) else x)
         output: Tensor = super().forward(*args, **kwargs)
         return output
 
@@ -62,6 +58,10 @@ class QATMixin(nn.Module):
             looked_up = F.embedding(places, rows)
             return torch.where(padding, looked_up.detach(), looked_up)
         return F.embedding(places, rows)
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @cache

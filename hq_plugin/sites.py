@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -228,7 +228,7 @@ def find_sites(
         FloatLayer(name, type(modules[name]).__name__, _own_parameters(modules[name]), reason)
         for name, reason in reasons.items()
     )
-    total, rest = _count_bytes(model, sites)
+    total, rest = _count_bytes(model, sites, folded)
     return SiteTable(tuple(sites), float_layers, total, rest)
 
 
@@ -313,7 +313,7 @@ def _nothing_to_quantize(reasons: dict[str, str], modules: dict[str, nn.Module])
     )
 
 
-def _count_bytes(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
+def _count_bytes(model: nn.Module, sites: Sequence[Site], folded: Iterable[nn.Module]) -> tuple[int, int]:
     """Returns the bytes of the float model, and of what stays float once BatchNorm is folded."""
     persistent = model.state_dict(keep_vars=True)
     # The float model has one table; what several need beside their rows counts as theirs.
@@ -323,7 +323,7 @@ def _count_bytes(model: nn.Module, sites: Sequence[Site]) -> tuple[int, int]:
     added = {id(module.basis.weight) for module in split if module.basis is not None}
     total = sum(t.numel() * t.element_size() for key, t in tensors.items() if key not in added)
     gone = {id(model.get_submodule(site.name).weight) for site in sites}
-    for norm in norms_to_fold(model):
+    for norm in folded:
         gone.update(id(tensor) for tensor in norm._buffers.values())
     rest = sum(tensor.numel() * tensor.element_size() for key, tensor in tensors.items() if key not in gone)
     return total, rest

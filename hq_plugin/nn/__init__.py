@@ -20,6 +20,7 @@ from hq_plugin.nn.packed import (
     packed_type,
     share_packed_weight,
     weight_key,
+    with_first,
 )
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.replacing import replace_modules
@@ -47,6 +48,7 @@ __all__ = [
     "replace_modules",
     "share_packed_weight",
     "weight_key",
+    "with_first",
     "with_held_weights",
     "with_layers_of",
     "with_plain_weights",

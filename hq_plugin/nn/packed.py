@@ -238,11 +238,7 @@ class PackedModule(nn.Module):
             run = self._kernel.select(args[0])
             if run is not None:
                 return run(args[0])
-        if args:
-            args = (self.quantize_input(args[0]), *args[1:])
-        elif kwargs:
-            name, value = next(iter(kwargs.items()))
-            kwargs = {**kwargs, name: self.quantize_input(value)}
+        args, kwargs = with_first(args, kwargs, self.quantize_input)
         if compiling or self._cached is not None:
             return super().forward(*args, **kwargs)
         self.__dict__["_running"] = True
@@ -318,6 +314,18 @@ class PackedModule(nn.Module):
     def extra_repr(self) -> str:
         """Shows the float layer's settings and the widths."""
         return f"{super().extra_repr()}, bits={self.bits}"
+
+
+def with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Any], Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns the arguments of a layer's call with its input changed: the first one, by place or by name."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    if not kwargs:
+        return args, kwargs
+    name, value = next(iter(kwargs.items()))
+    return args, {**kwargs, name: change(value)}
 
 
 def wants_gradient(x: Any) -> bool:

@@ -16,7 +16,7 @@ from torch.onnx import ops
 
 from hq_plugin.integrations.onnxruntime.dynamic import OPSET, DynamicLinear
 from hq_plugin.integrations.onnxruntime.readable import Readable
-from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain
+from hq_plugin.nn import PackedModule, adopt, affine_weight, is_plain, with_first
 from hq_plugin.policy import FLOAT_BITS, LEFT_OUT
 from hq_plugin.quantization import quantize_rows
 
@@ -254,11 +254,7 @@ class _Dequantizing(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the float layer's forward on the quantized input."""
         made: Any = self
-        if args:
-            args = (made.input_quantizer(args[0]), *args[1:])
-        elif kwargs:
-            name, value = next(iter(kwargs.items()))
-            kwargs = {**kwargs, name: made.input_quantizer(value)}
+        args, kwargs = with_first(args, kwargs, made.input_quantizer)
         return super().forward(*args, **kwargs)
 
 
