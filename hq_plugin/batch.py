@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -73,10 +74,19 @@ class Batch:
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."
             ) from error
 
-    @property
+    # Found once: a GPU is waited for each time that it is asked whether a mask masks anything.
+    @cached_property
     def kept(self) -> Tensor | None:
         """Which positions of padded sequences count, bool `[samples, tokens]`; None where all do."""
         return self._kept_by("attention_mask")
+
+    @cached_property
+    def _decoded(self) -> Tensor | None:
+        return self._kept_by("decoder_attention_mask") if "decoder_attention_mask" in self.kwargs else self.kept
+
+    def kept_in(self, name: str) -> Tensor | None:
+        """Returns which positions count of what a module reads and gives; an encoder is known by its name."""
+        return self.kept if "encoder" in name.replace("_", ".").split(".") else self._decoded
 
     def _kept_by(self, name: str) -> Tensor | None:
         mask = self.kwargs.get(name)
@@ -94,14 +104,12 @@ class Batch:
             output: The output, or parts of it.
             name: Of the module that gave it: an encoder is known by its name, as its parts of an output are.
         """
-        kept = self.kept
-        decoded = self._kept_by("decoder_attention_mask") if "decoder_attention_mask" in self.kwargs else kept
-        if kept is None and decoded is None:
+        if self.kept is None and self._decoded is None:
             return output
 
         def of(value: Any, name: str) -> Any:
             if isinstance(value, Tensor):
-                mask = kept if "encoder" in name.replace("_", ".").split(".") else decoded
+                mask = self.kept_in(name)
                 return value if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape else value[mask]
             if isinstance(value, Mapping):
                 return {key: of(part, f"{name}.{key}") for key, part in value.items()}

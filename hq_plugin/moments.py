@@ -37,8 +37,8 @@ class SiteMoments:
     """Second moments at one site.
 
     Attributes:
-        inputs: `[inputs]`, mean of the squared input over samples and positions; of an embedding, `[rows]`,
-            how often each row is looked up for each position of the output.
+        inputs: `[inputs]`, mean of the squared input over samples and positions but for padding; of an embedding,
+            `[rows]`, how often each row is looked up for each position of the output.
         outputs: `[outputs]`, the squared gradient of a sample's loss at the output, summed over the positions that
             the sample has there, mean over samples; of an embedding, `[width]`, the mean over its look-ups.
         kind: Kind of the site.
@@ -93,8 +93,13 @@ class _Sums:
         self.inputs: Tensor | float = 0.0
         self.outputs: Tensor | float = 0.0
         self.count = 0
+        #: Of what runs now, the positions that count: the loss has no gradient at the others.
+        self.kept: Tensor | None = None
 
     def see_input(self, x: Tensor) -> None:
+        places = x.dim() if self.site.kind == "embedding" else x.dim() - 1
+        if self.kept is not None and places >= 2 and x.shape[:2] == self.kept.shape:
+            x = x[self.kept]
         if self.site.kind == "embedding":
             self.inputs = self.inputs + torch.bincount(x.flatten(), minlength=self.site.weight_shape[0]).float()
             self.count += x.numel()
@@ -151,6 +156,13 @@ def collect_moments(
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
     positions = 0
     lookups = _Lookups()
+
+    def in_turn() -> Iterator[Batch]:
+        for batch in batches:
+            for name, sum_ in sums.items():
+                sum_.kept = batch.kept_in(name)
+            yield batch
+
     handles = []
     for name, sum_ in sums.items():
         module = teacher.get_submodule(name)
@@ -160,7 +172,7 @@ def collect_moments(
             handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
     try:
         with torch.enable_grad(), lookups:
-            for probe, seen in probes(teacher, batches, seed, loss):
+            for probe, seen in probes(teacher, in_turn(), seed, loss):
                 if not probe.requires_grad:
                     raise ConfigError(
                         'sensitivities="fisher" needs an output that hangs on the layers, and holds a tensor of '

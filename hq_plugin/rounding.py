@@ -46,13 +46,13 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    kept: Tensor | None = None
+    running: Batch | None = None
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            if kept is not None and x.shape[:2] == kept.shape:
-                x = x[kept]  # without padding
+            assert running is not None
+            x = running.without_padding(x, name)
             counts[name] = counts.get(name, 0) + _add_product(sums, name, x)
 
         return see
@@ -61,10 +61,9 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
         network.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
     ]
     try:
-        for batch in batches:
-            kept = batch.kept
+        for running in batches:
             with autocast():
-                batch.run(network)
+                running.run(network)
     finally:
         for handle in handles:
             handle.remove()

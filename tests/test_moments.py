@@ -253,3 +253,24 @@ def test_a_layer_that_multiplies_by_parts_of_its_weight_has_the_moments_of_its_g
     assert float(moments["grouped"].gradient.min()) > 0  # type: ignore[union-attr]
     assert moments["head"].inputs.shape == (24,)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Masked(Words):
+    """The same as a language model has it: with a mask."""
+
+    def forward(self, ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+        return super().forward(ids)
+
+
+def test_padding_changes_no_moments() -> None:
+    torch.manual_seed(0)
+    model = Masked().eval().requires_grad_(False)
+    ids = torch.randint(1, 20, (16, 4))
+    padded = torch.cat([ids, torch.zeros(16, 12, dtype=torch.long)], dim=1)
+    mask = (padded > 0).long()
+    plain, masked = Batch((ids,), {}, None, 16), Batch((padded,), {"attention_mask": mask}, None, 16)
+    table = find_sites(model, plain.run, 16)
+    wanted, found = (collect_moments(model, table, [batch], seed=0) for batch in (plain, masked))
+    for name, moments in wanted.items():
+        for part in ("inputs", "outputs"):
+            torch.testing.assert_close(getattr(found[name], part), getattr(moments, part))

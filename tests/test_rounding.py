@@ -175,3 +175,20 @@ def test_padding_is_no_input() -> None:
     padded["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     products = input_products(Tokens(), ["head"], [Batch((), padded, None, 2)])
     torch.testing.assert_close(products["head"], x.T @ x / 6)
+
+
+def test_as_many_inputs_as_tokens_are_no_padding() -> None:
+    class Pooled(nn.Module):
+        """A pooler as BERT's, which reads the first token of each sample."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.pooler = nn.Linear(6, 4)
+
+        def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+            return self.pooler(x[:, 0])
+
+    x, mask = torch.randn(5, 6, 6), torch.ones(5, 6, dtype=torch.long)
+    mask[2, 3:] = 0
+    products = input_products(Pooled(), ["pooler"], [Batch((), {"x": x, "attention_mask": mask}, None, 5)])
+    torch.testing.assert_close(products["pooler"], x[:, 0].T @ x[:, 0] / 5)
