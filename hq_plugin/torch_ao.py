@@ -147,21 +147,21 @@ class HybridWeightFakeQuantize(HybridFakeQuantize):
         self._group_size = group_size
         #: Whether the layer computes in autocast's precision where that is on; an embedding does not.
         self.casts = False
-        self._cache: dict[int, Tensor] | None = None
+        self._cache: dict[tuple[int, torch.dtype], Tensor] | None = None
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the fake-quantized weight, in the shape and dtype of `weight`."""
         if not self.active:
             return weight
         if self._cache is not None:
-            if self.bits not in self._cache:
-                made = self._ready(weight)(weight, self.bits).detach()
-                kind = weight.device.type
-                if self.casts and torch.is_autocast_enabled(kind):
-                    # The layer would cast it in each forward, and half of the memory is enough.
-                    made = made.to(torch.get_autocast_dtype(kind))
-                self._cache[self.bits] = made
-            return self._cache[self.bits]
+            kind, dtype = weight.device.type, weight.dtype
+            if self.casts and torch.is_autocast_enabled(kind):
+                # The layer would cast it in each forward, and half of the memory is enough.
+                dtype = torch.get_autocast_dtype(kind)
+            # By the dtype, too: what re-estimates BatchNorm and what the user measures run without autocast.
+            if (self.bits, dtype) not in self._cache:
+                self._cache[self.bits, dtype] = self._ready(weight)(weight, self.bits).detach().to(dtype)
+            return self._cache[self.bits, dtype]
         generated: Tensor = self._ready(weight)(weight, self.bits)
         return generated
 

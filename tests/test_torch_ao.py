@@ -434,3 +434,14 @@ def test_parameters_that_are_no_floats_stay_as_they_are(tiny: nn.Module) -> None
     torch_ao.set_trainable(prepared, True)
     assert not prepared.places.requires_grad
     assert prepared.stem._parameters["weight"].requires_grad
+
+
+def test_weights_that_are_kept_fit_the_precision_that_runs() -> None:
+    prepared = torch_ao.prepare(nn.Sequential(nn.Linear(8, 4)), HybridPolicy({"0": LayerBits(3)})).eval()
+    x = torch.randn(5, 8)
+    wanted = prepared(x)
+    with torch.no_grad(), torch_ao.cached_weights(prepared):
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                assert prepared(x).dtype == torch.bfloat16
+            assert torch.equal(prepared(x), wanted)
