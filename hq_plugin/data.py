@@ -43,15 +43,19 @@ class Data:
     shared: bool = False
     synthetic: bool = False
 
-    def forever(self) -> Iterator[Batch]:
-        """Yields training batches without end, epoch after epoch, in an order that only the seed decides."""
+    def forever(self, least: int = 2) -> Iterator[Batch]:
+        """Yields training batches without end, epoch after epoch, in an order that only the seed decides.
+
+        Args:
+            least: Samples of a batch, two for each process that takes a share of it: BatchNorm cannot normalise one
+                by itself. What is left over with fewer is passed over, unless no batch has as many.
+        """
         largest = 0
         for epoch in count():
             empty = True
             for batch in self.train.epoch(epoch) if isinstance(self.train, _Batches) else self.train:
                 empty, largest = False, max(largest, batch.size)
-                # One sample that is left over is passed over: BatchNorm cannot normalise it by itself.
-                if batch.size > 1 or largest == 1:
+                if batch.size >= least or largest < least:
                     yield batch
             if empty:
                 raise DataError("data ended: a second pass over it gave no batch. Pass a list or a Dataset.")

@@ -23,6 +23,7 @@ from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.config import Config
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction, RelativeError, loss_function
+from hq_plugin.distribution import processes
 from hq_plugin.errors import ModelError
 from hq_plugin.rewriting import float_state, hold_parameters, plain_weights, split_tables, splittable
 from hq_plugin.sharding import sharded
@@ -142,8 +143,16 @@ def teacher_of(
         config: Options.
         share: Whether parameters share their memory with those of `model`, but those of large embeddings.
         by_use: Rows of embeddings in the order in which they lie in the tables, by name; None counts in the data.
+
+    Raises:
+        ModelError: The model cannot be copied, has parameters without values, or layers that wait for others.
     """
     reject_lazy(model)
+    if any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()) and processes()[1] > 1:
+        raise ModelError(
+            "The model has SyncBatchNorm layers, which wait for the other processes, and each process scores "
+            "policies of its own. Give the model as it was before torch.nn.SyncBatchNorm.convert_sync_batchnorm."
+        )
     # Embeddings with `max_norm` change rows that they look up.
     changed = {id(module.weight) for module in model.modules() if getattr(module, "max_norm", None) is not None}
     shared = [p for p in model.parameters() if id(p) not in changed] if share else []

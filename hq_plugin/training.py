@@ -119,7 +119,8 @@ def _train(
     set_training_modes(network, by_batch)
     kept = KeptValues(network)
     # Batches of a step, as accelerate is configured.
-    batches, accumulated = task.data.forever(), accelerator.gradient_accumulation_steps
+    accumulated = accelerator.gradient_accumulation_steps
+    batches = task.data.forever(2 * accelerator.num_processes)
     ahead = next(batches)
     samples = ahead.size * accumulated
     batches = itertools.chain([ahead], batches)

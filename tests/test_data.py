@@ -152,6 +152,13 @@ def test_one_sample_that_is_left_over_is_not_trained_on_but_single_samples_are()
     assert {next(stream).size for _ in range(12)} == {1}
 
 
+def test_what_is_left_over_has_two_samples_for_each_process() -> None:
+    data = prepare_data(list(torch.arange(22.0).reshape(11, 2).split(4)), One(), CONFIG)
+    assert {batch.size for batch in islice(data.forever(4), 6)} == {4}
+    assert {batch.size for batch in islice(data.forever(), 6)} == {4, 3}
+    assert {batch.size for batch in islice(data.forever(8), 6)} == {4, 3}, "no batch has as many"
+
+
 def test_an_epoch_s_order_hangs_on_nothing_but_the_seed() -> None:
     def first(data: Data, count: int) -> list[torch.Tensor]:
         return [batch.args[0] for batch in islice(data.forever(), count)]

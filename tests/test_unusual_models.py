@@ -338,3 +338,11 @@ def test_switched_off_quantizers_stay_off() -> None:
 def test_a_budget_that_is_written_is_the_same_when_read(size: int) -> None:
     assert hq.Budget.parse(str(hq.Budget(size=size))) == hq.Budget(size=size)
     assert hq.Budget.parse(str(hq.Budget(bitops=float(size)))) == hq.Budget(bitops=float(size))
+
+
+def test_batchnorms_that_wait_for_other_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(cnn())
+    assert hq.meta_train(model, pictures(), **OPTIONS).history, "alone they are BatchNorms like any other"
+    monkeypatch.setattr("hq_plugin.preparation.processes", lambda: (0, 2))
+    with pytest.raises(ModelError, match="SyncBatchNorm"):
+        hq.meta_train(model, pictures(), **OPTIONS)

@@ -21,9 +21,10 @@ from hq_plugin.training import Task, train
 def main(out: Path) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
+    layers = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.BatchNorm1d(144), nn.Linear(144, 10)
     model = nn.Sequential(*layers)
     batches = [(torch.randn(31, 1, 8, 8), None) for _ in range(6)]  # whose shares differ by one sample
+    batches.append((torch.randn(3, 1, 8, 8), None))  # of which one process would have a single one
     for x, _ in batches:
         model(x)
     model.eval()
