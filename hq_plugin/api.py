@@ -245,14 +245,12 @@ def _check_model(model: Any) -> None:
             )
     if any(p.is_meta for p in model.parameters()):
         raise ModelError("The model is on the meta device, without weights. Load it with its weights.")
-    adapter = adapters.find(model)
-    if adapter is None or adapter.name != "huggingface":  # whose own check knows about devices
-        half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
-        if half:
-            raise ModelError(
-                f"The model has parameters of {', '.join(half)}, whose rounding would drown that of training. Give "
-                "model.float() and data of float32; accelerate's mixed precision trains in bfloat16."
-            )
+    half = sorted({str(p.dtype) for p in model.parameters() if p.dtype in (torch.float16, torch.bfloat16)})
+    if half:
+        raise ModelError(
+            f"The model has parameters of {', '.join(half)}, whose rounding would drown that of training. Give "
+            "model.float() and data of float32; accelerate's mixed precision trains in bfloat16."
+        )
 
 
 def _data(model: nn.Module, data: Any, config: Config) -> Data:

@@ -69,8 +69,7 @@ class HuggingFaceAdapter:
         """Takes the model out of a pipeline; of a bare model, turns Conv1D layers into Linear ones.
 
         Raises:
-            ModelError: The model is quantized already, on the meta device, offloaded, or in half precision
-                on a CPU.
+            ModelError: The model is quantized already, on the meta device, or offloaded.
         """
         if type(model).__module__.startswith("peft."):
             raise ModelError(
@@ -258,10 +257,5 @@ def _checked(model: PreTrainedModel) -> PreTrainedModel:
             raise ModelError(
                 f"The model is {where}: {name} holds no values. Load it whole: from_pretrained(..., "
                 "device_map=None), or device_map='auto' on a machine where it fits."
-            )
-        if tensor.device.type == "cpu" and tensor.dtype in (torch.float16, torch.bfloat16):
-            raise ModelError(
-                f"The model is {str(tensor.dtype).removeprefix('torch.')} on a CPU, where training would lose its "
-                "updates. Load it with dtype=torch.float32, or call model.float(); convert the result afterwards."
             )
     return model

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -453,8 +454,13 @@ def test_bad_input(tmp_path) -> None:  # type: ignore[no-untyped-def]
         hollow = llama()
     with pytest.raises(ModelError, match="meta device"):
         hq.quantize(hollow, "4bit", TEXTS, config=SMOKE)
-    with pytest.raises(ModelError, match=r"float16 on a CPU.*float32"):
+    with pytest.raises(ModelError, match=r"float16.*float32"):
         hq.quantize(llama().half(), "4bit", TEXTS, config=SMOKE)
+    config = llama().config
+    with FakeTensorMode(), torch.device("cuda"):
+        elsewhere = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    with pytest.raises(ModelError, match=r"bfloat16.*float32"):
+        hq.quantize(elsewhere, "4bit", TEXTS, config=SMOKE)
 
 
 def test_positions_that_are_kept_for_padding_do_not_count() -> None:
