@@ -349,7 +349,10 @@ def prepare(
             weight = module._parameters["weight"]
             assert weight is not None
             # Tied weights share one block, or else they would not stay tied.
-            block = blocks.setdefault(id(weight), _table(weight, bits, whole_zero_points))
+            if id(weight) not in blocks:
+                table = WeightBlock(weight.detach(), (bits.weight,), bits.group_size, whole=whole_zero_points)
+                blocks[id(weight)] = table.to(weight.device)
+            block = blocks[id(weight)]
             made = block.widths[0], block.group_size(block.widths[0])
             if (bits.weight, bits.group_size) != made:
                 raise PolicyError(
@@ -366,10 +369,6 @@ def prepare(
         if name in training:
             module.training = training[name]
     return prepared
-
-
-def _table(weight: Tensor, bits: LayerBits, whole: bool) -> WeightBlock:
-    return WeightBlock(weight.detach(), (bits.weight,), bits.group_size, whole=whole).to(weight.device)
 
 
 def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps | None) -> tq.QConfig:
