@@ -48,7 +48,7 @@ class Checkpoint:
 
     Raises:
         ArtifactError: The directory holds the checkpoint of other work.
-        ArtifactPathError: The directory holds something else, or cannot be written.
+        ArtifactPathError: The directory holds something else, cannot be written, or is not seen by all processes.
     """
 
     def __init__(
@@ -58,6 +58,12 @@ class Checkpoint:
         self._holders, self._warned = 0, False
         wanted = json.loads(json.dumps(dict(key)))
         in_first(lambda: self._claim(wanted, data))
+        # A process that sees nothing of what was kept would begin anew where the others go on.
+        if not (self.directory / _KEY).exists():
+            raise ArtifactPathError(
+                f"The first process keeps what it does in {self.directory}, which this one does not see. Give a "
+                "checkpoint_dir that all hosts share."
+            )
         self._scores = self._read_scores()
         self._last = time.monotonic()
 

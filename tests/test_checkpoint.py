@@ -252,3 +252,11 @@ def test_work_in_another_precision_or_beside_a_session_is_other_work(tmp_path: P
     opened("session", session="0123")
     with pytest.raises(ArtifactError, match="other work: session differ"):
         opened("session")
+
+
+def test_a_process_on_a_host_that_does_not_share_the_directory_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hq_plugin.checkpoint.in_first", lambda claim: None)  # it ran elsewhere
+    with pytest.raises(ArtifactPathError, match="all hosts share"):
+        Checkpoint(tmp_path / "kept", {"seed": 0})
