@@ -121,6 +121,24 @@ class Batch:
         """Returns the first `count` samples."""
         return self if count >= self.size else self.part(0, count)
 
+    @torch.no_grad()
+    def taken_by(self, model: nn.Module, count: int) -> Batch:
+        """Returns the first `count` samples, or all of them where a model does not run on a part of a batch.
+
+        Nodes of a graph come with their edges, and sequences may begin with time: rows are no samples there.
+
+        Args:
+            model: Runs once on the part, in eval mode.
+            count: How many samples are wanted.
+        """
+        part = self.take(count)
+        if part is not self:
+            try:
+                part.run_whole(model)
+            except DataError:
+                return self
+        return part
+
     def part(self, start: int, stop: int) -> Batch:
         """Returns some samples: of every tensor whose first dimension is that of the samples."""
 

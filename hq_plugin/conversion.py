@@ -26,7 +26,7 @@ from hq_plugin.profiling import first_samples
 #: Relative error of outputs from which a warning is due. Kernels in bfloat16 make 1 %, and an input whose rounding
 #: flips some; what conversion loses is of the size of the output.
 _SAME = 0.1
-#: Samples that are compared: what is lost shows in any.
+#: Samples that are compared, where the model takes so few: what is lost shows in any.
 _COMPARED = 4
 
 
@@ -51,7 +51,7 @@ def convert_network(
     if config.target == "torch" or (config.target == "storage" and timed):
         part = first_samples(batch, budget.batch if budget is not None and timed else batch.size).to(device)
         choose_by(packed, lambda: part.run_whole(packed))
-    error = _difference(network, packed, batch.take(_COMPARED))
+    error = _difference(network, packed, batch)
     if error > _SAME:
         warnings.warn(
             f"The converted model's outputs are {error:.0%} off those of the network that was trained, whose "
@@ -67,7 +67,8 @@ def convert_network(
 def _difference(network: nn.Module, packed: nn.Module, batch: Batch) -> float:
     """Returns the relative error of a packed model's outputs on a batch, of those that are finite in both."""
     with in_eval_mode(network), in_eval_mode(packed):
-        wanted = tensors_of(batch.to(device_of(network)).run(network))
+        batch = batch.to(device_of(network)).taken_by(network, _COMPARED)
+        wanted = tensors_of(batch.run(network))
         found = tensors_of(batch.to(device_of(packed)).run(packed))
     cache_weights(packed, True)  # what ran keeps no float weights before the user runs it
     size = error = 0.0

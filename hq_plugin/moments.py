@@ -152,7 +152,7 @@ def collect_moments(
     sums = {site.name: _Sums(site) for site in sites if site.kind in KINDS and site.called}
     read = {site.name: _read_weight(teacher, site) for site in sites if site.name not in sums}
     if read:
-        batches = [part for batch in batches for part in _parts(batch)]
+        batches = [part for batch in batches for part in _parts(batch, teacher)]
     squares = {name: torch.zeros_like(weight, dtype=torch.float32) for name, weight in read.items()}
     positions = 0
     lookups = _Lookups()
@@ -220,8 +220,8 @@ def probes(
         yield random_probe(output, loss, generator)
 
 
-def _parts(batch: Batch) -> list[Batch]:
-    size = max(1, batch.size // DRAWS)
+def _parts(batch: Batch, teacher: nn.Module) -> list[Batch]:
+    size = batch.taken_by(teacher, max(1, batch.size // DRAWS)).size
     return [batch.part(start, start + size) for start in range(0, batch.size, size)]
 
 

@@ -81,15 +81,16 @@ class Scorer:
         self._recalibrations[samples](network)
 
     def _first(self, samples: int) -> Iterator[Batch]:
-        """Yields the first training samples, the last batch cut to fit, but never to one sample.
+        """Yields the first training samples, the last batch cut to fit where the model takes a part of it.
 
-        One sample has no variance where a layer's output is 1 x 1.
+        It is never cut to one sample, which has no variance where a layer's output is 1 x 1.
         """
         wanted = samples
         for batch in self._data.train:
             if samples <= 0 or (samples == 1 and wanted > 1):
                 return
-            yield batch.to(self.device).take(samples)
+            batch = batch.to(self.device)
+            yield batch if batch.size <= samples else batch.taken_by(runnable(self.teacher), samples)
             samples -= batch.size
 
     @torch.no_grad()

@@ -346,3 +346,28 @@ def test_batchnorms_that_wait_for_other_processes_are_refused(monkeypatch: pytes
     monkeypatch.setattr("hq_plugin.preparation.processes", lambda: (0, 2))
     with pytest.raises(ModelError, match="SyncBatchNorm"):
         hq.meta_train(model, pictures(), **OPTIONS)
+
+
+class _Graph(nn.Module):
+    """Layers on the nodes of a graph, each with the sum of its neighbours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(16, 32), nn.BatchNorm1d(32), nn.Linear(32, 10)
+        self.read = nn.Linear(10, 10)
+
+    def forward(self, x: Tensor, edges: Tensor) -> Tensor:
+        x = self.norm(self.first(x)).relu()
+        x = self.last(x.index_add(0, edges[1], x[edges[0]]))
+        return F.linear(x, self.read.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"sensitivities": "fisher"}])
+def test_a_batch_that_no_part_can_be_taken_of(options: dict[str, Any]) -> None:
+    """The work was lost at its end, where a part of a batch was compared, or before it with BatchNorm."""
+    graphs = [(torch.randn(40, 16), torch.randint(40, (2, 60))) for _ in range(8)]
+    model = _Graph().eval()
+    small = hq.quantize(model, "9bit", graphs, weight_bits=8, **OPTIONS, **options)
+    with torch.no_grad():
+        wanted, found = model(*graphs[0]), small(*graphs[0])
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
