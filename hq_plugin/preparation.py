@@ -158,7 +158,8 @@ def teacher_of(
     shared = [p for p in model.parameters() if id(p) not in changed] if share else []
     memo = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in shared}
     try:
-        teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
+        with torch.no_grad():  # TorchScript copies its parameters by an operation of torch
+            teacher = copy.deepcopy(model, memo).eval().requires_grad_(False)
     except RuntimeError as error:
         if "Only Tensors created explicitly by the user" not in str(error):
             raise

@@ -371,3 +371,16 @@ def test_a_batch_that_no_part_can_be_taken_of(options: dict[str, Any]) -> None:
     with torch.no_grad():
         wanted, found = model(*graphs[0]), small(*graphs[0])
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+def test_a_part_that_is_torchscript_stays_float(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        scripted = torch.jit.script(nn.Sequential(nn.Linear(32, 32), nn.ReLU()))
+        return nn.Sequential(nn.Linear(16, 32), scripted, nn.Linear(32, 10)).eval()
+
+    model = made()
+    small = hq.quantize(model, "9bit", vectors(), weight_bits=8, **OPTIONS)
+    assert set(packed_modules(small)) == {"0", "2"}
+    x = torch.randn(4, 16)
+    assert off(small, model, x) < 0.05
+    assert torch.equal(hq.load(hq.save(small, tmp_path / "small"), made())(x), small(x))
