@@ -3,6 +3,7 @@
 import threading
 import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +385,18 @@ def test_a_part_that_is_torchscript_stays_float(tmp_path: Path) -> None:
     x = torch.randn(4, 16)
     assert off(small, model, x) < 0.05
     assert torch.equal(hq.load(hq.save(small, tmp_path / "small"), made())(x), small(x))
+
+
+def test_threads_share_a_session_and_the_seeds() -> None:
+    """They gave results that hung on each other, failed, or left the session with another network."""
+    session = hq.meta_train(cnn(), pictures(), **OPTIONS)
+    budgets, x = ["3bit", "5bit", "3bit", "4bit"], torch.randn(4, 3, 8, 8)
+    wanted = [session.quantize(budget)(x) for budget in budgets]
+    torch.manual_seed(1)
+    with ThreadPoolExecutor(4) as threads:
+        found = [small(x) for small in threads.map(session.quantize, budgets)]
+    after = torch.rand(1)
+    for one, other in zip([*found, session.quantize("3bit")(x)], [*wanted, wanted[0]], strict=True):
+        assert torch.equal(one, other)
+    torch.manual_seed(1)
+    assert torch.equal(after, torch.rand(1))
