@@ -28,7 +28,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from hq_plugin.batchnorm import fold_batchnorm
 from hq_plugin.errors import HQWarning, ModelError, PolicyError
 from hq_plugin.metaquantnet import ActivationSteps, MetaQuantNet
-from hq_plugin.nn import PackedModule, adopt, replace_modules, share_packed_weight, with_layers_of
+from hq_plugin.nn import (
+    HOOKS,
+    PackedModule,
+    adopt,
+    replace_modules,
+    share_packed_weight,
+    take_over_hooks,
+    with_layers_of,
+)
 from hq_plugin.nn.packed import versions
 from hq_plugin.optimal_qparams import optimal_activation_qparams
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy, LayerBits
@@ -379,25 +387,18 @@ def _qconfig(bits: LayerBits, block: WeightBlock | None, steps: ActivationSteps 
     )
 
 
-#: Where a module keeps the hooks of its forward.
-_HOOKS = (
-    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
-    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
-)
-
-
 def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Module:
     """Swaps by torch.ao, and also the root module and every further reference to a swapped module."""
     swapped: dict[int, nn.Module] = {}
     hooks: dict[int, dict[str, Any]] = {}
-    originals = list(model.modules())  # keeps ids alive
+    originals = {id(module): module for module in model.modules()}
 
     def remember(handler: Any) -> type:
         class Remembering:
             @staticmethod
             def from_float(module: nn.Module) -> nn.Module:
                 if id(module) not in swapped:
-                    hooks[id(module)] = {name: vars(module)[name].copy() for name in _HOOKS}
+                    hooks[id(module)] = {name: vars(module)[name].copy() for name in HOOKS}
                     swapped[id(module)] = handler.from_float(module)
                 return swapped[id(module)]
 
@@ -414,8 +415,11 @@ def _swap_all(model: nn.Module, mapping: dict[type, Any], swap: Any) -> nn.Modul
     replaced = replace_modules(holder.get_submodule("model"), swapped)
     # What came in has the layer's hooks; torch.ao registers them once more, without their keywords.
     for key, new in swapped.items():
-        new.__dict__.update(hooks[key])
-    del originals
+        for name, before in hooks[key].items():
+            kept = vars(originals[key])[name]  # to which handles refer
+            kept.clear()
+            kept.update(before)
+        take_over_hooks(new, originals[key])
     return replaced
 
 

@@ -1,5 +1,6 @@
 """Models that do what most do not: the result is what is reported, and the user's model stays as it was."""
 
+import copy
 import threading
 import types
 import warnings
@@ -400,3 +401,31 @@ def test_threads_share_a_session_and_the_seeds() -> None:
         assert torch.equal(one, other)
     torch.manual_seed(1)
     assert torch.equal(after, torch.rand(1))
+
+
+class _Watched(nn.Module):
+    """Keeps handles of hooks of its layers, as transformers' models with gradient checkpointing do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.last = nn.Embedding(5000, 16), nn.Linear(16, 10)
+        self.handles = [self.words.register_forward_hook(lambda module, args, output: output + 1)]
+        self.handle = self.last.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.last(self.words(ids).mean(1))
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_handles_of_hooks_stay_with_their_layers(parts: int, tmp_path: Path) -> None:
+    """The work was lost after the search, where the network was copied; tables of an embedding lost its hooks."""
+    model, ids = _Watched().eval(), [torch.randint(5000, (16, 6)) for _ in range(8)]
+    small = hq.quantize(model, "10bit", ids, weight_bits=8, embedding_parts=parts, **OPTIONS)
+    assert off(small, model, ids[0]) < 0.05
+    again = copy.deepcopy(hq.load(hq.save(small, tmp_path / "small"), _Watched()))
+    assert torch.equal(again(ids[0]), small(ids[0]))
+    for each in (model, small, again):
+        each.handle.remove()
+        each.handles[0].remove()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in (*small.modules(), *again.modules()))
+    assert torch.equal(again(ids[0]), small(ids[0]))

@@ -23,10 +23,11 @@ from hq_plugin.nn.packed import (
     with_first,
 )
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
-from hq_plugin.nn.replacing import replace_modules
+from hq_plugin.nn.replacing import HOOKS, replace_modules, take_over_hooks
 from hq_plugin.nn.split import SplitEmbedding, with_split_tables
 
 __all__ = [
+    "HOOKS",
     "INPUT_BUFFERS",
     "WEIGHT_BUFFERS",
     "HeldWeight",
@@ -47,6 +48,7 @@ __all__ = [
     "parametrized_weight",
     "replace_modules",
     "share_packed_weight",
+    "take_over_hooks",
     "weight_key",
     "with_first",
     "with_held_weights",
