@@ -16,15 +16,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
-from hq_plugin.distribution import share_of_batch
+from hq_plugin.held_out import held_out_distance
 from hq_plugin.modes import set_training_modes
 from hq_plugin.sharding import runnable
 
 #: The distance from which they are used, in units of their noise. Networks from 2.7 on ended 5 to 22 % closer with
 #: them, but for one at 2.8 (4 % further), and those below further by up to a third (docs/experiments.md).
 NOISE = 2.5
-#: Batches on which both are measured.
-_BATCHES = 8
 #: The least momentum with which running statistics follow. Weights keep moving: remembering for 33 steps and more
 #: cost half of what was gained, and networks trained for long before come with a memory of 100 or 1,000.
 _MOMENTUM = 0.1
@@ -41,7 +39,7 @@ def batch_statistics_pay(
     Args:
         network: The student, in the mode in which it would train with running statistics.
         teacher: The float model, in eval mode; it is not changed.
-        data: Its held-out batches are run, but for a smaller last one, which is noisier.
+        data: Its held-out batches are run.
         loss: Distance of outputs.
         accelerator: Brings processes together: each measures its share of a batch, whose statistics it would take.
     """
@@ -53,14 +51,8 @@ def batch_statistics_pay(
         return False
     noisy = runnable(copy.deepcopy(teacher))
     set_training_modes(noisy, batch_statistics=True)
-    measured = torch.zeros(2, device=accelerator.device)
-    for whole in [batch for batch in data.holdout if batch.size == size][:_BATCHES]:
-        batch, weight = share_of_batch(whole.to(accelerator.device))
-        target = batch.run(teacher)
-        both = [loss(batch.run(student), target).float() for student in (network, noisy)]
-        measured += weight * torch.stack(both)
-    distance, noise = accelerator.reduce(measured, "mean").tolist()
-    return bool(distance > NOISE * noise)
+    distance, noise = (held_out_distance(student, teacher, data, loss, accelerator) for student in (network, noisy))
+    return distance > NOISE * noise
 
 
 def follow_batches(network: nn.Module) -> None:

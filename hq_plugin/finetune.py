@@ -24,7 +24,7 @@ from hq_plugin.errors import HQWarning
 from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.qat_layers import qat_layers
-from hq_plugin.rates import Rates
+from hq_plugin.rates import BACK_OFF, Rates
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.seeding import seeded
 from hq_plugin.tracking import tracking
@@ -106,7 +106,8 @@ def finetune_network(
     config: Config,
     checkpoint: Checkpoint | None = None,
     stage: str = "",
-) -> list[dict[str, Any]]:
+    share: float = 1.0,
+) -> tuple[list[dict[str, Any]], bool]:
     """Trains a network with a fixed policy in place.
 
     Args:
@@ -118,15 +119,17 @@ def finetune_network(
         config: Options.
         checkpoint: Where the state is kept; None keeps nothing.
         stage: Name of the stage there.
+        share: Share of the rates of weights that nobody gave: 1, or one of `BACK_OFF`.
 
     Returns:
-        One `{"step", "loss", "batch_statistics"}` for each step.
+        The history, one `{"step", "loss", "batch_statistics"}` a step, and whether it is to be trained again, from
+        where it began, at the next share: the first steps led no closer.
     """
     assert config.block_loss is not None
     assert config.temperature is not None
     task = Task(
         name="fine-tuning",
-        stage=stage,
+        stage=stage if share == 1 else f"{stage} at {share:g} of the rates",
         network=network,
         teacher=teacher,
         data=data,
@@ -136,16 +139,20 @@ def finetune_network(
         # What blocks give leads the way at first; in the end the output is what counts.
         final_block_loss=0.0,
         steps=config.steps.finetune,
-        rates=Rates(config.learning_rate, config.step_learning_rate, width=_mean_width(network)),
+        rates=Rates(config.learning_rate, config.step_learning_rate, _mean_width(network), share),
         # Few networks end further away than the noise of batches' statistics; those train better with them.
         batch_statistics=None,
         distance=loss,
+        # A rate that was given is taken as it is.
+        backs_off=config.learning_rate is None and share > BACK_OFF[-1],
         checkpoint=checkpoint,
         show=config.progress,
     )
     with seeded(config.seed + 1), tracking(config):
-        train(task)
-    return task.history
+        ended = train(task)
+    if task.history:
+        task.history[0]["rates"] = share
+    return task.history, not ended
 
 
 def warn_of_no_gain(steps: int, before: float, after: float) -> None:

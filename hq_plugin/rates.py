@@ -23,9 +23,13 @@ WARMUP = 0.05
 #: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
 #: weights are small, and a depthwise network, whose are large.
 RELATIVE_RATE = 0.01
-#: Input channels up to which that holds. Adam moves the weights of a channel together: what they add up to at its
-#: output grows with their number, where what they began as adds up to its root. So a wider layer's share falls
-#: with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
+#: Fine-tuning that a tenth of its steps at these rates led no closer begins again at such shares of them. A ResNet
+#: at 2.2 bits is best off at the whole rates. A MobileNetV3 and networks of ImageNet at 3 bits begin closer to the
+#: float model, and are led away further than the rest of the steps makes up for (docs/experiments.md).
+BACK_OFF = (0.3, 0.1)
+#: Input channels up to which `RELATIVE_RATE` holds. Adam moves the weights of a channel together: what they add up
+#: to at its output grows with their number, where what they began as adds up to its root. So a wider layer's share
+#: falls with the root (as Adam's rate itself falls with the number in Yang et al., arXiv:2203.03466, table 3). An
 #: EfficientNet-Lite0 came 7 to 23 % closer with it; narrow networks stay as they are.
 CHANNELS = 64
 #: Rates of weights are this many times as high once fine-tuning has BatchNorm normalise by batches' statistics:
@@ -59,6 +63,7 @@ class Rates:
         weights: Peak rate of weights; None gives each its own (see `RELATIVE_RATE`).
         steps: Peak rate of quantization steps and zero points; None takes `STEP_RATE`.
         width: Mean width of the weights, where it is fixed.
+        share: Rates of weights that nobody gave are this share of what they would be; those of vectors stay.
         base: Rate of the network's own weights, as a share of that of what generates them.
         final: Rates at the end, as a share of their peaks.
     """
@@ -66,6 +71,7 @@ class Rates:
     weights: float | None
     steps: float | None
     width: float = 2.0
+    share: float = 1.0
     base: float = 1.0
     final: float = 0.0
 
@@ -96,6 +102,7 @@ class Rates:
         for piece, whole in own:
             if self.weights is None:
                 rate = scale * _relative_rate(whole, self.width, channels.get(id(whole), 1))
+                rate *= self.share if whole.dim() >= 2 else 1.0
             else:
                 rate = self.weights
             rate *= self.base * (COLUMNS if id(whole) in columns else 1.0)
@@ -107,7 +114,7 @@ class Rates:
         """Returns the peak rate of weights in words, for steps of so many samples."""
         if self.weights is not None:
             return f"{self.weights:g}"
-        return f"{RELATIVE_RATE * _scale(samples):.2g} of each weight's size"
+        return f"{RELATIVE_RATE * self.share * _scale(samples):.2g} of each weight's size"
 
     def schedule(
         self, optimizer: torch.optim.Optimizer, steps: int, followed: Callable[[], bool]

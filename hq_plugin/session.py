@@ -54,6 +54,7 @@ from hq_plugin.preparation import (
 )
 from hq_plugin.profiling import policy_milliseconds, with_latency
 from hq_plugin.ranking import distances, rerank
+from hq_plugin.rates import BACK_OFF
 from hq_plugin.result import Baseline, Result, versions
 from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
@@ -534,9 +535,14 @@ class Session:
         untrained = self._measured(network)
         self.scorer.forget_targets()
         stage = f"fine-tuning of {policy.to_json()} by {decisive(config)}"
-        history = finetune_network(
-            network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage
-        )
+        for share in (1.0, *BACK_OFF):
+            if share < 1:
+                network = self._start(policy, config)
+            history, again = finetune_network(
+                network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage, share
+            )
+            if not again:
+                break
         fidelity = self._measured(network) if history else untrained
         # The first process decides: what each has measured may differ in the last bits.
         before, after = untrained.distance, fidelity.distance

@@ -25,6 +25,7 @@ from hq_plugin.data import Data
 from hq_plugin.distillation import LossFunction
 from hq_plugin.distribution import share_of_batch, warn_if_alone
 from hq_plugin.errors import HQWarning, TrainingError
+from hq_plugin.held_out import held_out_distance
 from hq_plugin.interruption import Interruption, deferred, interrupted
 from hq_plugin.modes import KeptValues, set_training_modes, without_recurrent_dropout
 from hq_plugin.progress import progress
@@ -34,8 +35,9 @@ from hq_plugin.tracking import track
 
 #: How often a good state is kept.
 SNAPSHOTS = 20
-#: Share of the steps after which it is seen whether BatchNorm is to train with batches' statistics.
-SEEN = 0.1
+#: Share of the steps after which it is seen whether BatchNorm is to train with batches' statistics, and whether the
+#: steps led closer; of fewer steps than that the latter cannot be told.
+SEEN, TELLING = 0.1, 5
 #: Gradients are clipped to this norm: one unlucky low-bit policy must not undo the others.
 CLIP = 1.0
 #: Devices on which torch's Adam is one kernel.
@@ -63,11 +65,14 @@ class Task:
             after `SEEN` of the steps where the network is further from its teacher than that noise counts, and
             was so before the first: where rates rise, losses may for a while, of a network that is close.
         distance: Distance of outputs by which that is seen; None takes `loss`.
+        backs_off: Whether to stop where `SEEN` of the steps led no closer to the teacher on held-out data, and
+            BatchNorm does not change.
         before_step: Called with the network that runs and each step's number before its forward.
         checkpoint: Where the state is kept and found again; None keeps nothing.
         stage: Name of the stage there.
         show: Whether to show a progress bar; None on a terminal only.
-        history: One `{"step", "loss", "batch_statistics"}` is added for each step.
+        history: One `{"step", "loss", "batch_statistics"}` is added for each step. Where training may back off, the
+            first has the `"distance"` at which it began, and the last has `"led_away"` where it did.
     """
 
     name: str
@@ -82,6 +87,7 @@ class Task:
     final_block_loss: float = 1.0
     batch_statistics: bool | None = True
     distance: LossFunction | None = None
+    backs_off: bool = False
     before_step: Callable[[nn.Module, int], None] = lambda network, step: None
     checkpoint: Checkpoint | None = None
     stage: str = ""
@@ -89,14 +95,17 @@ class Task:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
-def train(task: Task) -> None:
+def train(task: Task) -> bool:
     """Runs a training stage.
+
+    Returns:
+        Whether it came to its end, and did not back off.
 
     Raises:
         TrainingError: The loss is not finite before any good state was kept.
     """
     if task.steps == 0:
-        return
+        return True
     # Statistics of BatchNorm are averaged in the end: until then processes keep their own.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True, broadcast_buffers=False)
     accelerator = Accelerator(kwargs_handlers=[unused])
@@ -108,13 +117,13 @@ def train(task: Task) -> None:
         # Without a checkpoint there is nothing to be kept, and Ctrl-C need not wait.
         nullcontext(Interruption()) if task.checkpoint is None else deferred() as stop,
     ):
-        _train(task, accelerator, network, teacher, stop)
+        return _train(task, accelerator, network, teacher, stop)
 
 
 def _train(
     task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module, stop: Interruption
-) -> None:
-    """Trains what runs in place of the task's network, until it is done or asked to stop."""
+) -> bool:
+    """Trains what runs in place of the task's network, until it is done, backs off or is asked to stop."""
     by_batch = bool(task.batch_statistics)
     set_training_modes(network, by_batch)
     kept = KeptValues(network)
@@ -145,6 +154,8 @@ def _train(
     first, keep = 0, task.checkpoint
     if keep is not None:
         first, task.history[:] = keep.restore(task.stage, network, optimizer)
+        if task.history and task.history[-1].get("led_away", False):
+            return False
         if not by_batch and task.history and task.history[-1].get("batch_statistics", False):
             by_batch = True
             follow_batches(network)
@@ -156,6 +167,10 @@ def _train(
                 schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
+    seen = math.ceil(SEEN * task.steps)
+    began = task.history[0].get("distance") if task.history else None
+    if task.backs_off and seen >= TELLING and not first and task.data.holdout[0].size >= accelerator.num_processes:
+        began = held_out_distance(network, teacher, task.data, distance, accelerator)
     watched = BlockOutputs(task.blocks if task.block_loss else ())
     with (
         progress(task.show) as bars,
@@ -164,12 +179,18 @@ def _train(
         bar = bars.task(task.name, total=task.steps)
         bar.advance(first)
         for step in range(first, task.steps):
-            if far and step == math.ceil(SEEN * task.steps):
+            if step == seen and (far or began is not None):
                 kept.forget()
                 with blocks.resting():
-                    by_batch = batch_statistics_pay(network, teacher, task.data, distance, accelerator)
+                    by_batch = far and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
+                    now = held_out_distance(network, teacher, task.data, distance, accelerator)
                 if by_batch:
                     follow_batches(network)
+                elif began is not None and not now < began:
+                    task.history[-1]["led_away"] = True
+                    if keep is not None:
+                        keep.keep(task.stage, step, network, optimizer, task.history)
+                    break
             task.before_step(network, step)
             block_loss = task.block_loss * (1 - (1 - task.final_block_loss) * step / task.steps)
             value = 0.0
@@ -200,6 +221,8 @@ def _train(
             optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
             schedule.step()
             task.history.append({"step": step, "loss": value, "batch_statistics": by_batch})
+            if step == 0 and began is not None:
+                task.history[0]["distance"] = began
             track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:
@@ -214,12 +237,14 @@ def _train(
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     network.eval()
     kept.forget()
+    ended = not task.history[-1].get("led_away", False)
     if by_batch:
         agree_on_statistics(network, accelerator)
-    if keep is not None and first < task.steps:
+    if keep is not None and first < task.steps and ended:
         keep.keep(task.stage, task.steps, network, optimizer, task.history)
     # References in circles would keep the moments, twice the weights, until Python finds them.
     optimizer.state.clear()
+    return ended
 
 
 def _backward(accelerator: Accelerator, loss: Tensor) -> None:

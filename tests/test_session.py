@@ -88,6 +88,20 @@ def test_fine_tuning_that_leads_away_is_not_taken(session: Session, monkeypatch:
     assert torch.equal(packed(x), untrained(x))
 
 
+def test_rates_that_lead_away_fall(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = session.space.policy(session.space.top)  # close: BatchNorm keeps its statistics
+    monkeypatch.setattr("hq_plugin.rates.RELATIVE_RATE", 1e-4)
+    calm = session.finetune(policy, start="float", steps=60).hq
+    monkeypatch.setattr("hq_plugin.rates.RELATIVE_RATE", 0.5)
+    hot = session.finetune(policy, start="float", steps=60).hq
+    assert calm.history["finetune"][0]["rates"] == 1.0  # type: ignore[union-attr]
+    assert hot.history["finetune"][0]["rates"] < 1  # type: ignore[union-attr]
+    assert len(hot.history["finetune"]) == 60  # type: ignore[union-attr]
+    monkeypatch.setattr(session, "config", replace(session.config, learning_rate=1e-4))
+    given = session.finetune(policy, start="float", steps=60).hq
+    assert given.history["finetune"][0]["rates"] == 1.0  # type: ignore[union-attr]
+
+
 def test_searching_trains_and_changes_nothing(session: Session) -> None:
     before = copy.deepcopy(session.network.state_dict())
     first, second = session.search("3bit"), session.search("3bit")

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from hq_plugin.distillation import LossFunction, loss_function
 from hq_plugin.modes import set_training_modes, without_recurrent_dropout
 from hq_plugin.rates import Rates
 from hq_plugin.seeding import seeded
-from hq_plugin.training import Task, train
+from hq_plugin.training import TELLING, Task, train
 from tests.conftest import TinyNet
 
 
@@ -282,3 +283,47 @@ def test_recurrent_layers_drop_nothing_while_they_train() -> None:
     with without_recurrent_dropout(network):
         assert torch.equal(network(x)[0], network(x)[0])
     assert network.dropout == 0.5
+
+
+def near(model: nn.Module, batches, keep: Checkpoint | None = None) -> Task:  # type: ignore[no-untyped-def]
+    """A task whose student is close to its teacher, in which high rates lead away."""
+    torch.manual_seed(0)
+    job = task(model, batches, steps=10 * TELLING, batch_statistics=None, backs_off=True, checkpoint=keep)
+    with torch.no_grad():
+        for mine, theirs in zip(job.network.parameters(), model.parameters(), strict=True):
+            mine.copy_(theirs + 1e-2 * torch.randn_like(theirs))
+    return job
+
+
+@pytest.mark.parametrize(("rate", "ends"), [(0.5, False), (1e-4, True)])
+def test_training_that_leads_away_backs_off_and_stays_so_when_it_is_started_again(
+    trained: nn.Module,
+    batches,  # type: ignore[no-untyped-def]
+    tmp_path: Path,
+    rate: float,
+    ends: bool,
+) -> None:
+    def stop_at(step: int) -> Callable[[nn.Module, int], None]:
+        def stop(network: nn.Module, now: int) -> None:
+            if now == step:
+                raise ZeroDivisionError
+
+        return stop
+
+    whole = near(trained, batches)
+    whole.rates = Rates(rate, rate)
+    assert train(whole) is ends
+    for step in (3, -1, 0):  # killed before it was seen, gone on with, and asked for once it is done
+        job = near(trained, batches, Checkpoint(tmp_path / "kept", {}, 0))
+        job.rates, job.before_step = Rates(rate, rate), stop_at(step)
+        with pytest.raises(ZeroDivisionError) if step == 3 else contextlib.nullcontext():
+            assert train(job) is ends
+    assert job.history == whole.history
+    assert len(job.history) == (job.steps if ends else TELLING)
+    assert job.history[-1].get("led_away", False) is not ends
+
+
+def test_few_steps_do_not_tell(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    job = near(trained, batches)
+    job.steps, job.rates = 10 * (TELLING - 1), Rates(0.5, 0.5)
+    assert train(job)
