@@ -182,9 +182,10 @@ def _train(
             if step == seen and (far or began is not None):
                 kept.forget()
                 with blocks.resting():
-                    by_batch = far and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
+                    pays = far and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
                     now = held_out_distance(network, teacher, task.data, distance, accelerator)
-                if by_batch:
+                if pays:
+                    by_batch = True
                     follow_batches(network)
                 elif began is not None and not now < began:
                     task.history[-1]["led_away"] = True
