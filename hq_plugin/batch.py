@@ -84,10 +84,6 @@ class Batch:
     def _decoded(self) -> Tensor | None:
         return self._kept_by("decoder_attention_mask") if "decoder_attention_mask" in self.kwargs else self.kept
 
-    def kept_in(self, name: str) -> Tensor | None:
-        """Returns which positions count of what a module reads and gives; an encoder is known by its name."""
-        return self.kept if "encoder" in name.replace("_", ".").split(".") else self._decoded
-
     def _kept_by(self, name: str) -> Tensor | None:
         mask = self.kwargs.get(name)
         if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
@@ -109,7 +105,7 @@ class Batch:
 
         def of(value: Any, name: str) -> Any:
             if isinstance(value, Tensor):
-                mask = self.kept_in(name)
+                mask = self.kept if "encoder" in name.replace("_", ".").split(".") else self._decoded
                 return value if mask is None or value.dim() < 3 or value.shape[:2] != mask.shape else value[mask]
             if isinstance(value, Mapping):
                 return {key: of(part, f"{name}.{key}") for key, part in value.items()}

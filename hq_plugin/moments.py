@@ -93,13 +93,12 @@ class _Sums:
         self.inputs: Tensor | float = 0.0
         self.outputs: Tensor | float = 0.0
         self.count = 0
-        #: Of what runs now, the positions that count: the loss has no gradient at the others.
-        self.kept: Tensor | None = None
+        #: What runs now: the loss has no gradient at its padding.
+        self.running: Batch | None = None
 
     def see_input(self, x: Tensor) -> None:
-        places = x.dim() if self.site.kind == "embedding" else x.dim() - 1
-        if self.kept is not None and places >= 2 and x.shape[:2] == self.kept.shape:
-            x = x[self.kept]
+        if self.running is not None:
+            x = self.running.without_padding(x[..., None] if self.site.kind == "embedding" else x, self.site.name)
         if self.site.kind == "embedding":
             self.inputs = self.inputs + torch.bincount(x.flatten(), minlength=self.site.weight_shape[0]).float()
             self.count += x.numel()
@@ -159,8 +158,8 @@ def collect_moments(
 
     def in_turn() -> Iterator[Batch]:
         for batch in batches:
-            for name, sum_ in sums.items():
-                sum_.kept = batch.kept_in(name)
+            for sum_ in sums.values():
+                sum_.running = batch
             yield batch
 
     handles = []

@@ -71,8 +71,8 @@ class Task:
         checkpoint: Where the state is kept and found again; None keeps nothing.
         stage: Name of the stage there.
         show: Whether to show a progress bar; None on a terminal only.
-        history: One `{"step", "loss", "batch_statistics"}` is added for each step. Where training may back off, the
-            first has the `"distance"` at which it began, and the last has `"led_away"` where it did.
+        history: One `{"step", "loss", "batch_statistics"}` is added for each step; the last has `"led_away"` where
+            training backed off.
     """
 
     name: str
@@ -151,6 +151,9 @@ def _train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     distance = task.distance or task.loss
     far = task.batch_statistics is None and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
+    seen, began = math.ceil(SEEN * task.steps), None
+    if task.backs_off and seen >= TELLING and task.data.holdout[0].size >= accelerator.num_processes:
+        began = held_out_distance(network, teacher, task.data, distance, accelerator)
     first, keep = 0, task.checkpoint
     if keep is not None:
         first, task.history[:] = keep.restore(task.stage, network, optimizer)
@@ -167,10 +170,6 @@ def _train(
                 schedule.step()
     good: tuple[int, dict[str, Tensor]] | None = None
     every = max(1, task.steps // SNAPSHOTS)
-    seen = math.ceil(SEEN * task.steps)
-    began = task.history[0].get("distance") if task.history else None
-    if task.backs_off and seen >= TELLING and not first and task.data.holdout[0].size >= accelerator.num_processes:
-        began = held_out_distance(network, teacher, task.data, distance, accelerator)
     watched = BlockOutputs(task.blocks if task.block_loss else ())
     with (
         progress(task.show) as bars,
@@ -182,16 +181,15 @@ def _train(
             if step == seen and (far or began is not None):
                 kept.forget()
                 with blocks.resting():
-                    pays = far and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
-                    now = held_out_distance(network, teacher, task.data, distance, accelerator)
-                if pays:
-                    by_batch = True
-                    follow_batches(network)
-                elif began is not None and not now < began:
-                    task.history[-1]["led_away"] = True
-                    if keep is not None:
-                        keep.keep(task.stage, step, network, optimizer, task.history)
-                    break
+                    measure = network, teacher, task.data, distance, accelerator
+                    if far and batch_statistics_pay(*measure):
+                        by_batch = True
+                        follow_batches(network)
+                    elif began is not None and not held_out_distance(*measure) < began:
+                        task.history[-1]["led_away"] = True
+                        if keep is not None:
+                            keep.keep(task.stage, step, network, optimizer, task.history)
+                        break
             task.before_step(network, step)
             block_loss = task.block_loss * (1 - (1 - task.final_block_loss) * step / task.steps)
             value = 0.0
@@ -222,8 +220,6 @@ def _train(
             optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
             schedule.step()
             task.history.append({"step": step, "loss": value, "batch_statistics": by_batch})
-            if step == 0 and began is not None:
-                task.history[0]["distance"] = began
             track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
             bar.advance(loss=value)
             if keep is not None:
