@@ -63,7 +63,6 @@ DEFAULTS: dict[str, Any] = {
     "embedding_columns": 1,
     "activation_scheme": "static",
     "sensitivities": "both",
-    "rounding": "nearest",
     "train_float": True,
     "block_loss": 4.0,
     "temperature": 2.0,
@@ -129,22 +128,22 @@ class Config:
             None means 2, or what the integration proposes.
         block_loss: Weight, beside the loss, of what the outputs of the network's blocks differ by from the float
             model's (the mean relative squared error over blocks), in meta-training and at the beginning of
-            fine-tuning, in which it falls to 0; 0 compares the network's output alone. None means 4, or what the
-            integration proposes.
+            fine-tuning, half-way through which it is 0; 0 compares the network's output alone. None means 4,
+            or what the integration proposes.
         meta_steps: Optimizer steps of meta-training; None takes the effort's.
         search_evaluations: Policies scored by the search; None takes the effort's.
         finetune_steps: Optimizer steps of fine-tuning; None takes the effort's.
         learning_rate: Adam's peak rate in meta-training and fine-tuning, the same for all weights. None takes
-            what the integration proposes, or else gives each weight 1 % of its root mean square, and less at wide
-            policies, so that small and large ones move by as many quantization steps; less for layers of more than
-            64 input channels, by the root of how many they are; and less for steps of fewer than 128 samples, by
-            the root of how many they are. Fine-tuning that a tenth of its steps at these rates led no closer begins
-            again at 0.3 of them, and at 0.1.
+            what the integration proposes, or else gives each weight 1 % of its root mean square, and in fine-tuning
+            half of that for each bit above two, so that small and large, narrow and wide ones move by as many
+            quantization steps; less for layers of more than 64 input channels, by the root of how many they are;
+            and less for steps of fewer than 128 samples, by the root of how many they are. Fine-tuning
+            that a tenth of its steps at these rates led no closer begins again at 0.3 of them, and at 0.1.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes what the
             integration proposes, or else 2e-3, and less for steps of fewer than 128 samples.
         rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each
-            linear layer column by column and makes up for the error (GPTQ). None means `"nearest"`, or what
-            the integration proposes.
+            layer's weight column by column and makes up for the error (GPTQ). None means the second, or the first
+            for `effort="smoke"`.
         train_float: Whether what stays float (biases, normalisation, excluded layers) is trained along. None
             means True, or what the integration proposes.
         finetune_from: `"generated"` starts from the MetaQuantNet's weights, `"float"` retrains from the
@@ -354,7 +353,8 @@ class Config:
         Args:
             proposed: Values that an integration proposes for a model; they come before the general ones.
         """
-        values = {**DEFAULTS, "batch_size": EFFORTS[self.effort].batch, **(proposed or {})}
+        rounding = "nearest" if self.effort == "smoke" else "second_order"
+        values = {**DEFAULTS, "batch_size": EFFORTS[self.effort].batch, "rounding": rounding, **(proposed or {})}
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def with_options(self, options: Mapping[str, Any]) -> Config:

@@ -16,13 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin.nn.split import split_embeddings
+from hq_plugin.qat_layers import qat_layers
 
 #: Share of the steps over which rates rise.
 WARMUP = 0.05
-#: Without a learning rate, each weight's peak is this share of its root mean square: an update then moves it by
-#: the same share of a quantization step in every layer and network. The optimum was the same for a ResNet, whose
-#: weights are small, and a depthwise network, whose are large.
-RELATIVE_RATE = 0.01
+#: Without a learning rate, the peak of a weight of `NARROW` bits is this share of its root mean square, and half
+#: of that for each bit more: an update then moves it by the same share of a quantization step in every layer and
+#: network. By the mean of all widths, wide layers of a MobileNetV3 were moved further than they had been rounded
+#: (docs/experiments.md).
+RELATIVE_RATE, NARROW = 0.01, 2
 #: Fine-tuning that a tenth of its steps at these rates led no closer begins again at such shares of them. A ResNet
 #: at 2.2 bits is best off at the whole rates. A MobileNetV3 and networks of ImageNet at 3 bits begin closer to the
 #: float model, and are led away further than the rest of the steps makes up for (docs/experiments.md).
@@ -35,9 +37,6 @@ CHANNELS = 64
 #: Rates of weights are this many times as high once fine-tuning has BatchNorm normalise by batches' statistics:
 #: kept ones fit the weights that they are of and hold these back, batches' move along.
 FOLLOWED = 2.0
-#: Where widths are fixed, `RELATIVE_RATE` is for a mean of 2 bits, and halves with every `HALVED_BY` bits above:
-#: the optimum at 4 bits was half of that at 2 to 2.5. (By each layer's width was better at 4 bits, worse at 2.2.)
-NARROW, HALVED_BY = 2, 2
 #: Share of all that for the columns of embeddings. A row moves with the few samples that look it up, and goes on by
 #: Adam's mean when it is not: as far as a step of the first columns' wide integers. At the whole rate MiniLM moved
 #: away from where rounding had put it (docs/experiments.md).
@@ -62,7 +61,6 @@ class Rates:
     Attributes:
         weights: Peak rate of weights; None gives each its own (see `RELATIVE_RATE`).
         steps: Peak rate of quantization steps and zero points; None takes `STEP_RATE`.
-        width: Mean width of the weights, where it is fixed.
         share: Rates of weights that nobody gave are this share of what they would be; those of vectors stay.
         base: Rate of the network's own weights, as a share of that of what generates them.
         final: Rates at the end, as a share of their peaks.
@@ -70,7 +68,6 @@ class Rates:
 
     weights: float | None
     steps: float | None
-    width: float = 2.0
     share: float = 1.0
     base: float = 1.0
     final: float = 0.0
@@ -97,11 +94,11 @@ class Rates:
             {"params": generators, "lr": GENERATOR_RATE * scale if self.weights is None else self.weights},
             {"params": steps, "lr": STEP_RATE * scale if self.steps is None else self.steps},
         ]
-        channels, columns = _input_channels(network), _column_weights(network)
+        channels, columns, widths = _input_channels(network), _column_weights(network), _widths(network)
         alike: dict[tuple[float, bool], list[nn.Parameter]] = {}  # an optimizer steps group by group
         for piece, whole in own:
             if self.weights is None:
-                rate = scale * _relative_rate(whole, self.width, channels.get(id(whole), 1))
+                rate = scale * _relative_rate(whole, widths.get(id(whole), NARROW), channels.get(id(whole), 1))
                 rate *= self.share if whole.dim() >= 2 else 1.0
             else:
                 rate = self.weights
@@ -162,9 +159,16 @@ def _column_weights(network: nn.Module) -> set[int]:
     return {id(block._parameters["weight"]) for block in blocks}
 
 
-def _relative_rate(parameter: Tensor, width: float, channels: int) -> float:
+def _widths(network: nn.Module) -> dict[int, int]:
+    """Returns by the id of each weight the width that it trains for, where it is one."""
+    layers: list[Any] = list(qat_layers(network).values())
+    fixed = [layer for layer in layers if len(layer.weight_fake_quant.block.widths) == 1]
+    return {id(layer._parameters["weight"]): layer.weight_fake_quant.bits for layer in fixed}
+
+
+def _relative_rate(parameter: Tensor, width: int, channels: int) -> float:
     rate = RELATIVE_RATE * float(parameter.detach().float().square().mean().sqrt())
     if parameter.dim() < 2:
         return min(max(rate, FLOAT_RATES[0]), FLOAT_RATES[1])
     wide = math.sqrt(min(1.0, CHANNELS / max(channels, 1)))
-    return rate * wide * 0.5 ** (max(width - NARROW, 0) / HALVED_BY)
+    return rate * wide * 0.5 ** max(width - NARROW, 0)

@@ -56,7 +56,7 @@ class Task:
         loss: Distance of the network's output to the teacher's.
         blocks: Names of blocks whose outputs are compared as well; none compares the network's alone.
         block_loss: Weight of what they differ by, beside `loss`, at the first step.
-        final_block_loss: The same at the end, as a share of that; it falls evenly.
+        blocks_until: Share of the steps over which that falls to 0, evenly; None keeps it.
         steps: Optimizer steps.
         rates: Learning rates.
         batch_statistics: Whether BatchNorm normalises by each batch's own statistics, as weights that change
@@ -84,7 +84,7 @@ class Task:
     rates: Rates
     blocks: Sequence[str] = ()
     block_loss: float = 0.0
-    final_block_loss: float = 1.0
+    blocks_until: float | None = None
     batch_statistics: bool | None = True
     distance: LossFunction | None = None
     backs_off: bool = False
@@ -93,6 +93,12 @@ class Task:
     stage: str = ""
     show: bool | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def block_loss_at(self, step: int) -> float:
+        """Returns the weight at a step of what outputs of blocks differ by."""
+        if self.blocks_until is None:
+            return self.block_loss
+        return self.block_loss * max(0.0, 1 - step / (self.blocks_until * self.steps))
 
 
 def train(task: Task) -> bool:
@@ -191,17 +197,17 @@ def _train(
                             keep.keep(task.stage, step, network, optimizer, task.history)
                         break
             task.before_step(network, step)
-            block_loss = task.block_loss * (1 - (1 - task.final_block_loss) * step / task.steps)
+            block_loss = task.block_loss_at(step)
             value = 0.0
             for part in range(accumulated):
                 with nullcontext() if part == accumulated - 1 else accelerator.no_sync(wrapped):
                     kept.forget()
                     batch, weight = share_of_batch(next(batches).to(accelerator.device))
-                    with accelerator.autocast():
+                    with accelerator.autocast(), nullcontext() if block_loss else blocks.resting():
                         with torch.no_grad():
                             target = batch.run(teacher)
                         loss = task.loss(batch.run(wrapped), target)
-                        if blocks.names:
+                        if block_loss and blocks.names:
                             loss = loss + block_loss * blocks.distance(batch)
                         loss = loss * weight
                     # The mean over processes, so that all of them see the same and stop together.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from hq_plugin import Config
+from hq_plugin import Config, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.data import prepare_data
 from hq_plugin.meta_training import build_network
 from hq_plugin.rates import CHANNELS, Rates, cosine
@@ -63,10 +63,16 @@ def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) 
     rates = peaks(Rates(None, 5e-3, base=0.5), tiny)
     assert rates["stem.weight"] == pytest.approx(0.5 * 1e-3)
     assert rates["head.weight"] == pytest.approx(0.5 * 5e-3)
-    wide = peaks(Rates(None, 5e-3, width=4.0, base=0.5), tiny)
-    assert wide["head.weight"] == pytest.approx(rates["head.weight"] / 2)
-    assert wide["bn1.weight"] == rates["bn1.weight"]
     assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
+
+
+def test_the_rate_of_a_weight_falls_with_its_width(tiny: nn.Module) -> None:
+    free = peaks(Rates(None, 5e-3), tiny)
+    policy = HybridPolicy({"stem": LayerBits(2, 8), "head": LayerBits(4, 8)})
+    fixed = peaks(Rates(None, 5e-3), torch_ao.prepare(tiny.eval(), policy))
+    assert fixed["stem.weight"] == pytest.approx(free["stem.weight"])
+    assert fixed["head.weight"] == pytest.approx(free["head.weight"] / 4)
+    assert fixed["bn1.weight"] == free["bn1.weight"]
 
 
 def test_rates_are_told_as_they_are() -> None:

@@ -6,15 +6,9 @@ from hq_plugin import HybridPolicy, LayerBits, torch_ao
 from hq_plugin.batch import Batch
 from hq_plugin.nn import with_split_tables
 from hq_plugin.optimal_qparams import optimal_weight_qparams, optimal_weight_step
+from hq_plugin.outer_products import _PLACES, convolved, gradient_products, input_products
 from hq_plugin.quantization import dequantize_weight, quantize_weight, weight_range, weight_rows
-from hq_plugin.rounding import (
-    _MARGIN,
-    gradient_products,
-    input_products,
-    inside,
-    second_order_integers,
-    start_from_good_integers,
-)
+from hq_plugin.rounding import _MARGIN, inside, second_order_integers, start_from_good_integers
 
 
 def correlated(samples: int = 512, inputs: int = 192) -> torch.Tensor:
@@ -29,7 +23,7 @@ def test_the_output_comes_closer_than_by_rounding_to_the_nearest(bits: int, grou
     weight = torch.randn(40, 192)
     rows = weight_rows(weight, group_size)
     step, zero = optimal_weight_qparams(rows, bits) if group_size else (optimal_weight_step(rows, bits), None)
-    integers = second_order_integers(weight, step, zero, bits, group_size, x.T @ x / len(x))
+    integers = second_order_integers(weight[None], step, zero, bits, group_size, (x.T @ x / len(x))[None])[0]
     low, high = weight_range(bits)
     assert low <= int(integers.min()) <= int(integers.max()) <= high
     errors = []
@@ -43,7 +37,8 @@ def test_without_correlation_it_is_rounding_to_the_nearest() -> None:
     weight = torch.randn(8, 16)
     step = optimal_weight_step(weight, 3)
     assert torch.equal(
-        second_order_integers(weight, step, None, 3, 0, torch.eye(16)), quantize_weight(weight, step, 3)
+        second_order_integers(weight[None], step, None, 3, 0, torch.eye(16)[None])[0],
+        quantize_weight(weight, step, 3),
     )
 
 
@@ -52,7 +47,7 @@ def test_a_singular_product_and_a_dead_input() -> None:
     x[:, :3] = 1.0
     weight = torch.randn(8, 16)
     step = optimal_weight_step(weight, 3)
-    integers = second_order_integers(weight, step, None, 3, 0, x.T @ x)
+    integers = second_order_integers(weight[None], step, None, 3, 0, (x.T @ x)[None])[0]
     assert torch.equal(integers[:, 4:], quantize_weight(weight, step, 3)[:, 4:])
 
 
@@ -81,6 +76,57 @@ def test_a_network_starts_closer_to_float() -> None:
         start_from_good_integers(network, [Batch((x,), {}, None, len(x))])
         after = float((network(x) - model(x)).square().mean())
     assert after < 0.8 * before
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("name", "share"), [("0", 0.7), ("2", 0.95), ("3", 0.7)])  # what is alike in one pixel
+def test_a_convolutional_network_starts_closer_to_float(
+    name: str, share: float, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    mixed = nn.Conv2d(3, 24, 1, bias=False)(torch.randn(8, 3, 9, 9)).detach()  # channels that say the same
+    model = nn.Sequential(
+        nn.Conv2d(24, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.Conv2d(16, 8, 1, groups=2)
+    )
+    model = model.eval().to(memory_format=memory_format)
+    network = torch_ao.prepare(model, HybridPolicy({name: LayerBits(3, 16)})).eval()
+    with torch.no_grad():
+        before = float((network(mixed) - model(mixed)).square().mean())
+        start_from_good_integers(network, [Batch((mixed,), {}, None, len(mixed))])
+        after = float((network(mixed) - model(mixed)).square().mean())
+    assert after < share * before
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(4, 6, 3),
+        nn.Conv2d(4, 6, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=2),
+        nn.Conv2d(4, 4, 3, padding="same", groups=4),
+        nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
+        nn.Conv1d(4, 6, 5, stride=3, padding=2),
+    ],
+)
+@pytest.mark.parametrize("batched", [True, False])
+def test_what_a_convolution_multiplies(layer: nn.Conv1d | nn.Conv2d, batched: bool) -> None:
+    x = torch.randn(4, *(8, 9)[: len(layer.kernel_size)])
+    x = torch.stack([x, -x]) if batched else x
+    vectors = convolved(x, layer)
+    weight = layer.weight.view(layer.groups, -1, vectors.shape[-1])
+    products = torch.einsum("gpi,goi->pgo", vectors, weight).flatten(1) + layer.bias
+    expected = layer(x) if batched else layer(x)[None]
+    torch.testing.assert_close(products, expected.movedim(1, -1).flatten(0, -2))
+
+
+def test_of_many_places_of_a_convolution_some_are_seen() -> None:
+    layer = nn.Conv2d(1, 1, 1, bias=False)
+    x = torch.arange(9.0 * 100 * 100).view(9, 1, 100, 100)
+    seen = convolved(x, layer).flatten()
+    assert len(seen) == _PLACES
+    assert len(seen.unique()) == _PLACES
+    for axis in (100, 100 * 100):  # of all rows and samples
+        assert len((seen // axis).unique()) == 9 * 100 * 100 // axis
+    assert len((seen % 100).unique()) == 100  # and of all columns
 
 
 class Looks(nn.Module):
@@ -134,7 +180,7 @@ def test_input_products() -> None:
     x = correlated(samples=16, inputs=12)
     model = nn.Sequential(nn.Linear(12, 5))
     products = input_products(model, ["0"], [Batch((x[:8],), {}, None, 8), Batch((x[8:],), {}, None, 8)])
-    torch.testing.assert_close(products["0"], x.T @ x / 16)
+    torch.testing.assert_close(products["0"], (x.T @ x / 16)[None])
 
 
 def test_inputs_that_are_not_finite_leave_their_layer_to_nearest_rounding() -> None:
@@ -155,10 +201,10 @@ def test_dead_inputs_do_not_raise_the_damping_of_small_ones() -> None:
     dead = torch.cat([x, torch.zeros(len(x), 32)], 1)
     weight = torch.randn(8, 128)
     step = optimal_weight_step(weight, 3)
-    alone = second_order_integers(weight[:, :96], step, None, 3, 0, x.T @ x / len(x))
-    found = second_order_integers(weight, step, None, 3, 0, dead.T @ dead / len(x))
-    assert torch.equal(found[:, :96], alone)
-    assert not torch.equal(alone, quantize_weight(weight[:, :96], step, 3))
+    alone = second_order_integers(weight[None, :, :96], step, None, 3, 0, (x.T @ x / len(x))[None])
+    found = second_order_integers(weight[None], step, None, 3, 0, (dead.T @ dead / len(x))[None])
+    assert torch.equal(found[..., :96], alone)
+    assert not torch.equal(alone[0], quantize_weight(weight[:, :96], step, 3))
 
 
 def test_padding_is_no_input() -> None:
@@ -174,7 +220,7 @@ def test_padding_is_no_input() -> None:
     padded = {"states": torch.stack([x[:4], torch.cat([x[4:], 99 + x[:2]])])}
     padded["attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
     products = input_products(Tokens(), ["head"], [Batch((), padded, None, 2)])
-    torch.testing.assert_close(products["head"], x.T @ x / 6)
+    torch.testing.assert_close(products["head"], (x.T @ x / 6)[None])
 
 
 def test_as_many_inputs_as_tokens_are_no_padding() -> None:
@@ -191,4 +237,4 @@ def test_as_many_inputs_as_tokens_are_no_padding() -> None:
     x, mask = torch.randn(5, 6, 6), torch.ones(5, 6, dtype=torch.long)
     mask[2, 3:] = 0
     products = input_products(Pooled(), ["pooler"], [Batch((), {"x": x, "attention_mask": mask}, None, 5)])
-    torch.testing.assert_close(products["pooler"], x[:, 0].T @ x[:, 0] / 5)
+    torch.testing.assert_close(products["pooler"], (x[:, 0].T @ x[:, 0] / 5)[None])

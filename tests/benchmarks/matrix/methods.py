@@ -1,9 +1,10 @@
 """Methods: an allocator and training for the same number of steps, or hq_plugin in one call.
 
 All share training loop, quantizers, learning rates and recalibration of BatchNorm. Rivals minimise the distance
-that is measured; hq_plugin and `dynamic_programming_blocks` soften scores and compare outputs of blocks as well.
-Rivals train their policy from the float weights for `steps` steps (`Session.finetune(policy, start="float")`, on a
-session that is not meta-trained); hq_plugin spends the same number on meta-training and fine-tuning together.
+that is measured, from weights rounded to the nearest; hq_plugin and `dynamic_programming_blocks` soften scores,
+compare outputs of blocks as well and start from weights rounded to second order. Rivals train their policy from the
+float weights for `steps` steps (`Session.finetune(policy, start="float")`, on a session that is not meta-trained);
+hq_plugin spends the same number on meta-training and fine-tuning together.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def trained_from_float(session: Session, policy: HybridPolicy, steps: int, *, bl
         session: A session, whose options stay as they are.
         policy: The policy.
         steps: Training steps.
-        blocks: Whether outputs of blocks are compared and scores softened, as hq_plugin trains. Rivals train end to
-            end, on the very distance that is measured.
+        blocks: Whether outputs of blocks are compared, scores softened and weights rounded to second order, as
+            hq_plugin trains. Rivals train end to end, on the very distance that is measured.
     """
     ours = session.config
-    session.config = ours if blocks else replace(ours, block_loss=0.0, temperature=1.0)
+    changed = {"rounding": "second_order"} if blocks else {"block_loss": 0.0, "temperature": 1.0}
+    session.config = replace(ours, **changed)
     try:
         return session.finetune(policy, start="float", steps=steps)
     finally:

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from hq_plugin import Config
 from tests.benchmarks.float_models import CACHE
 from tests.benchmarks.matrix.measures import Classification, Streamed
-from tests.benchmarks.matrix.tasks import Task
+from tests.benchmarks.matrix.tasks import NEAREST, Task
 from tests.benchmarks.networks import resnet20
 from tests.benchmarks.packaged import Missing
 
@@ -80,7 +80,8 @@ def cifar10(data: Path | None) -> Task:
     measure = Classification(model, test_x.to(_device()), test_y.to(_device()))
     config = Config(effort="balanced", batch_size=CIFAR_BATCH)
     held = Augmented(train_x, train_y)
-    return Task("cifar10", model, held, measure, config, steps=CIFAR_STEPS, meta=600, evaluations=400, episodes=600)
+    work: dict[str, Any] = {"steps": CIFAR_STEPS, "meta": 600, "evaluations": 400, "episodes": 600}
+    return Task("cifar10", model, held, measure, config, others=NEAREST, **work)
 
 
 def _normalised(part: Any) -> Tensor:
@@ -157,6 +158,7 @@ def imagenet(name: str, data: Path | None) -> Task:
         evaluations=400,
         episodes=600,
         main="hq_auto",
+        others=NEAREST,
     )
 
 

@@ -32,6 +32,9 @@ LIMITED = {
     "vit": "3bit + 82.5MBitOps",
 }
 
+#: Plain training from weights rounded to second order ends no closer than from the nearest (docs/experiments.md).
+NEAREST = {"rounding": "nearest"}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -43,7 +46,8 @@ class Task:
         data: Training data, as `hq_plugin.quantize` takes it.
         measure: Measures a model on test data.
         config: Options that all methods share.
-        others: Those in which methods other than hq_plugin's come closer than in what it proposes for the model.
+        others: Those in which methods other than hq_plugin's come closer than in what it proposes for the model, or
+            that are a part of how it trains.
         steps: Training steps of every method, meta-training included.
         meta: The part of them that hq_plugin spends on meta-training.
         evaluations: Policies that hq_plugin's search scores, and what EvoPress may spend.
@@ -73,7 +77,7 @@ def small(name: str) -> Task:
     config = Config(effort="fast", batch_size=128)
     data = TensorDataset(train_x, train_y)
     measure, budgets = Classification(model, test_x, test_y), (*BUDGETS, LIMITED[name])
-    return Task(name, model, data, measure, config, budgets=budgets)
+    return Task(name, model, data, measure, config, budgets=budgets, others=NEAREST)
 
 
 def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
@@ -83,7 +87,7 @@ def imagenet_weights(name: str, build: Callable[[], nn.Module]) -> Task:
     measure = Classification(model, held_out_pictures(model), batch=60)
     config = Config(effort="fast", batch_size=16, holdout=48)
     work: dict[str, Any] = {"steps": 120, "meta": 12, "evaluations": 60, "episodes": 120}
-    return Task(name, model, data, measure, config, main="hq_auto", **work)
+    return Task(name, model, data, measure, config, main="hq_auto", others=NEAREST, **work)
 
 
 def minilm() -> Task:

@@ -1,0 +1,145 @@
+"""Outer products of what layers multiply: which errors of a weight cancel in its outputs (`rounding.py`).
+
+Of linear layers and convolutions it is the inputs' (of a convolution those that each output is computed from); of
+embeddings, which have none, gradients at what was looked up say which directions of a row the network minds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hq_plugin.batch import Batch
+from hq_plugin.distillation import LossFunction, random_probe
+from hq_plugin.nn.split import same_columns
+from hq_plugin.precision import autocast
+
+#: Layers whose outputs are products with their inputs.
+MULTIPLYING = (nn.Linear, nn.Conv1d, nn.Conv2d)
+#: Places of a convolution's output that are seen of each batch, at most, and values that they read.
+_PLACES, _VALUES = 4096, 1 << 24
+
+
+@torch.no_grad()
+def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> dict[str, Tensor]:
+    """Returns the mean outer product of the inputs of layers, float32 `[groups, inputs, inputs]`, by name.
+
+    Args:
+        network: Any network; it runs as it is.
+        names: Layers of the classes `MULTIPLYING`. Those that never run, or read what is not finite, are left out.
+        batches: A few batches.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    running: Batch | None = None
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
+                vectors = convolved(x, module)
+            else:
+                assert running is not None
+                vectors = running.without_padding(x, name).reshape(1, -1, x.shape[-1])
+            counts[name] = counts.get(name, 0) + vectors.shape[1]
+            _add_products(sums, name, vectors)
+
+        return see
+
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
+    ]
+    try:
+        for running in batches:
+            with autocast():
+                running.run(network)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / counts[name] for name, total in sums.items() if bool(total.isfinite().all())}
+
+
+def convolved(x: Tensor, layer: nn.Conv1d | nn.Conv2d) -> Tensor:
+    """Returns what a convolution multiplies its weight with, at some places of its output.
+
+    Args:
+        x: Its input, `[samples, channels, ...]`, or of one sample `[channels, ...]`.
+        layer: The convolution.
+
+    Returns:
+        `[groups, places, inputs]`; inputs are in the order of the weight of an output, flattened. Of more than
+        `_PLACES` places, or than read `_VALUES` values, it is as many that lie evenly.
+    """
+    spatial = len(layer.kernel_size)
+    x = x if x.dim() == spatial + 2 else x[None]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    patches = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
+    for axis, (size, stride, dilation) in enumerate(
+        zip(layer.kernel_size, layer.stride, layer.dilation, strict=True), start=2
+    ):
+        patches = patches.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
+    places = patches.movedim(1, spatial + 1)  # a view still: [samples, *output, channels, *kernel]
+    reads = max(1, places[(0,) * (spatial + 1)].numel())
+    shape = places.shape[: spatial + 1]
+    count = shape.numel()
+    kept = min(count, _PLACES, max(1, _VALUES // reads))
+    chosen = torch.arange(kept, device=x.device) * count // max(kept, 1)
+    found = places[torch.unravel_index(chosen, shape)]
+    return found.reshape(kept, layer.groups, reads // layer.groups).transpose(0, 1)
+
+
+def gradient_products(
+    network: nn.Module, names: Iterable[str], batches: Iterable[Batch], loss: LossFunction | None = None
+) -> dict[str, Tensor]:
+    """Returns the outer products of gradients at what embeddings looked up, `[1, width, width]` float32.
+
+    Gradients of random products of the output, or of the likelihood of labels drawn from its class scores: their
+    covariance is how a squared error, or a divergence, bends (the Gauss-Newton matrix). Tables of one embedding
+    have one product together, or one for each block of columns.
+
+    Args:
+        network: A prepared network; its gradients are lost.
+        names: Its embeddings.
+        batches: A few batches.
+        loss: The distance; None is what suits the output.
+
+    Returns:
+        Products by the name of the embedding, or of its tables' together (`same_columns`). Those that no gradient
+        reached are left out.
+    """
+    sums: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(gradient: Tensor) -> None:
+            _add_products(sums, name, gradient.detach().reshape(1, -1, gradient.shape[-1]))
+
+        def forward(module: nn.Module, args: Any, output: Tensor) -> None:
+            if output.requires_grad and output.numel():
+                output.register_hook(see)
+
+        return forward
+
+    handles = [network.get_submodule(name).register_forward_hook(hook(same_columns(name))) for name in names]
+    try:
+        with torch.enable_grad():
+            for batch in batches if handles else ():
+                with autocast():
+                    probe, _ = random_probe(batch.run(network), loss)
+                if probe.requires_grad:
+                    probe.backward()
+                network.zero_grad()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total for name, total in sums.items() if bool(total.isfinite().all()) and bool(total.any())}
+
+
+def _add_products(sums: dict[str, Tensor], name: str, vectors: Tensor) -> None:
+    """Adds the outer products of vectors `[groups, vectors, width]` to a sum."""
+    flat = vectors.float()
+    product = flat.transpose(1, 2) @ flat
+    sums[name] = product if name not in sums else sums[name].add_(product)
