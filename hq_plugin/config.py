@@ -142,12 +142,14 @@ class Config:
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes what the
             integration proposes, or else 2e-3, and less for steps of fewer than 128 samples.
         rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each
-            layer's weight column by column and makes up for the error (GPTQ). None means the second, or the first
-            for `effort="smoke"`.
+            layer's weight column by column and makes up for the error (GPTQ). None means the second for float
+            weights and the first for generated ones, which were trained with it (and for `effort="smoke"`), or
+            what the integration proposes.
         train_float: Whether what stays float (biases, normalisation, excluded layers) is trained along. None
             means True, or what the integration proposes.
-        finetune_from: `"generated"` starts from the MetaQuantNet's weights, `"float"` retrains from the
-            float weights.
+        finetune_from: `"float"` retrains from the float weights, `"generated"` starts from the MetaQuantNet's,
+            `"closest"` from whichever are closer to the float model on held-out data. None means the first for
+            100 steps of fine-tuning or more and the last for fewer, or what the integration proposes.
         population: Policies that survive a generation of the search.
         crossover: Probability that an offspring is recombined with a second parent.
         batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own. None
@@ -204,7 +206,7 @@ class Config:
     step_learning_rate: float | None = None
     rounding: Literal["nearest", "second_order"] | None = None
     train_float: bool | None = None
-    finetune_from: Literal["generated", "float"] = "generated"
+    finetune_from: Literal["closest", "generated", "float"] | None = None
     population: int = 24
     crossover: float = 0.6
     batch_size: int | None = None
@@ -229,12 +231,12 @@ class Config:
         for name, choices in (
             ("sensitivities", ("both", "measured", "fisher")),
             ("rounding", ("nearest", "second_order")),
+            ("finetune_from", ("closest", "generated", "float")),
             ("activation_scheme", ("static", "dynamic")),
             ("zero_points", ("fractional", "whole")),
         ):
             if getattr(self, name) is not None:
                 self._check_choice(name, choices)
-        self._check_choice("finetune_from", ("generated", "float"))
         if isinstance(self.processor, str):
             raise ConfigError(
                 f"processor={self.processor!r} is a string; give the object: AutoTokenizer.from_pretrained(...)."
@@ -353,8 +355,7 @@ class Config:
         Args:
             proposed: Values that an integration proposes for a model; they come before the general ones.
         """
-        rounding = "nearest" if self.effort == "smoke" else "second_order"
-        values = {**DEFAULTS, "batch_size": EFFORTS[self.effort].batch, "rounding": rounding, **(proposed or {})}
+        values = {**DEFAULTS, "batch_size": EFFORTS[self.effort].batch, **(proposed or {})}
         return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def with_options(self, options: Mapping[str, Any]) -> Config:

@@ -1,7 +1,7 @@
-"""Step 3 of the method: with the policy fixed, the network that was generated for it is trained on.
+"""Step 3 of the method: with the policy fixed, a network is trained for it.
 
-Section 3.4 of arXiv:2004.11506 retrains the policy that was found; starting from the generated weights
-is the default here, and from the float weights an option.
+Section 3.4 of arXiv:2004.11506 retrains the policy that was found, and so does this where there are steps enough;
+with few, generated weights are the better start where they are closer to the float model.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -34,6 +34,9 @@ from hq_plugin.weight_blocks import WeightBlock
 #: Share of the steps over which the weight of the blocks falls to 0: over all of them a MobileNetV3 ended at a
 #: distance of 0.00127, over half at 0.00112; a ResNet and a vision transformer did not mind (docs/experiments.md).
 BLOCKS_UNTIL = 0.5
+#: Steps of fine-tuning from which float weights end closer than generated ones, wherever these begin. What meta-
+#: training saves is the first 25 steps (docs/experiments.md).
+RETRAINED = 100
 #: Steps of fine-tuning from which it is worth a warning that they gained nothing.
 MANY_STEPS = 20
 
@@ -53,6 +56,19 @@ class FineTuned:
     fidelity: Fidelity
     history: list[dict[str, Any]]
     seconds: float
+
+
+def possible_starts(config: Config) -> list[Config]:
+    """Returns the options of each network that fine-tuning may start from: one origin and one rounding.
+
+    Generated weights were trained as they are rounded, to the nearest. Float ones are closer to the float model,
+    and train better, once they are rounded to second order.
+    """
+    origin = config.finetune_from or ("float" if config.steps.finetune >= RETRAINED else "closest")
+    generated = replace(config, finetune_from="generated", rounding=config.rounding or "nearest")
+    rounding: Literal["nearest", "second_order"] = "nearest" if config.effort == "smoke" else "second_order"
+    retrained = replace(config, finetune_from="float", rounding=config.rounding or rounding)
+    return [*([retrained] if origin != "generated" else []), *([generated] if origin != "float" else [])]
 
 
 @torch.no_grad()
@@ -154,7 +170,7 @@ def finetune_network(
     with seeded(config.seed + 1), tracking(config):
         ended = train(task)
     if task.history:
-        task.history[0]["rates"] = share
+        task.history[0].update(rates=share, start=config.finetune_from, rounding=config.rounding)
     return task.history, not ended
 
 

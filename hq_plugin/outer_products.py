@@ -83,8 +83,7 @@ def convolved(x: Tensor, layer: nn.Conv1d | nn.Conv2d) -> Tensor:
     ):
         patches = patches.unfold(axis, (size - 1) * dilation + 1, stride)[..., ::dilation]
     places = patches.movedim(1, spatial + 1)  # a view still: [samples, *output, channels, *kernel]
-    reads = max(1, places[(0,) * (spatial + 1)].numel())
-    shape = places.shape[: spatial + 1]
+    shape, reads = places.shape[: spatial + 1], places.shape[spatial + 1 :].numel()
     count = shape.numel()
     kept = min(count, _PLACES, max(1, _VALUES // reads))
     chosen = torch.arange(kept, device=x.device) * count // max(kept, 1)

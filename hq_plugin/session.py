@@ -33,7 +33,14 @@ from hq_plugin.distillation import Fidelity, LossFunction, loss_name
 from hq_plugin.distribution import alive_together, in_first, processes
 from hq_plugin.errors import BudgetError, HQWarning, PolicyError
 from hq_plugin.findings import group_sensitivities, model_name, predicted_front, scored_history, with_activations
-from hq_plugin.finetune import FineTuned, finetune_network, float_network, generated_network, warn_of_no_gain
+from hq_plugin.finetune import (
+    FineTuned,
+    finetune_network,
+    float_network,
+    generated_network,
+    possible_starts,
+    warn_of_no_gain,
+)
 from hq_plugin.found import Found
 from hq_plugin.lasting import LastingLosses, counts_second_order
 from hq_plugin.memory import peak_memory
@@ -431,7 +438,7 @@ class Session:
         *,
         budget: str | Budget | None = None,
         eval_fn: EvalFunction | None = None,
-        start: Literal["generated", "float"] | None = None,
+        start: Literal["closest", "generated", "float"] | None = None,
         steps: int | None = None,
     ) -> nn.Module:
         """Fine-tunes a policy and converts it (steps 3 and 4).
@@ -440,7 +447,7 @@ class Session:
             found: What `search` returned, or any policy of the search space.
             budget: For the report, and what kernels are chosen for; None is what was searched under.
             eval_fn: As for `quantize`.
-            start: In place of the option `finetune_from`; `"float"` is plain quantization-aware training.
+            start: In place of the option `finetune_from`.
             steps: In place of the option `finetune_steps`.
 
         Returns:
@@ -531,13 +538,11 @@ class Session:
     def _trained_on(self, policy: HybridPolicy, config: Config) -> FineTuned:
         """Trains the network of a policy on (step 3), unless that makes it worse."""
         began = time.perf_counter()
-        network = self._start(policy, config)
-        untrained = self._measured(network)
+        config, untrained = self._closest_start(policy, config)
         self.scorer.forget_targets()
         stage = f"fine-tuning of {policy.to_json()} by {decisive(config)}"
         for share in (1.0, *BACK_OFF):
-            if share < 1:
-                network = self._start(policy, config)
+            network = self._start(policy, config)
             history, again = finetune_network(
                 network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage, share
             )
@@ -552,6 +557,15 @@ class Session:
             warn_of_no_gain(config.steps.finetune, before, after)
             network, fidelity = self._start(policy, config), untrained
         return FineTuned(network, fidelity, history, time.perf_counter() - began)
+
+    def _closest_start(self, policy: HybridPolicy, config: Config) -> tuple[Config, Fidelity]:
+        """Returns the options of the start that is closest to the float model, and how close."""
+        starts = possible_starts(config)
+        # A copy of the best so far would cost as much memory as the model.
+        measured = [self._measured(self._start(policy, start)) for start in starts]
+        # The first process decides, as below.
+        closest = in_first(lambda: min(range(len(starts)), key=lambda at: measured[at].distance))
+        return starts[closest], measured[closest]
 
     def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
         """Returns the network that fine-tuning starts from."""

@@ -118,6 +118,10 @@ def test_what_a_convolution_multiplies(layer: nn.Conv1d | nn.Conv2d, batched: bo
     torch.testing.assert_close(products, expected.movedim(1, -1).flatten(0, -2))
 
 
+def test_a_convolution_of_nothing_multiplies_nothing() -> None:
+    assert convolved(torch.zeros(0, 4, 5, 5), nn.Conv2d(4, 6, 3)).shape == (1, 0, 36)
+
+
 def test_of_many_places_of_a_convolution_some_are_seen() -> None:
     layer = nn.Conv2d(1, 1, 1, bias=False)
     x = torch.arange(9.0 * 100 * 100).view(9, 1, 100, 100)

@@ -117,7 +117,8 @@ class HuggingFaceAdapter:
                     "self_written": 0.5,
                     "temperature": 1.0,
                     "block_loss": 0.0,  # measured: nothing gained, and every block's states are kept
-                    "rounding": "nearest",  # the second order was not tried for these
+                    "finetune_from": "generated",  # other starts were not tried
+                    "rounding": "nearest",
                     **_CAUSAL_STEPS[config.effort],
                 }
                 proposed |= {"learning_rate": 3e-5, "step_learning_rate": 1e-3}
@@ -133,6 +134,8 @@ class HuggingFaceAdapter:
                     "embedding_parts": 12,
                     "block_loss": 0.3,  # measured: neither less nor 1 made a difference
                     "sensitivities": "measured",  # the second order beside them was not tried for these
+                    "finetune_from": "generated",  # nor other starts
+                    "rounding": "second_order",
                     "calibration_batches": 16,
                     "learning_rate": 2e-4,
                     "step_learning_rate": 1e-3,
