@@ -138,8 +138,9 @@ class Result:
         layers: Every site.
         float_layers: Layers that stay float: name, type, parameters and reason.
         history: `"meta_training"` and `"finetune"`: one `{"step", "loss", "batch_statistics"}` a record, the first
-            of fine-tuning with `"rates"`, the share of the rates of weights that was taken where nobody gave one, and
-            `"start"` and `"rounding"`, what it began with; `"search"`: one `{"evaluation", "policy", "score"}` and the fields of `Costs` for every policy scored.
+            of fine-tuning with `"rates"`, the share of the rates of weights that was taken where nobody gave one,
+            `"start"` and `"rounding"`, what it began from; `"search"`: one `{"evaluation", "policy", "score"}` and
+            the fields of `Costs` for every policy scored.
         seconds: Wall time of each stage.
         memory: Most bytes in use so far at the end of each stage (`hq_plugin.memory.peak_memory`).
         config: The options.
