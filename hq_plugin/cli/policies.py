@@ -29,6 +29,7 @@ def space_of(policy: HybridPolicy, source: Source, given: Mapping[str, Any]) -> 
     # A model may consist of embeddings alone.
     layers = [bits for name, bits in policy.items() if name not in embeddings] or list(policy.values())
     options: dict[str, Any] = {
+        "finetune_from": "closest",  # what is meta-trained for one policy is trained for it already
         "weight_bits": _ascending(bits.weight for bits in layers if bits.weight),
         "activation_bits": _ascending(bits.activation for bits in layers),
         "activation_scheme": "dynamic" if any(bits.dynamic for bits in layers) else "static",
