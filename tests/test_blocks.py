@@ -7,7 +7,7 @@ from torch import nn
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from hq_plugin import Config
-from hq_plugin.batch import make_batch
+from hq_plugin.batch import Batch, make_batch
 from hq_plugin.blocks import BlockOutputs, find_blocks
 from hq_plugin.data import prepare_data
 from hq_plugin.distillation import loss_function
@@ -107,3 +107,32 @@ def test_training_brings_the_blocks_closer(trained: nn.Module, batches) -> None:
             data.holdout[0].run(student)
             distances[weight] = float(watched.distance(data.holdout[0]))
     assert distances[3.0] < 0.7 * distances[0.0]
+
+
+def test_blocks_lead_until_a_share_of_the_steps_and_are_not_kept_after(  # type: ignore[no-untyped-def]
+    trained: nn.Module, batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def distance(self: BlockOutputs, batch: Batch) -> torch.Tensor:
+        kept.append(sum(map(len, self._seen.values())))
+        return compare(self, batch)
+
+    compare = BlockOutputs.distance
+    monkeypatch.setattr(BlockOutputs, "distance", distance)
+    left: list[int] = []
+
+    def forget(self: BlockOutputs) -> None:
+        left.append(len(self._seen))
+        let_go(self)
+
+    let_go = BlockOutputs.forget
+    monkeypatch.setattr(BlockOutputs, "forget", forget)
+    data = prepare_data(batches, trained, Config(effort="smoke"))
+    loss, rates = loss_function("kl", torch.randn(2, 10)), Rates(1e-4, 1e-4)
+    blocks = {"blocks": ["stem", "pointwise"], "block_loss": 2.0, "blocks_until": 0.5}
+    task = Task("test", copy.deepcopy(trained), trained, data, loss, 8, rates, **blocks)  # type: ignore[arg-type]
+    assert [task.block_loss_at(step) for step in range(8)] == [2.0, 1.5, 1.0, 0.5, 0.0, 0.0, 0.0, 0.0]
+    train(task)
+    assert kept == [2] * 4
+    assert left[-1] == 0  # what ran after has left nothing

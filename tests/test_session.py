@@ -151,8 +151,18 @@ def test_a_given_policy(session: Session) -> None:
         model = session.finetune(policy, start=start, steps=5)  # type: ignore[arg-type]
         assert model.hq.policy == policy
         assert len(model.hq.history["finetune"]) == 5
+        assert model.hq.history["finetune"][0]["start"] == start
     with pytest.raises(PolicyError, match="another model"):
         session.finetune(HybridPolicy({"x": LayerBits(4)}))
+
+
+def test_with_few_steps_the_closest_start_is_taken(session: Session) -> None:
+    policy = HybridPolicy({site.name: LayerBits(2, 8) for site in session.space.table})
+    untrained = {start: session.finetune(policy, start=start, steps=0).hq.kl for start in ("generated", "float")}
+    assert untrained["generated"] < untrained["float"]  # 200 steps of meta-training have told them apart
+    result = session.finetune(policy, steps=5).hq
+    assert result.history["finetune"][0]["start"] == "generated"
+    assert session.finetune(policy, steps=0).hq.kl == untrained["generated"]
 
 
 def test_baselines_keep_the_budget(session: Session) -> None:
