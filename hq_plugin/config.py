@@ -138,7 +138,7 @@ class Config:
             half of that for each bit above two, so that small and large, narrow and wide ones move by as many
             quantization steps; less for layers of more than 64 input channels, by the root of how many they are;
             and less for steps of fewer than 128 samples, by the root of how many they are. Fine-tuning
-            that a tenth of its steps at these rates led no closer begins again at 0.3 of them, and at 0.1.
+            that a tenth of its steps led twice as far away begins again at 0.3 of these rates, and at 0.1.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes what the
             integration proposes, or else 2e-3, and less for steps of fewer than 128 samples.
         rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each

@@ -142,7 +142,7 @@ def finetune_network(
 
     Returns:
         The history, one `{"step", "loss", "batch_statistics"}` a step, and whether it is to be trained again, from
-        where it began, at the next share: the first steps led no closer.
+        where it began, at the next share: the first steps led away.
     """
     assert config.block_loss is not None
     assert config.temperature is not None

@@ -25,9 +25,8 @@ WARMUP = 0.05
 #: network. By the mean of all widths, wide layers of a MobileNetV3 were moved further than they had been rounded
 #: (docs/experiments.md).
 RELATIVE_RATE, NARROW = 0.01, 2
-#: Fine-tuning that a tenth of its steps at these rates led no closer begins again at such shares of them. A ResNet
-#: at 2.2 bits is best off at the whole rates. A MobileNetV3 and networks of ImageNet at 3 bits begin closer to the
-#: float model, and are led away further than the rest of the steps makes up for (docs/experiments.md).
+#: Fine-tuning that a tenth of its steps led far away begins again at such shares of these rates: no one rate is for
+#: all networks, and what is led away too far the rest of the steps does not make up for (docs/experiments.md).
 BACK_OFF = (0.3, 0.1)
 #: Input channels up to which `RELATIVE_RATE` holds. Adam moves the weights of a channel together: what they add up
 #: to at its output grows with their number, where what they began as adds up to its root. So a wider layer's share
