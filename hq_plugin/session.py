@@ -538,11 +538,12 @@ class Session:
     def _trained_on(self, policy: HybridPolicy, config: Config) -> FineTuned:
         """Trains the network of a policy on (step 3), unless that makes it worse."""
         began = time.perf_counter()
-        config, untrained = self._closest_start(policy, config)
+        config, untrained, network = self._closest_start(policy, config)
         self.scorer.forget_targets()
         stage = f"fine-tuning of {policy.to_json()} by {decisive(config)}"
         for share in (1.0, *BACK_OFF):
-            network = self._start(policy, config)
+            if share < 1:
+                network = self._start(policy, config)
             history, again = finetune_network(
                 network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage, share
             )
@@ -558,14 +559,19 @@ class Session:
             network, fidelity = self._start(policy, config), untrained
         return FineTuned(network, fidelity, history, time.perf_counter() - began)
 
-    def _closest_start(self, policy: HybridPolicy, config: Config) -> tuple[Config, Fidelity]:
-        """Returns the options of the start that is closest to the float model, and how close."""
-        starts = possible_starts(config)
+    def _closest_start(self, policy: HybridPolicy, config: Config) -> tuple[Config, Fidelity, nn.Module]:
+        """Returns the start that is closest to the float model: its options, how close it is, and itself."""
+        *others, last = starts = possible_starts(config)
         # A copy of the best so far would cost as much memory as the model.
-        measured = [self._measured(self._start(policy, start)) for start in starts]
-        # The first process decides, as below.
+        measured = [self._measured(self._start(policy, start)) for start in others]
+        network = self._start(policy, last)
+        measured.append(self._measured(network))
+        # The first process decides, as it does on what training gained.
         closest = in_first(lambda: min(range(len(starts)), key=lambda at: measured[at].distance))
-        return starts[closest], measured[closest]
+        if starts[closest] is not last:
+            del network
+            network = self._start(policy, starts[closest])
+        return starts[closest], measured[closest], network
 
     def _start(self, policy: HybridPolicy, config: Config) -> nn.Module:
         """Returns the network that fine-tuning starts from."""
