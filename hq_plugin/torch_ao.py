@@ -569,7 +569,8 @@ def convert(prepared: nn.Module) -> nn.Module:
             mode made a layer that cannot be packed.
     """
     _check_calibrated(prepared)
-    converted = copy.deepcopy(prepared).eval()
+    with torch.no_grad():  # parts in TorchScript copy their parameters as gradients would pass
+        converted = copy.deepcopy(prepared).eval()
     types = {type(m) for m in converted.modules() if isinstance(m, (QATMixin, *_GRAPH))}
     if not types:
         raise ModelError("The model holds no prepared layer. Call hq_plugin.torch_ao.prepare on it first.")
