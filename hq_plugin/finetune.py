@@ -64,11 +64,11 @@ def possible_starts(config: Config) -> list[Config]:
     Generated weights were trained as they are rounded, to the nearest. Float ones are closer to the float model,
     and train better, once they are rounded to second order.
     """
-    origin = config.finetune_from or ("float" if config.steps.finetune >= RETRAINED else "closest")
     generated = replace(config, finetune_from="generated", rounding=config.rounding or "nearest")
     rounding: Literal["nearest", "second_order"] = "nearest" if config.effort == "smoke" else "second_order"
     retrained = replace(config, finetune_from="float", rounding=config.rounding or rounding)
-    return [*([retrained] if origin != "generated" else []), *([generated] if origin != "float" else [])]
+    origin = config.finetune_from or ("float" if config.steps.finetune >= RETRAINED else "closest")
+    return {"float": [retrained], "generated": [generated], "closest": [retrained, generated]}[origin]
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ it on the integer that was found.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from typing import Any
 
@@ -161,19 +160,16 @@ def _round(layer: Any, products: Tensor, damping: float) -> None:
     if bits == 0:
         return
     step, zero, size = block.step(bits), block.zero_point(bits), block.group_size(bits)
-    matrices = weight.reshape(len(products), -1, products.shape[-1]).clone()
+    matrices = weight.reshape(len(products), -1, products.shape[-1]).clone()  # with any strides
     steps = step.view(*matrices.shape[:2], -1)
     zeros = None if zero is None else zero.view_as(steps)
-    for part, scale, offset in zip(
-        matrices.split(_ROWS, 1),
-        steps.split(_ROWS, 1),
-        itertools.repeat(None) if zeros is None else zeros.split(_ROWS, 1),
-        strict=False,
-    ):
-        own = scale.flatten(), None if offset is None else offset.flatten()
-        integers = second_order_integers(part, *own, bits, size, products, damping)
+    for start in range(0, matrices.shape[1], _ROWS):
+        own = slice(start, start + _ROWS)
+        part, scale = matrices[:, own], steps[:, own].flatten()
+        offset = None if zeros is None else zeros[:, own].flatten()
+        integers = second_order_integers(part, scale, offset, bits, size, products, damping)
         rows = weight_rows(part.flatten(0, 1), size)
-        moved = inside(rows.float(), integers.view_as(rows), *own, bits)
+        moved = inside(rows.float(), integers.view_as(rows), scale, offset, bits)
         part.copy_(moved.view_as(part))
     weight.copy_(matrices.view_as(weight))
 

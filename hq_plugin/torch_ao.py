@@ -569,7 +569,7 @@ def convert(prepared: nn.Module) -> nn.Module:
             mode made a layer that cannot be packed.
     """
     _check_calibrated(prepared)
-    with torch.no_grad():  # parts in TorchScript copy their parameters as gradients would pass
+    with torch.no_grad():  # else copies of parts in TorchScript are results that have a gradient
         converted = copy.deepcopy(prepared).eval()
     types = {type(m) for m in converted.modules() if isinstance(m, (QATMixin, *_GRAPH))}
     if not types:
