@@ -160,7 +160,8 @@ def _round(layer: Any, products: Tensor, damping: float) -> None:
     if bits == 0:
         return
     step, zero, size = block.step(bits), block.zero_point(bits), block.group_size(bits)
-    matrices = weight.reshape(len(products), -1, products.shape[-1]).clone()  # with any strides
+    matrices = weight.reshape(len(products), -1, products.shape[-1])
+    matrices = matrices.clone(memory_format=torch.contiguous_format)  # a weight may be stored transposed
     steps = step.view(*matrices.shape[:2], -1)
     zeros = None if zero is None else zero.view_as(steps)
     for start in range(0, matrices.shape[1], _ROWS):

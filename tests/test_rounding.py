@@ -65,9 +65,12 @@ def test_moved_weights_round_to_their_integers_and_move_no_further(bits: int) ->
     assert float((moved - rows)[kept].abs().max()) <= (_MARGIN + 1e-3) * float(step.max())
 
 
-def test_a_network_starts_closer_to_float() -> None:
+@pytest.mark.parametrize("transposed", [False, True], ids=["plain", "transposed"])
+def test_a_network_starts_closer_to_float(transposed: bool) -> None:
     x = correlated(inputs=64)
     model = nn.Sequential(nn.Linear(64, 48), nn.Tanh(), nn.Linear(48, 8)).eval()
+    if transposed:  # as files of other libraries store weights
+        model[0].weight.data = model[0].weight.data.t().contiguous().t()
     policy = HybridPolicy({"0": LayerBits(3, 16, 16), "2": LayerBits(3, 8)})
     network = torch_ao.prepare(model, policy).eval()
     network(x)
