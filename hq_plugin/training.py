@@ -133,124 +133,225 @@ def _train(
     task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module, stop: Interruption
 ) -> bool:
     """Trains what runs in place of the task's network, until it is done, backs off or is asked to stop."""
-    by_batch = bool(task.batch_statistics)
-    set_training_modes(network, by_batch)
-    kept = KeptValues(network)
-    # Batches of a step, as accelerate is configured.
-    accumulated = accelerator.gradient_accumulation_steps
-    batches = task.data.forever(2 * accelerator.num_processes)
-    ahead = next(batches)
-    samples = ahead.size * accumulated
-    batches = itertools.chain([ahead], batches)
-    del ahead
-    groups = task.rates.groups(task.network, network, samples, rises=task.batch_statistics is None)
-    # One pass over weights and moments in place of a dozen, where torch has the kernel.
-    trained, pieces = [p for group in groups for p in group["params"]], sharded()
-    fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not pieces
-    optimizer = torch.optim.Adam(groups, fused=fused)
-    schedule = task.rates.schedule(optimizer, task.steps, lambda: by_batch)
-    if pieces:
-        wrapped, optimizer = network, accelerator.prepare_optimizer(optimizer)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch renames `broadcast_buffers`, accelerate not yet
-            wrapped, optimizer = accelerator.prepare(network, optimizer)
-        for buffer in network.buffers():
-            broadcast(buffer)  # in place; the processes' own may differ in their last bits
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    distance = task.distance or task.loss
-    far = task.batch_statistics is None and batch_statistics_pay(network, teacher, task.data, distance, accelerator)
-    seen, began = math.ceil(SEEN * task.steps), None
-    if task.backs_off and seen >= TELLING and task.data.holdout[0].size >= accelerator.num_processes:
-        began = held_out_distance(network, teacher, task.data, distance, accelerator)
-    first, keep = 0, task.checkpoint
-    if keep is not None:
-        first, task.history[:] = keep.restore(task.stage, network, optimizer)
-        if task.history and task.history[-1].get("led_away", False):
-            return False
-        if not by_batch and task.history and task.history[-1].get("batch_statistics", False):
-            by_batch = True
-            follow_batches(network)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
-            for _ in range(first if first < task.steps else 0):  # a stage that is done needs no data
-                for _ in range(accumulated):
-                    next(batches)
-                schedule.step()
-    good: tuple[int, dict[str, Tensor]] | None = None
-    every = max(1, task.steps // SNAPSHOTS)
+    run = _Run(task, accelerator, network, teacher)
+    if run.led_away:  # before it was interrupted
+        return False
     watched = BlockOutputs(task.blocks if task.block_loss else ())
     with (
         progress(task.show) as bars,
         watched.watching(network, teacher, task.data.holdout[0].to(accelerator.device)) as blocks,
     ):
         bar = bars.task(task.name, total=task.steps)
-        bar.advance(first)
-        for step in range(first, task.steps):
-            if step == seen and (far or began is not None):
-                kept.forget()
+        bar.advance(run.first)
+        for step in range(run.first, task.steps):
+            if step == run.seen:
                 with blocks.resting():
-                    measure = network, teacher, task.data, distance, accelerator
-                    if far and batch_statistics_pay(*measure):
-                        by_batch = True
-                        follow_batches(network)
-                    elif began is not None and not held_out_distance(*measure) < LED_AWAY * began:
-                        task.history[-1]["led_away"] = True
-                        if keep is not None:
-                            keep.keep(task.stage, step, network, optimizer, task.history)
-                        break
+                    run.look(step)
+                if run.led_away:
+                    break
             task.before_step(network, step)
-            block_loss = task.block_loss_at(step)
-            value = 0.0
-            for part in range(accumulated):
-                with nullcontext() if part == accumulated - 1 else accelerator.no_sync(wrapped):
-                    kept.forget()
-                    batch, weight = share_of_batch(next(batches).to(accelerator.device))
-                    with accelerator.autocast(), nullcontext() if block_loss else blocks.resting():
-                        with torch.no_grad():
-                            target = batch.run(teacher)
-                        loss = task.loss(batch.run(wrapped), target)
-                        if block_loss and blocks.names:
-                            loss = loss + block_loss * blocks.distance(batch)
-                        loss = loss * weight
-                    # The mean over processes, so that all of them see the same and stop together.
-                    value += float(accelerator.reduce(loss.detach(), "mean")) / accumulated
-                    if math.isfinite(value):
-                        _backward(accelerator, loss)  # which divides by `accumulated`
+            value = run.backward(step, blocks)
             if not math.isfinite(value):
-                _stop_at(task, step, value, network, good, samples)
+                run.go_back(step, value)
                 break
-            # Only now is it known that the state is good.
-            if good is None or step % every == 0:
-                good = None  # first, so that two are never in memory
-                good = (step, _state(network))
-            accelerator.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            optimizer.zero_grad()  # gradients are as large as the weights: the next forward has them not beside it
-            schedule.step()
-            task.history.append({"step": step, "loss": value, "batch_statistics": by_batch})
-            track(task.name, step, loss=value, learning_rate=float(schedule.get_last_lr()[0]))
+            run.step(step, value)
             bar.advance(loss=value)
-            if keep is not None:
-                due = torch.tensor([float(keep.due()), float(stop.wanted)], device=accelerator.device)
-                # The processes' clocks differ: they keep a state together or not at all.
-                keeps, stops = accelerator.reduce(due).tolist()
-                if keeps or stops:
-                    keep.keep(task.stage, step + 1, network, optimizer, task.history)
-                if stops:
-                    raise interrupted(f"{task.name}, after step {step + 1} of {task.steps}", keep.directory)
-    # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
-    accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    network.eval()
-    kept.forget()
-    ended = not task.history[-1].get("led_away", False)
-    if by_batch:
-        agree_on_statistics(network, accelerator)
-    if keep is not None and first < task.steps and ended:
-        keep.keep(task.stage, task.steps, network, optimizer, task.history)
-    # References in circles would keep the moments, twice the weights, until Python finds them.
-    optimizer.state.clear()
-    return ended
+            run.keep(step + 1, stop)
+    return run.end()
+
+
+@dataclass
+class _Normalising:
+    """Whether BatchNorm normalises by each batch's own statistics now.
+
+    Not in `_Run`, since the course of the rates reads it: references in circles would keep networks in memory.
+    """
+
+    by_batch: bool
+
+
+class _Run:
+    """A stage as it runs in this process: network and teacher where they compute, optimizer and course.
+
+    Attributes:
+        first: The step to begin with: 0, or where a kept state left off.
+        seen: The step before which is seen whether BatchNorm changes and whether training backs off.
+    """
+
+    def __init__(self, task: Task, accelerator: Accelerator, network: nn.Module, teacher: nn.Module) -> None:
+        self.task, self.accelerator, self.network, self.teacher = task, accelerator, network, teacher
+        self.seen = math.ceil(SEEN * task.steps)
+        self._normalising = _Normalising(bool(task.batch_statistics))
+        set_training_modes(network, self._normalising.by_batch)
+        self._values = KeptValues(network)
+        # Batches of a step, as accelerate is configured.
+        self._parts = accelerator.gradient_accumulation_steps
+        batches = task.data.forever(2 * accelerator.num_processes)
+        ahead = next(batches)
+        self._samples = ahead.size * self._parts
+        self._batches = itertools.chain([ahead], batches)
+        del ahead
+        self._prepare()
+        self._far = task.batch_statistics is None and batch_statistics_pay(*self._distances)
+        self._began: float | None = None
+        if task.backs_off and self.seen >= TELLING and task.data.holdout[0].size >= accelerator.num_processes:
+            self._began = held_out_distance(*self._distances)
+        self._good: tuple[int, dict[str, Tensor]] | None = None
+        self.first = self._resume()
+
+    @property
+    def led_away(self) -> bool:
+        """Whether the first steps led away from the teacher, and training backs off."""
+        return bool(self.task.history) and self.task.history[-1].get("led_away", False)
+
+    @property
+    def _distances(self) -> tuple[nn.Module, nn.Module, Data, LossFunction, Accelerator]:
+        """What it takes to measure how far the network is from its teacher."""
+        return self.network, self.teacher, self.task.data, self.task.distance or self.task.loss, self.accelerator
+
+    def _prepare(self) -> None:
+        """Makes the optimizer and the course of its rates, and has accelerate spread the network."""
+        task, network, accelerator = self.task, self.network, self.accelerator
+        groups = task.rates.groups(task.network, network, self._samples, rises=task.batch_statistics is None)
+        # One pass over weights and moments in place of a dozen, where torch has the kernel.
+        trained, pieces = [p for group in groups for p in group["params"]], sharded()
+        fused = all(p.device.type in _FUSED_ADAM and p.is_floating_point() for p in trained) and not pieces
+        optimizer: Any = torch.optim.Adam(groups, fused=fused)
+        normalising = self._normalising
+        self._schedule = task.rates.schedule(optimizer, task.steps, lambda: normalising.by_batch)
+        if pieces:
+            self._wrapped, self._optimizer = network, accelerator.prepare_optimizer(optimizer)
+        else:
+            with warnings.catch_warnings():
+                # torch renames `broadcast_buffers`, accelerate not yet.
+                warnings.simplefilter("ignore", FutureWarning)
+                self._wrapped, self._optimizer = accelerator.prepare(network, optimizer)
+            for buffer in network.buffers():
+                broadcast(buffer)  # in place; the processes' own may differ in their last bits
+        self._parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+
+    def _resume(self) -> int:
+        """Goes to where a kept state left off, and returns the next step."""
+        task, keep = self.task, self.task.checkpoint
+        if keep is None:
+            return 0
+        first, task.history[:] = keep.restore(task.stage, self.network, self._optimizer)
+        if self.led_away:
+            return first
+        if not self._normalising.by_batch and task.history and task.history[-1].get("batch_statistics", False):
+            self._follow_batches()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch minds a schedule that moves before the optimizer
+            for _ in range(first if first < task.steps else 0):  # a stage that is done needs no data
+                for _ in range(self._parts):
+                    next(self._batches)
+                self._schedule.step()
+        return first
+
+    def _follow_batches(self) -> None:
+        self._normalising.by_batch = True
+        follow_batches(self.network)
+
+    def look(self, step: int) -> None:
+        """Sees, of a network that was far away, whether BatchNorm is to change, or else whether to back off."""
+        if not self._far and self._began is None:
+            return
+        task = self.task
+        self._values.forget()
+        if self._far and batch_statistics_pay(*self._distances):
+            self._follow_batches()
+        elif self._began is not None and not held_out_distance(*self._distances) < LED_AWAY * self._began:
+            task.history[-1]["led_away"] = True
+            if task.checkpoint is not None:
+                task.checkpoint.keep(task.stage, step, self.network, self._optimizer, task.history)
+
+    def backward(self, step: int, blocks: BlockOutputs) -> float:
+        """Computes the gradients of a step.
+
+        Returns:
+            The loss, its mean over processes: all of them see the same and stop together. Where it is not finite,
+            so may gradients be.
+        """
+        task, accelerator = self.task, self.accelerator
+        block_loss = task.block_loss_at(step)
+        value = 0.0
+        for part in range(self._parts):
+            with nullcontext() if part == self._parts - 1 else accelerator.no_sync(self._wrapped):
+                self._values.forget()
+                batch, weight = share_of_batch(next(self._batches).to(accelerator.device))
+                with accelerator.autocast(), nullcontext() if block_loss else blocks.resting():
+                    with torch.no_grad():
+                        target = batch.run(self.teacher)
+                    loss = task.loss(batch.run(self._wrapped), target)
+                    if block_loss and blocks.names:
+                        loss = loss + block_loss * blocks.distance(batch)
+                    loss = loss * weight
+                value += float(accelerator.reduce(loss.detach(), "mean")) / self._parts
+                if math.isfinite(value):
+                    _backward(accelerator, loss)  # which divides by the parts
+        return value
+
+    def step(self, step: int, value: float) -> None:
+        """Takes a step by the gradients of a finite loss."""
+        # Only now is it known that the state is good.
+        if self._good is None or step % max(1, self.task.steps // SNAPSHOTS) == 0:
+            self._good = None  # first, so that two are never in memory
+            self._good = (step, _state(self.network))
+        self.accelerator.clip_grad_norm_(self._parameters, CLIP)
+        self._optimizer.step()
+        self._optimizer.zero_grad()  # gradients are as large as weights: the next forward has them not beside it
+        self._schedule.step()
+        self.task.history.append({"step": step, "loss": value, "batch_statistics": self._normalising.by_batch})
+        track(self.task.name, step, loss=value, learning_rate=float(self._schedule.get_last_lr()[0]))
+
+    def keep(self, step: int, stop: Interruption) -> None:
+        """Keeps the state before a step where that is due, and stops where the user wants it."""
+        task, keep = self.task, self.task.checkpoint
+        if keep is None:
+            return
+        due = torch.tensor([float(keep.due()), float(stop.wanted)], device=self.accelerator.device)
+        # The processes' clocks differ: they keep a state together or not at all.
+        keeps, stops = self.accelerator.reduce(due).tolist()
+        if keeps or stops:
+            keep.keep(task.stage, step, self.network, self._optimizer, task.history)
+        if stops:
+            raise interrupted(f"{task.name}, after step {step} of {task.steps}", keep.directory)
+
+    def go_back(self, step: int, value: float) -> None:
+        """Goes back to the last good state after a loss that is not finite.
+
+        Raises:
+            TrainingError: There is none.
+        """
+        task = self.task
+        advice = f"Lower learning_rate (now {task.rates.told(self._samples)}) or look at the data."
+        if self._good is None:
+            raise TrainingError(
+                f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "
+                f"state to keep. {advice}"
+            )
+        self.network.load_state_dict(self._good[1], strict=False)
+        warnings.warn(
+            f"The loss of {task.name} became {value} at step {step} of {task.steps}; training stopped there, and "
+            f"the state of step {self._good[0]} is used. {advice}",
+            HQWarning,
+            stacklevel=3,
+        )
+
+    def end(self) -> bool:
+        """Leaves the network as it is to be scored; returns whether training came to its end."""
+        task, keep, ended = self.task, self.task.checkpoint, not self.led_away
+        # Mixed precision wraps the forward in place; what was trained is copied and scored as it was made.
+        self.accelerator.unwrap_model(self._wrapped, keep_fp32_wrapper=False)
+        self.network.eval()
+        self._values.forget()
+        if self._normalising.by_batch:
+            agree_on_statistics(self.network, self.accelerator)
+        if keep is not None and self.first < task.steps and ended:
+            keep.keep(task.stage, task.steps, self.network, self._optimizer, task.history)
+        # References in circles would keep the moments, twice the weights, until Python finds them.
+        self._optimizer.state.clear()
+        return ended
 
 
 def _backward(accelerator: Accelerator, loss: Tensor) -> None:
@@ -275,27 +376,3 @@ def _state(network: nn.Module) -> dict[str, Tensor]:
     """Returns a copy of what training changes, for `load_state_dict(..., strict=False)`."""
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     return {name: tensor.detach().clone() for name, tensor in [*trained.items(), *network.named_buffers()]}
-
-
-def _stop_at(
-    task: Task,
-    step: int,
-    value: float,
-    network: nn.Module,
-    good: tuple[int, dict[str, Tensor]] | None,
-    samples: int,
-) -> None:
-    """Goes back to the last good state after a loss that is not finite."""
-    advice = f"Lower learning_rate (now {task.rates.told(samples)}) or look at the data."
-    if good is None:
-        raise TrainingError(
-            f"The loss of {task.name} became {value} at step {step} of {task.steps}, before there was a good "
-            f"state to keep. {advice}"
-        )
-    network.load_state_dict(good[1], strict=False)
-    warnings.warn(
-        f"The loss of {task.name} became {value} at step {step} of {task.steps}; training stopped there, and "
-        f"the state of step {good[0]} is used. {advice}",
-        HQWarning,
-        stacklevel=3,
-    )
