@@ -12,6 +12,7 @@ import itertools
 import os
 import re
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,6 +31,12 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: Ways to run in which each process holds the whole model. Where it is in pieces, FSDP2 is the one that can be had.
 _WHOLE = {kind for kind in DistributedType if kind.value.startswith(("NO", "MULTI_"))}
+#: The module of tensors that are spread over processes. It takes a second to import.
+_DTENSORS = "torch.distributed.tensor"
+#: Seconds in which gloo's threads let go of what the last collective sent. Groups end and join theirs, but torch's
+#: caches of such tensors keep groups past that: without a pause half of the jobs whose last collective had just
+#: come back were aborted, with 0.02 s none.
+_LETTING_GO = 0.1
 #: What collectives say when the process at the other end is gone.
 _GONE = re.compile(r"gloo|nccl|ProcessGroup|connection (closed|reset) by (remote )?peer|broken pipe", re.IGNORECASE)
 
@@ -59,8 +66,12 @@ def in_job() -> bool:
 
 def leave() -> None:
     """Ends this process's part in the job, where it has one."""
-    if in_job():
-        torch.distributed.destroy_process_group()
+    if not in_job():
+        return
+    gloo = torch.distributed.get_backend() == "gloo"
+    torch.distributed.destroy_process_group()
+    if gloo and _DTENSORS in sys.modules:
+        time.sleep(_LETTING_GO)
 
 
 @atexit.register
@@ -76,8 +87,8 @@ def _leave_gloo() -> None:
 
 def in_pieces(tensor: torch.Tensor) -> bool:
     """Whether a tensor is spread over processes (a DTensor)."""
-    # Its module takes a second to import, and whoever has one has imported it.
-    module = sys.modules.get("torch.distributed.tensor")
+    # Whoever has one has imported it.
+    module = sys.modules.get(_DTENSORS)
     return module is not None and isinstance(tensor, module.DTensor)
 
 
