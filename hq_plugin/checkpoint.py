@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.distribution import in_first, is_first
+from hq_plugin.distribution import in_first, in_pieces, is_first
 from hq_plugin.errors import ArtifactError, ArtifactPathError, HQWarning
 from hq_plugin.exclusive import locked
 from hq_plugin.sharding import in_pieces_like, whole
@@ -241,7 +241,11 @@ class Checkpoint:
             for name, tensor in tensors.items():
                 if name.startswith("optimizer."):
                     _, index, field = name.split(".", 2)
-                    moment = tensor if tensor.dim() == 0 else in_pieces_like(tensor, parameters[int(index)])
+                    like = parameters[int(index)]
+                    moment = tensor if tensor.dim() == 0 else in_pieces_like(tensor, like)
+                    if moment.dim() and not in_pieces(moment):
+                        # In the weight's memory format: a fused optimizer goes through both as they lie in memory.
+                        moment = torch.empty_like(like, dtype=moment.dtype, device=moment.device).copy_(moment)
                     state["state"].setdefault(int(index), {})[field] = moment
             optimizer.load_state_dict(state)
             return int(content["step"]), list(content["history"])

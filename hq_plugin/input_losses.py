@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from hq_plugin.batch import Batch
 from hq_plugin.distillation import LossFunction
+from hq_plugin.modes import differentiable
 from hq_plugin.moments import probes
 from hq_plugin.space import SearchSpace
 
@@ -59,7 +60,7 @@ def input_losses(
             handles.append(layer.register_forward_pre_hook(watch.enter, with_kwargs=True))
     positions = 0
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable(teacher):
             for probe, seen in probes(teacher, batches if handles else (), seed, loss):
                 positions += seen
                 if probe.requires_grad:

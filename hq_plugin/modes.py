@@ -57,6 +57,14 @@ def _needs_training_mode(module: nn.Module) -> bool:
 
 
 @contextmanager
+def differentiable(network: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode but for what has gradients in training mode only."""
+    with modes_kept(network), without_recurrent_dropout(network):
+        set_training_modes(network, batch_statistics=False)
+        yield
+
+
+@contextmanager
 def without_recurrent_dropout(network: nn.Module) -> Iterator[None]:
     """Inside, recurrent layers drop nothing, in training mode either: no part of theirs could be left in eval."""
     layers = [module for module in network.modules() if isinstance(module, nn.RNNBase)]

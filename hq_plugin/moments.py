@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from hq_plugin.batch import Batch
 from hq_plugin.distillation import LossFunction, random_probe, tensors_of
 from hq_plugin.errors import ConfigError
+from hq_plugin.modes import differentiable
 from hq_plugin.precision import autocast
 from hq_plugin.sites import Site
 from hq_plugin.space import SearchSpace
@@ -170,7 +171,7 @@ def collect_moments(
         else:
             handles.append(module.register_forward_hook(_hook(sum_), with_kwargs=True))
     try:
-        with torch.enable_grad(), lookups:
+        with torch.enable_grad(), differentiable(teacher), lookups:
             for probe, seen in probes(teacher, in_turn(), seed, loss):
                 if not probe.requires_grad:
                     raise ConfigError(

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from hq_plugin.batch import Batch
 from hq_plugin.distillation import LossFunction, random_probe
+from hq_plugin.modes import differentiable
 from hq_plugin.nn.split import same_columns
 from hq_plugin.precision import autocast
 
@@ -30,21 +31,26 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
 
     Args:
         network: Any network; it runs as it is.
-        names: Layers of the classes `MULTIPLYING`. Those that never run, or read what is not finite, are left out.
+        names: Layers of the classes `MULTIPLYING`. Those that never run, or read nothing or what is not finite, are
+            left out, and so are subclasses of which it cannot be told what they multiply their weight with.
         batches: A few batches.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
+    unknown: set[str] = set()
     running: Batch | None = None
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = args[0] if args else next(iter(kwargs.values()))
+            if not _multiplies(module, x):
+                unknown.add(name)
+                return
             if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                vectors = convolved(x, module)
+                vectors = convolved(x.detach(), module)
             else:
                 assert running is not None
-                vectors = running.without_padding(x, name).reshape(1, -1, x.shape[-1])
+                vectors = running.without_padding(x.detach(), name).reshape(1, -1, x.shape[-1])
             counts[name] = counts.get(name, 0) + vectors.shape[1]
             _add_products(sums, name, vectors)
 
@@ -54,13 +60,35 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
         network.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names
     ]
     try:
-        for running in batches:
+        for running in batches if handles else ():
             with autocast():
                 running.run(network)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: total / counts[name] for name, total in sums.items() if bool(total.isfinite().all())}
+    known = [name for name, count in counts.items() if count and name not in unknown]
+    return {name: sums[name] / counts[name] for name in known if bool(sums[name].isfinite().all())}
+
+
+def _multiplies(layer: nn.Module, x: Any) -> bool:
+    """Whether the weight fits an input as the layer's class multiplies them.
+
+    A subclass may take something else, multiply by a part of its weight, or pad a small picture itself.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        return False
+    if not isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        weight: Any = layer._parameters["weight"]
+        return x.shape[-1:] == weight.shape[1:]
+    spatial = len(layer.kernel_size)
+    reach = [(size - 1) * dilation for size, dilation in zip(layer.kernel_size, layer.dilation, strict=True)]
+    padding = layer._reversed_padding_repeated_twice[::-1]
+    sizes = [n + sum(padding[2 * i : 2 * i + 2]) for i, n in enumerate(x.shape[-spatial:])]
+    return (
+        x.dim() in (spatial + 1, spatial + 2)
+        and x.shape[-spatial - 1] == layer.in_channels
+        and all(size > far for size, far in zip(sizes, reach, strict=True))
+    )
 
 
 def convolved(x: Tensor, layer: nn.Conv1d | nn.Conv2d) -> Tensor:
@@ -117,14 +145,16 @@ def gradient_products(
             _add_products(sums, name, gradient.detach().reshape(1, -1, gradient.shape[-1]))
 
         def forward(module: nn.Module, args: Any, output: Tensor) -> None:
-            if output.requires_grad and output.numel():
+            weight: Any = module._parameters["weight"]
+            # A subclass may give something else than what it looked up.
+            if isinstance(output, Tensor) and output.requires_grad and output.shape[-1:] == weight.shape[1:]:
                 output.register_hook(see)
 
         return forward
 
     handles = [network.get_submodule(name).register_forward_hook(hook(same_columns(name))) for name in names]
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), differentiable(network):
             for batch in batches if handles else ():
                 with autocast():
                     probe, _ = random_probe(batch.run(network), loss)

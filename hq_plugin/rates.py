@@ -166,7 +166,7 @@ def _widths(network: nn.Module) -> dict[int, int]:
 
 
 def _relative_rate(parameter: Tensor, width: int, channels: int) -> float:
-    rate = RELATIVE_RATE * float(parameter.detach().float().square().mean().sqrt())
+    rate = RELATIVE_RATE * float(parameter.detach().abs().float().square().mean().sqrt())
     if parameter.dim() < 2:
         return min(max(rate, FLOAT_RATES[0]), FLOAT_RATES[1])
     wide = math.sqrt(min(1.0, CHANNELS / max(channels, 1)))

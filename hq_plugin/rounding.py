@@ -8,7 +8,7 @@ it on the integer that was found.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -128,7 +128,8 @@ def start_from_good_integers(
 ) -> None:
     """Moves the weights of a network with a fixed policy onto integers found to second order.
 
-    Layers and embeddings that share a weight want different integers, and are left as they are.
+    Layers that share a weight are rounded once, by what all of them multiply. A layer and an embedding that share
+    one want different integers, and are left as they are.
 
     Args:
         network: A prepared network whose layers have tables of one width; changed in place.
@@ -144,13 +145,25 @@ def start_from_good_integers(
     multiplying = [name for name, layer in layers.items() if isinstance(layer, MULTIPLYING)]
     with torch_ao.float_forward(network):
         products = input_products(network, multiplying, batches)
-    for name, product in products.items():
-        _round(layers[name], product, _DAMPING if isinstance(layers[name], nn.Linear) else _CONVOLVED)
+    _round_all(layers, products)
     embeddings = [name for name in layers if name not in multiplying]
     gradients = gradient_products(network, embeddings, batches, loss)
-    for name in embeddings:
-        if same_columns(name) in gradients:
-            _round(layers[name], gradients[same_columns(name)], _DAMPING)
+    _round_all(
+        layers, {name: gradients[same_columns(name)] for name in embeddings if same_columns(name) in gradients}
+    )
+
+
+def _round_all(layers: Mapping[str, Any], products: Mapping[str, Tensor]) -> None:
+    """Rounds layers by their products; those that share a weight once, by the sum of theirs."""
+    sharing: dict[int, list[str]] = {}
+    for name in products:
+        sharing.setdefault(id(layers[name]._parameters["weight"]), []).append(name)
+    for names in sharing.values():
+        layer, product = layers[names[0]], products[names[0]]
+        if all(products[name].shape == product.shape for name in names):
+            for name in names[1:]:
+                product = product + products[name]
+            _round(layer, product, _CONVOLVED if isinstance(layer, (nn.Conv1d, nn.Conv2d)) else _DAMPING)
 
 
 @torch.no_grad()

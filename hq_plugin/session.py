@@ -543,6 +543,7 @@ class Session:
         stage = f"fine-tuning of {policy.to_json()} by {decisive(config)}"
         for share in (1.0, *BACK_OFF):
             if share < 1:
+                del network
                 network = self._start(policy, config)
             history, again = finetune_network(
                 network, self.teacher, self.data, self.loss, self.blocks, config, self.checkpoint, stage, share
@@ -556,6 +557,7 @@ class Session:
             # A handful of steps can be worse than none; then none are taken. A copy kept for this rare case
             # would cost as much memory as the model.
             warn_of_no_gain(config.steps.finetune, before, after)
+            del network
             network, fidelity = self._start(policy, config), untrained
         return FineTuned(network, fidelity, history, time.perf_counter() - began)
 

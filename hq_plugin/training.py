@@ -324,6 +324,7 @@ class _Run:
             TrainingError: There is none.
         """
         task = self.task
+        self._optimizer.zero_grad()
         advice = f"Lower learning_rate (now {task.rates.told(self._samples)}) or look at the data."
         if self._good is None:
             raise TrainingError(

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, ArtifactPathError, Config, ConfigError, HQWarning
+from hq_plugin import ArtifactError, ArtifactPathError, Config, ConfigError, HQWarning, training
 from hq_plugin.checkpoint import Checkpoint
 from hq_plugin.preparation import decisive
 from tests.conftest import TinyNet
@@ -260,3 +260,30 @@ def test_a_process_on_a_host_that_does_not_share_the_directory_says_so(
     monkeypatch.setattr("hq_plugin.checkpoint.in_first", lambda claim: None)  # it ran elsewhere
     with pytest.raises(ArtifactPathError, match="all hosts share"):
         Checkpoint(tmp_path / "kept", {"seed": 0})
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_resumed_training_goes_on_alike_whatever_the_layout_of_weights(
+    layout: torch.memory_format, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 10)).eval()
+    net = net.to(memory_format=layout)  # type: ignore[call-overload]
+    net[4].weight.data = net[4].weight.data.t().contiguous().t()
+    options: dict[str, Any] = {**OPTIONS, "meta_steps": 0, "finetune_steps": 12, "checkpoint_seconds": 0}
+    whole = hq.quantize(net, "4bit", batches(), **options)
+
+    step = training._Run.step
+
+    def dying(run: Any, number: int, value: float) -> None:
+        if run.task.name == "fine-tuning" and number == 6:
+            raise KeyboardInterrupt
+        step(run, number, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "step", dying)
+        with pytest.raises(KeyboardInterrupt):
+            hq.quantize(net, "4bit", batches(), checkpoint_dir=tmp_path, **options)
+    again = hq.quantize(net, "4bit", batches(), checkpoint_dir=tmp_path, **options)
+    losses = [[entry["loss"] for entry in small.hq.history["finetune"]] for small in (whole, again)]  # type: ignore[union-attr]
+    assert losses[0] == losses[1]

@@ -66,6 +66,12 @@ def test_without_a_rate_each_weight_has_one_that_fits_its_size(tiny: nn.Module) 
     assert (rates["bn1.weight"], rates["bn1.bias"]) == (0.5 * 1e-3, 0.5 * 1e-4)
 
 
+def test_a_complex_weight_has_a_rate_by_its_modulus() -> None:
+    model = nn.Module()
+    model.weight = nn.Parameter(0.3j * torch.ones(4, 4))
+    assert peaks(Rates(None, 5e-3), model)["weight"] == pytest.approx(0.01 * 0.3)
+
+
 def test_the_rate_of_a_weight_falls_with_its_width(tiny: nn.Module) -> None:
     free = peaks(Rates(None, 5e-3), tiny)
     policy = HybridPolicy({"stem": LayerBits(2, 8), "head": LayerBits(4, 8)})

@@ -1,5 +1,8 @@
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from hq_plugin import HybridPolicy, LayerBits, torch_ao
@@ -245,3 +248,95 @@ def test_as_many_inputs_as_tokens_are_no_padding() -> None:
     mask[2, 3:] = 0
     products = input_products(Pooled(), ["pooler"], [Batch((), {"x": x, "attention_mask": mask}, None, 5)])
     torch.testing.assert_close(products["pooler"], (x[:, 0].T @ x[:, 0] / 5)[None])
+
+
+class Sliced(nn.Linear):
+    """Multiplies by a part of its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight[:, : x.shape[-1]], self.bias)
+
+
+class Listed(nn.Linear):
+    """Takes a list."""
+
+    def forward(self, parts: list[torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(torch.cat(parts, -1))
+
+
+class ChannelsAtTheEnd(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Padding(nn.Conv2d):
+    """Pads by itself, as timm's Conv2dSame."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.pad(x, (2, 2, 2, 2)))
+
+
+class Pair(nn.Embedding):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(ids), 1  # type: ignore[return-value]
+
+
+class Around(nn.Module):
+    """Calls a layer in a way of its own."""
+
+    def __init__(self, layer: nn.Module, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer, self.call = layer, call
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self.layer, x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x", "call"),
+    [
+        (Sliced(8, 8), torch.randn(16, 4), lambda layer, x: layer(x)),
+        (Sliced(8, 8), torch.randn(16, 8), lambda layer, x: layer(x) + layer(x[:, :4])),
+        (Listed(8, 8), torch.randn(16, 4), lambda layer, x: layer([x, x])),
+        (ChannelsAtTheEnd(8, 8, 3, padding=1), torch.randn(16, 5, 6, 8), lambda layer, x: layer(x)),
+        (Padding(8, 8, 5), torch.randn(16, 8, 1, 1), lambda layer, x: layer(x)),
+        (Pair(20, 8), torch.arange(16), lambda layer, x: layer(x)[0]),
+        (nn.Linear(8, 8), torch.randn(16, 8), lambda layer, x: x + layer(x[x[:, 0] > 99]).sum()),
+        (nn.Conv1d(8, 8, 3), torch.randn(16, 8, 5), lambda layer, x: x + layer(x[:0]).sum()),
+    ],
+    ids=["a part", "two parts", "a list", "channels last", "pads itself", "a pair", "no token", "no sample"],
+)
+def test_a_layer_that_multiplies_in_a_way_of_its_own_or_nothing_stays_as_it_is(
+    layer: nn.Module, x: torch.Tensor, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]
+) -> None:
+    network = torch_ao.prepare(Around(layer, call).eval(), HybridPolicy({"layer": LayerBits(3, 16)})).eval()
+    start_from_good_integers(network, [Batch((x,), {}, None, len(x))] * 2)
+    assert torch.equal(network.layer._parameters["weight"], layer.weight)  # type: ignore[union-attr, arg-type]
+
+
+class Twice(nn.Module):
+    """Has two layers with one weight, each with inputs of its own."""
+
+    def __init__(self, seen: tuple[torch.Tensor, torch.Tensor]) -> None:
+        super().__init__()
+        self.seen = seen
+        self.first, self.second = nn.Linear(64, 48, bias=False), nn.Linear(64, 48, bias=False)
+        self.second.weight = self.first.weight
+
+    def forward(self, _: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.first(self.seen[0]), self.second(self.seen[1])])
+
+
+def test_layers_that_share_a_weight_are_rounded_by_what_both_multiply() -> None:
+    torch.manual_seed(0)
+    model = Twice((torch.randn(512, 12) @ torch.randn(12, 64), torch.randn(512, 12) @ torch.randn(12, 64))).eval()
+    policy = HybridPolicy({"first": LayerBits(3, 16), "second": LayerBits(3, 16)})
+    network = torch_ao.prepare(model, policy).eval()
+    batch = Batch((torch.zeros(1),), {}, None, 1)
+    with torch.no_grad():
+        target = batch.run(model)
+        nearest = float((batch.run(network) - target).square().mean())
+        start_from_good_integers(network, [batch])
+        after = float((batch.run(network) - target).square().mean())
+    assert network.first._parameters["weight"] is network.second._parameters["weight"]  # type: ignore[union-attr]
+    assert after < 0.53 * nearest  # one rounded after the other: 0.58 to 0.63

@@ -69,6 +69,16 @@ def test_a_loss_that_becomes_nan_goes_back_to_the_last_good_state(trained: nn.Mo
     assert all(torch.isfinite(value).all() for value in job.network.state_dict().values())
 
 
+def test_gradients_of_a_step_that_was_not_taken_are_let_go(  # type: ignore[no-untyped-def]
+    trained: nn.Module, batches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    job = task(trained, batches, steps=10, loss=breaking_after(5))  # in the second part of a step
+    with pytest.warns(HQWarning, match=r"became nan at step 2 of 10"):
+        train(job)
+    assert all(p.grad is None for p in job.network.parameters())
+
+
 def test_an_early_nan_costs_no_more_than_training(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
     job = task(trained, batches, steps=2000, loss=breaking_after(3))
     before = {name: value.clone() for name, value in job.network.state_dict().items()}
