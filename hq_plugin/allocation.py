@@ -65,10 +65,10 @@ def dynamic_programming(loss: Table, resources: Sequence[Resource]) -> Genome:
     if exceeded:
         names = " and ".join(resource.name for resource in resources)
         # Rounded up, so that asking for as much works.
-        least = [f"{r.name} takes {math.ceil(1000 * r.used(genome)) / 1000:.3f} times its limit" for r in exceeded]
+        found = [f"{r.name} takes {math.ceil(1000 * r.used(genome)) / 1000:.3f} times its limit" for r in exceeded]
         raise BudgetError(
-            f"No policy was found that keeps {names} at once: where the others are kept, {' and '.join(least)} at "
-            "least. Ask for that much of it, or for more of the others."
+            f"No policy was found that keeps {names} at once: where the others are kept, {' and '.join(found)}. "
+            "Ask for that much of it, or for more of the others."
         )
     return genome
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ def load(directory: str | Path, model: nn.Module | None = None) -> nn.Module:
                 entries = len(info.sites) + len(written) + len(data["constants"]) + len(data["tied"])
                 elements = _ELEMENTS_A_BYTE * info.file_bytes + _ELEMENTS
                 skeleton = adapters.rebuild(info.architecture, elements, _TENSORS_AN_ENTRY * entries)
-            skeleton = _pack_sites(skeleton, info)
+            skeleton = _pack_sites(skeleton, info, [*written, *data["constants"], *data["tied"]])
         finally:
             check()  # before any tensor is used; what damage made of the rest matters less
         expected = state_tensors(skeleton)
@@ -287,11 +288,18 @@ def _without_values(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, empty)._apply(lambda tensor: tensor if tensor.is_meta else tensor.cpu())
 
 
-def _pack_sites(model: nn.Module, info: SavedModel) -> nn.Module:
-    """Puts a packed skeleton in the place of each site, wherever the model refers to it."""
+def _pack_sites(model: nn.Module, info: SavedModel, stored: Sequence[str]) -> nn.Module:
+    """Puts a packed skeleton in the place of each site, wherever the model refers to it.
+
+    Args:
+        model: The float model; it may be changed.
+        info: Its sites.
+        stored: Names of all tensors: parameters may have become layers that were excluded, and are no sites.
+    """
     if any(isinstance(module, PackedModule) for module in model.modules()):
         raise ModelError("model is quantized already. Pass the float model, before hq_plugin.quantize.")
-    model = with_layers_of(model, [site.name for site in info.sites], inplace=True)
+    floats = [key.removesuffix(".weight") for key in stored if key.endswith(".weight")]
+    model = with_layers_of(model, [*(site.name for site in info.sites), *floats], inplace=True)
     modules = dict(model.named_modules())
     swapped: dict[int, nn.Module] = {}
     for site in info.sites:

@@ -178,6 +178,9 @@ def teacher_of(
     for module in teacher.modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
             module.sparse = False  # its gradients are for the optimizers that know such
+        for name, buffer in module._buffers.items():
+            if buffer is not None and 0 in buffer.stride():
+                module._buffers[name] = buffer.contiguous()  # expanded: nothing could be loaded into it
     run = data.holdout[0].to(device_of(teacher)).run
     teacher = hold_parameters(plain_weights(teacher, run, config), run)
     if by_use is None:

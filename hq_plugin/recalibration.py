@@ -45,13 +45,13 @@ def measured_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[st
     momenta = {name: layer.momentum for name, layer in layers.items()}
     seen = dict.fromkeys(layers.values(), 0)
 
-    def weigh(layer: Any, args: tuple[Any, ...]) -> None:
+    def weigh(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Torch's own cumulative mean has a last, smaller batch count as much as the others.
-        values = args[0].numel()
+        values = (args[0] if args else next(iter(kwargs.values()))).numel()
         seen[layer] += values
         layer.momentum = values / max(seen[layer], 1)
 
-    hooks = [layer.register_forward_pre_hook(weigh) for layer in layers.values()]
+    hooks = [layer.register_forward_pre_hook(weigh, with_kwargs=True) for layer in layers.values()]
     for layer in layers.values():
         layer.reset_running_stats()
         layer.train()

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from hq_plugin.allocation import dynamic_programming
 from hq_plugin.cost import Resource, Table
+from hq_plugin.errors import BudgetError
 from hq_plugin.space import Genome
 
 #: Share of the budget below which a repaired policy is filled up by exchanging widths between groups.
@@ -108,7 +109,10 @@ class Repair:
         """The genome that uses most of the budget, whatever it loses."""
         resource = max(self.resources, key=lambda r: r.spent(self.top) / max(r.capacity, 1e-12))
         cost = np.where(np.isfinite(resource.cost), -resource.cost, np.inf)
-        return dynamic_programming(cost, [resource, *(r for r in self.resources if r is not resource)])
+        try:
+            return dynamic_programming(cost, [resource, *(r for r in self.resources if r is not resource)])
+        except BudgetError:  # under several limits at once it may find none where there is one
+            return self.planned
 
     def _usage(self, genome: Genome) -> float:
         return max(resource.used(genome) for resource in self.resources)

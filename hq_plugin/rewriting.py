@@ -19,7 +19,7 @@ from hq_plugin.nn.held import held_name, with_held_weights
 from hq_plugin.nn.plain import parametrized_weight, with_plain_weights
 from hq_plugin.nn.split import BASIS, PARTS, principal_axes, split_embeddings, with_split_tables
 from hq_plugin.probe import probe
-from hq_plugin.sites import KINDS
+from hq_plugin.sites import KINDS, excluded
 from hq_plugin.state import state_tensors
 from hq_plugin.storage import fingerprint
 
@@ -74,7 +74,7 @@ def plain_weights(model: nn.Module, run: Callable[[nn.Module], Any], config: Con
         name: (kind, module)
         for name, module in model.named_modules()
         if parametrized_weight(module)
-        and not any(fnmatch.fnmatchcase(name, pattern) for pattern in config.exclude)
+        and not excluded(name, config.exclude)
         and (kind := next((kind for kind, base in KINDS.items() if isinstance(module, base)), None))
     }
     return with_plain_weights(model, probe(model, found, {}, run).calls) if found else model
@@ -91,7 +91,7 @@ def splittable(model: nn.Module, config: Config) -> list[str]:
         config: Gives the number of tables, and the patterns of its options.
     """
     parts = config.embedding_parts or 1
-    patterns = [*config.exclude, *(config.pinned or {}), *(pattern for group in config.groups for pattern in group)]
+    patterns = [*(config.pinned or {}), *(pattern for group in config.groups for pattern in group)]
     users: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -101,7 +101,8 @@ def splittable(model: nn.Module, config: Config) -> list[str]:
         if type(module) is not nn.Embedding or len(module.weight) < _SMALLEST_SPLIT or users[id(module.weight)] > 1:
             return False
         special = module.max_norm is not None or module.sparse or module.scale_grad_by_freq
-        return bool(name) and not special and not any(fnmatch.fnmatchcase(name, p) for p in patterns)
+        named = excluded(name, config.exclude) or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return bool(name) and not special and not named
 
     return [name for name, module in model.named_modules() if parts > 1 and splits(name, module)]
 

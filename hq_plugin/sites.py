@@ -242,10 +242,15 @@ def _own_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
+def excluded(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern matches the name of a layer, or of a module that it lies in."""
+    inside = itertools.accumulate(name.split("."), lambda outer, part: f"{outer}.{part}")
+    return any(fnmatch.fnmatchcase(outer, pattern) for outer in inside for pattern in patterns)
+
+
 def _kind_of(name: str, module: nn.Module, exclude: Sequence[str], folds: bool) -> tuple[str | None, str]:
     """Returns the kind of site, or None and the reason why the layer stays float."""
-    inside = list(itertools.accumulate(name.split("."), lambda outer, part: f"{outer}.{part}"))
-    if any(fnmatch.fnmatchcase(outer, pattern) for pattern in exclude for outer in inside):
+    if excluded(name, exclude):
         return None, "excluded by the configuration"
     kind = next((kind for kind, base in KINDS.items() if isinstance(module, base)), None)
     if kind is None:

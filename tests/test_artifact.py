@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import shutil
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -379,3 +380,50 @@ def test_state_that_is_no_tensor_stays_that_of_the_model_that_is_loaded_into(tmp
     fresh.scale = 3
     again = hq.load(tmp_path / "small", fresh)
     assert torch.equal(again(data[0]), small(data[0]))
+
+
+class Inside(nn.Module):
+    """What is rewritten before sites are found: a matrix of products, tables, a computed weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(5000, 16)
+        self.mix = nn.Parameter(torch.randn(16, 16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 16))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids) @ self.mix
+        return self.normed(self.attention(x, x, x)[0]).mean(1)
+
+
+@pytest.mark.parametrize("pattern", ["inside", "inside.*"])
+def test_what_is_excluded_inside_a_module_is_saved_and_loaded(pattern: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(OrderedDict(inside=Inside(), head=nn.Linear(16, 4)))
+
+    ids = [torch.randint(5000, (8, 5)) for _ in range(6)]
+    options: dict[str, Any] = {"effort": "smoke", "embedding_parts": 3, "progress": False}
+    small = hq.quantize(build(), "4bit", ids, exclude=(pattern,), **options)
+    assert set(small.hq.policy) == {"head"}  # type: ignore[union-attr]
+    hq.save(small, tmp_path / "small")
+    assert torch.equal(hq.load(tmp_path / "small", build())(ids[0]), small(ids[0]))
+
+
+def test_an_expanded_buffer_is_loaded_into(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(16, 4)
+            self.register_buffer("mask", torch.ones(1).expand(16))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(x * self.mask)
+
+    torch.manual_seed(0)
+    model, data = Masked(), [torch.randn(8, 16) for _ in range(6)]
+    session = hq.meta_train(model, data, effort="smoke", progress=False)
+    session.save(tmp_path / "session")
+    again = hq.load_session(tmp_path / "session", model, data)
+    assert torch.equal(again.quantize("4bit")(data[0]), session.quantize("4bit")(data[0]))

@@ -93,3 +93,17 @@ def test_a_cut_batch_counts_as_what_it_is(trained: nn.Module, some: list[Batch])
     variance = sum(x.var((0, 2, 3)) * (x.shape[0] / total) for x in seen)
     torch.testing.assert_close(statistics["bn1"].mean, mean)
     torch.testing.assert_close(statistics["bn1"].variance, variance)
+
+
+def test_a_layer_may_be_called_with_a_named_input() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.norm(input=x)
+
+    x = torch.randn(32, 4)
+    statistics = measured_statistics(Named().eval(), [Batch((x,), {}, None, 32)])
+    torch.testing.assert_close(statistics["norm"].mean, x.mean(0))

@@ -214,7 +214,8 @@ def load_saved(directory: Path, skeleton: str | None = None, arguments: Sequence
 
     if is_pretrained(directory):
         library = integration("huggingface.folder", f"{directory} holds a Hugging Face model")
-        return Source(*library.read_folder(directory))
+        own_class = None if skeleton is None else type(load_model(skeleton, arguments).model)
+        return Source(*library.read_folder(directory, own_class))
     if skeleton is None and read_info(directory).architecture is None:
         raise ConfigError(
             f"{directory} does not say how to build its model. Give the float one as it was quantized: "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from hq_plugin.artifact import SavedModel, SavedSite
 from hq_plugin.compact import REPORT_FILE, read_beside
 from hq_plugin.cost import weight_bytes
 from hq_plugin.distribution import is_first, wait_for_all
-from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, ModelError
+from hq_plugin.errors import ArtifactError, ArtifactPathError, DataError, HQWarning, ModelError
 from hq_plugin.image_files import find_images
 from hq_plugin.integrations.huggingface.inputs import PROCESSORS
 from hq_plugin.nn import packed_modules
@@ -40,15 +41,20 @@ _READERS = {
 }
 
 
+#: Arguments of `from_pretrained` that say where files are and what may be done with them.
+_WHERE = ("subfolder", "revision", "trust_remote_code", "token", "cache_dir", "local_files_only", "force_download")
 #: Files that an earlier save of a model left, and that the next one may lack.
 _OF_A_MODEL = re.compile(r"(model|pytorch_model).*\.(safetensors|bin|index\.json)|" + re.escape(REPORT_FILE))
 
 
-def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any]:
+def read_folder(
+    reference: str | Path, own_class: type[nn.Module] | None = None, **arguments: Any
+) -> tuple[nn.Module, Any]:
     """Loads a model, float or quantized, as the class that its configuration names.
 
     Args:
         reference: A folder, or a name on the hub.
+        own_class: The class, where transformers has none of that name.
         **arguments: For `from_pretrained`.
 
     Returns:
@@ -62,12 +68,20 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
     """
     _check_files(Path(reference))
     packed = _gguf(reference, arguments)
+    where = packed | {name: arguments[name] for name in _WHERE if name in arguments}
     try:
-        config = AutoConfig.from_pretrained(reference, **packed)
+        config = AutoConfig.from_pretrained(reference, **where)
         name = (getattr(config, "architectures", None) or [""])[0]
-        made: Any = getattr(transformers, name, None)
+        made: Any = own_class or getattr(transformers, name, None)
         if not (isinstance(made, type) and issubclass(made, transformers.PreTrainedModel)):
             made = AutoModelForCausalLM if packed else AutoModel
+            if name and not packed and not getattr(config, "auto_map", None):
+                warnings.warn(
+                    f"{reference} was made from a {name}, which transformers does not have: it is read as "
+                    f"{made.__name__} reads it, without its head. Give its class as module:function.",
+                    HQWarning,
+                    stacklevel=2,
+                )
         arguments = {"dtype": torch.float32, "use_safetensors": True, **packed, **arguments}
         model: nn.Module = made.from_pretrained(reference, **arguments).eval()
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError) as error:
@@ -78,7 +92,7 @@ def read_folder(reference: str | Path, **arguments: Any) -> tuple[nn.Module, Any
     reader: Any = _READERS.get(PROCESSORS.get(getattr(model, "main_input_name", ""), ""))
     if reader is not None:
         try:
-            processor = reader.from_pretrained(reference, **packed)
+            processor = reader.from_pretrained(reference, **where)
         except Exception:  # there is none, and whoever needs it says so
             processor = None
     return model, processor

@@ -238,6 +238,13 @@ class HqQuantizer(HfQuantizer):
             )
         for module in packed.values():
             module._cached = None
+        # A body, or a body that was given a head, is saved under names of its own.
+        config, names = self.quantization_config, self._names
+        config.policy = {names[name]: bits for name, bits in config.policy.items() if name in names}
+        config.tied = {
+            names[name]: names[owner] for name, owner in config.tied.items() if name in names and owner in names
+        }
+        self._names = {name: name for name in names.values()}
         _initialise_buffers(model, packed)
         model.requires_grad_(False)
         bind(model)

@@ -62,7 +62,9 @@ def _empty(base: Any) -> Any:
     return made.__new__(made)
 
 
-def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any) -> None:
+def _save_pretrained(
+    self: PreTrainedModel, save_directory: Any, is_main_process: bool | None = None, *args: Any, **options: Any
+) -> None:
     """As `PreTrainedModel.save_pretrained`, with card, checksum and report; of several processes the first alone.
 
     Raises:
@@ -74,12 +76,12 @@ def _save_pretrained(self: PreTrainedModel, save_directory: Any, **options: Any)
             f"An adapter is around {wrapped.removesuffix('.base_layer')!r}: save the PeftModel, which writes the "
             "adapter, and the packed model before it is given one, or after unload()."
         )
-    options.setdefault("is_main_process", is_first())
+    main = is_first() if is_main_process is None else is_main_process
     options.setdefault("save_original_format", not _is_stored_otherwise(self))
     config = Path(save_directory) / "config.json"
     earlier = config.read_bytes() if config.is_file() else None
-    type(self).save_pretrained(self, save_directory, **options)
-    if options["is_main_process"]:
+    type(self).save_pretrained(self, save_directory, main, *args, **options)
+    if main:
         add_checksum(Path(save_directory))
         if _card_is_ours(Path(save_directory)):
             _write_card(self, save_directory)

@@ -38,6 +38,7 @@ class CausalForward(nn.Module):
         super().__init__()
         self.model = model
         self.cache = _cache_name(model)
+        self.positions = _has_absolute_positions(model)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, past: list[Tensor]) -> tuple[Tensor, ...]:
         """Runs the model on new tokens.
@@ -54,8 +55,21 @@ class CausalForward(nn.Module):
 
         made: Any = self.model
         cache = DynamicCache(list(zip(past[::2], past[1::2], strict=True)))
-        output = made(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **{self.cache: cache})
+        named: dict[str, Any] = {self.cache: cache}
+        if self.positions:  # else counted from the cache's length, padding on the left included
+            named["position_ids"] = (attention_mask.cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
+        output = made(input_ids=input_ids, attention_mask=attention_mask, use_cache=True, **named)
         return output.logits, *_tensors(output[self.cache])
+
+
+def _has_absolute_positions(model: nn.Module) -> bool:
+    """Whether positions are looked up, as in GPT-2; rotated ones count by their differences alone."""
+    made: Any = model
+    config = made.config.get_text_config()
+    rotates = any(
+        getattr(config, name, None) is not None for name in ("rope_parameters", "rope_theta", "rotary_dim")
+    )
+    return not rotates and "position_ids" in inspect.signature(model.forward).parameters
 
 
 def _cache_name(model: nn.Module) -> str:

@@ -21,15 +21,16 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertModel,
+    BertPreTrainedModel,
     LlamaForCausalLM,
     pipeline,
 )
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, ModelError
+from hq_plugin import ArtifactError, HQWarning, ModelError
 from hq_plugin.integrations.huggingface import ADAPTER, HqConfig, inputs
 from hq_plugin.integrations.huggingface.card import card
-from hq_plugin.integrations.huggingface.folder import write_folder
+from hq_plugin.integrations.huggingface.folder import read_folder, write_folder
 from hq_plugin.integrations.huggingface.quantizer import _summary
 from hq_plugin.nn import packed_modules
 from tests.benchmarks import architectures
@@ -306,6 +307,52 @@ def test_a_distance_that_is_not_finite_is_null(packed_llama: LlamaForCausalLM) -
     assert summary["kl"] is summary["baselines"][name] is None
     page = card("LlamaForCausalLM", "", HqConfig(packed_llama.config.quantization_config.policy, summary=summary))
     assert "| this model | not finite |" in page
+
+
+def test_a_body_and_a_body_with_a_head_of_its_own_are_saved_under_their_names(tmp_path: Path) -> None:
+    small = hq.quantize(build("bert"), "5bit", TEXTS, config=SMOKE, processor=tokenizer())
+    small.save_pretrained(tmp_path / "body", True)  # type: ignore[operator]
+    ids = torch.randint(64, (2, 9))
+    headed = AutoModelForSequenceClassification.from_pretrained(tmp_path / "body", num_labels=3).eval()
+    headed.save_pretrained(tmp_path / "headed")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "headed").eval()
+    body = AutoModel.from_pretrained(tmp_path / "headed").eval()
+    body.save_pretrained(tmp_path / "again")
+    last = AutoModel.from_pretrained(tmp_path / "again").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, headed(ids).logits)
+        for one in (body, last):
+            assert torch.equal(one(ids).last_hidden_state, small(ids).last_hidden_state)
+    assert last.config.quantization_config.summary == small.config.quantization_config.summary  # type: ignore[union-attr]
+
+
+class Own(BertPreTrainedModel):
+    """A class that transformers does not have."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        self.bert, self.head = BertModel(config), torch.nn.Linear(config.hidden_size, 5)
+        self.post_init()
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
+        return self.head(self.bert(input_ids).pooler_output)
+
+
+def test_a_class_of_the_user_s_own_is_told_of_and_can_be_given(tmp_path: Path) -> None:
+    made = Own(build("bert").config).eval()
+    made.save_pretrained(tmp_path)
+    with pytest.warns(HQWarning, match=r"from a Own, which transformers does not have.*without its head"):
+        body, _ = read_folder(tmp_path)
+    assert type(body) is BertModel
+    model, _ = read_folder(tmp_path, Own)
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS), made(IDS))
+
+
+def test_a_folder_inside_is_read_by_its_own_configuration(tmp_path: Path) -> None:
+    build("llama").save_pretrained(tmp_path)
+    build("bert").save_pretrained(tmp_path / "encoder")
+    assert type(read_folder(tmp_path, subfolder="encoder")[0]) is BertModel
 
 
 def test_another_head_says_which_class_was_saved(folder: Path) -> None:

@@ -511,6 +511,20 @@ def test_padding_and_samples_without_any_token(tmp_path: Path) -> None:
     assert np.allclose(made.run(None, feed)[0], expected, atol=1e-4)
 
 
+def test_positions_that_are_looked_up_begin_after_padding(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small = hq.quantize(gpt2(), "5.2bit", TEXTS, config=SMOKE, processor=tokenizer(), sequence_length=16)
+    hq.export(small, tmp_path / "m.onnx", accuracy_level=1)
+    made = session(tmp_path / "m.onnx")
+    ids = torch.tensor([[0, 0, 0, 3, 4, 5, 6]])
+    feed = {"input_ids": ids.numpy(), "attention_mask": np.array([[0, 0, 0, 1, 1, 1, 1]])}
+    for entry in made.get_inputs()[2:]:
+        feed[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+    with torch.no_grad():
+        expected = small(input_ids=ids[:, 3:]).logits.numpy()
+    assert np.allclose(made.run(None, feed)[0][:, 3:], expected, atol=1e-4)
+
+
 def test_an_operator_that_cannot_be_exported_is_named_with_its_layer(tmp_path: Path) -> None:
     class Bessel(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
