@@ -63,6 +63,7 @@ from hq_plugin.profiling import policy_milliseconds, with_latency
 from hq_plugin.ranking import distances, rerank
 from hq_plugin.rates import BACK_OFF
 from hq_plugin.result import Baseline, Result, versions
+from hq_plugin.rewriting import float_state
 from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
@@ -115,6 +116,7 @@ class Session:
         memory: Most bytes in use so far at the end of each stage.
         scored: Every policy that the session's searches scored.
         source: Arguments of the command line that give the float model and its data, where it made the session.
+        known_by: Checksum of the float model as it was given; of sessions that are not saved none.
     """
 
     def __init__(
@@ -139,6 +141,7 @@ class Session:
         self.sensitivities: Table
         self.second_order: Table | None = None
         self.checkpoint: Checkpoint | None = None
+        self.known_by = ""
         self.blocks = find_blocks(teacher, [site.name for site in space.table])
         self._scorer: Scorer | None = None
 
@@ -188,6 +191,9 @@ class Session:
             widths = BITOPS_ACTIVATION_BITS if limits_bitops else (8,)
             config = replace(config, activation_bits=widths)
         teacher = teacher_of(model, data, config, share=share)
+        # Before it runs on all the data, since a forward may change its state: counters, rows with `max_norm`. One
+        # whose teacher shares the model's memory is not saved.
+        known_by = "" if share else fingerprint(float_state(teacher))
         space = search_space(teacher, data, config)
         if policy is not None:
             space.genome(policy)
@@ -205,7 +211,7 @@ class Session:
         importance = {name: seen.inputs for name, seen in inputs.items() if seen.kind == "linear"}
         network = build_network(teacher, space, data, config, importance)
         session = cls(teacher, network, space, data, config, loss, device)
-        session.costs = costs
+        session.costs, session.known_by = costs, known_by
         session.checkpoint = open_checkpoint(teacher, data, config, budget)
         session.sensitivities = session._measure_sensitivities(moments)
         if counts_second_order(config):

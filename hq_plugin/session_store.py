@@ -52,7 +52,7 @@ def save_session(session: Session, directory: str | Path, *, overwrite: bool = F
         tensors[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
     content = {
-        "model": fingerprint(float_state(session.teacher)),
+        "model": session.known_by,
         "sites": [site.name for site in session.space.table],
         "config": session.config.to_json(),
         "history": session.history,
@@ -130,7 +130,7 @@ def read_session(
         load_state(network, tensors)
         session = Session(teacher, network.eval(), space, data, config, distance_of(teacher, data, config), device)
         session.history, session.seconds = list(content["history"]), dict(content["seconds"])
-        session.memory = dict(content.get("memory", {}))
+        session.memory, session.known_by = dict(content.get("memory", {})), content["model"]
         session.sensitivities = read_table(content["sensitivities"])
         if session.sensitivities.shape != session.costs.weight_bytes.shape:
             raise ArtifactError(f"{directory} is damaged, or an option changed its search space.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import hq_plugin as hq
-from hq_plugin import ArtifactError, ConfigError
+from hq_plugin import ArtifactError, ConfigError, ModelError
 from hq_plugin.session import Session
 from hq_plugin.session_store import FORMAT, VERSION, read_session_outline
 from hq_plugin.storage import read_json, write_directory
@@ -131,3 +131,30 @@ def test_a_budget_may_be_text_and_is_what_was_searched_under(session: Session) -
     unnamed: Any = session.finetune(found, steps=0)
     given: Any = session.finetune(found.policy, steps=0)
     assert (named.hq.budget, unnamed.hq.budget, given.hq.budget) == ("5bit", "4bit", "given policy")
+
+
+class Counting(nn.Module):
+    """Changes its own state in each forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(50, 16, max_norm=1.0), nn.Linear(16, 4)
+        self.register_buffer("forwards", torch.zeros(()))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.forwards += 1
+        return self.head(self.words(ids).mean(1))
+
+
+def test_a_model_that_a_forward_changes_is_known_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Counting(), [torch.randint(50, (8, 5)) for _ in range(6)]
+    session = hq.meta_train(model, data, effort="smoke", progress=False)
+    session.save(tmp_path / "session")
+    again = hq.load_session(tmp_path / "session", model, data)
+    again.save(tmp_path / "again")
+    hq.load_session(tmp_path / "again", model, data)
+    with torch.no_grad():
+        model.head.weight[0] += 1
+    with pytest.raises(ModelError, match="another float model"):
+        hq.load_session(tmp_path / "again", model, data)
