@@ -182,7 +182,7 @@ def _joined(outputs: list[Any]) -> Any:
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[nn.Module]:
-    """Gives what is to be scored in place of a network; afterwards its BatchNorm statistics are as before.
+    """Gives what is to be scored in place of a network; afterwards its statistics and calibration are as before.
 
     Generated weights are cached, unless they are in pieces.
     """
@@ -193,7 +193,8 @@ def evaluating(network: nn.Module) -> Iterator[nn.Module]:
     layers = [module for module in network.modules() if has_statistics(module)]
     kept = [(buffer, buffer.clone()) for layer in layers for buffer in layer.buffers(recurse=False)]
     try:
-        with torch_ao.cached_weights(network):
+        # Which policies are scored hangs on what is known from before a kill, and on the number of processes.
+        with torch_ao.cached_weights(network), torch_ao.calibration_kept(network):
             yield network
     finally:
         for buffer, before in kept:

@@ -53,6 +53,7 @@ __all__ = [
     "apply_policy",
     "cached_weights",
     "calibrate",
+    "calibration_kept",
     "convert",
     "float_forward",
     "get_qconfig_mapping",
@@ -449,6 +450,24 @@ def cached_weights(prepared: nn.Module) -> Iterator[None]:
     finally:
         for quantizer in quantizers:
             quantizer._cache = None
+
+
+@contextmanager
+def calibration_kept(prepared: nn.Module) -> Iterator[None]:
+    """Inside, inputs that no batch has reached yet may calibrate themselves; afterwards they wait again."""
+    quantizers = [m for m in prepared.modules() if isinstance(m, HybridActivationFakeQuantize)]
+    waiting = [q for q in quantizers if q.steps.widths and not bool(q.steps.calibrated)]
+    kept = [
+        (tensor, tensor.detach().clone()) for q in waiting for tensor in q.steps.state_dict(keep_vars=True).values()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, before in kept:
+                tensor.copy_(before)
+        for quantizer in waiting:
+            quantizer._calibrated = False
 
 
 @contextmanager

@@ -143,3 +143,16 @@ def test_a_distance_that_is_not_finite_is_the_worst(scorer: Scorer, trained: nn.
     assert scorer.measure(broken).distance == float("inf")
     mean = Scorer(trained, scorer._data, lambda student, teacher: torch.tensor(value), 64, 32).measure(trained)
     assert mean.distance == float("inf")
+
+
+def test_scoring_leaves_the_inputs_of_layers_that_calibration_did_not_reach_as_they_were() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)).eval()
+    network = torch_ao.prepare(model, HybridPolicy({"0": LayerBits(4, 8), "1": LayerBits(4, 8)})).eval()
+    network[0](torch.randn(16, 8))  # type: ignore[operator]
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for _ in range(2):
+        with evaluating(network) as scored, torch.no_grad():
+            scored(torch.randn(16, 8))
+            assert all(bool(v) for name, v in scored.state_dict().items() if name.endswith("calibrated"))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
