@@ -244,6 +244,11 @@ class _Splitter:
         return (raw,), {}, None
 
 
+def first_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns what a layer was called with first, by position or by name."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
 def _is_label(args: tuple[Any, ...]) -> bool:
     first, last = args[0], args[-1]
     return (

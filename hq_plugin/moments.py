@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from hq_plugin.batch import Batch
+from hq_plugin.batch import Batch, first_input
 from hq_plugin.distillation import LossFunction, random_probe, tensors_of
 from hq_plugin.errors import ConfigError
 from hq_plugin.modes import differentiable
@@ -235,7 +235,7 @@ def _hook(sums: _Sums) -> Callable[..., Tensor]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not isinstance(output, Tensor):  # a router, say, that returns what it decided
             return output
-        return _see(sums, args[0] if args else next(iter(kwargs.values())), output)
+        return _see(sums, first_input(args, kwargs), output)
 
     return hook
 

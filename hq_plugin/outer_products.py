@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hq_plugin.batch import Batch
+from hq_plugin.batch import Batch, first_input
 from hq_plugin.distillation import LossFunction, random_probe
 from hq_plugin.modes import differentiable
 from hq_plugin.nn.split import same_columns
@@ -42,7 +42,7 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
+            x = first_input(args, kwargs)
             if not _multiplies(module, x):
                 unknown.add(name)
                 return

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin.batch import Batch
+from hq_plugin.batch import Batch, first_input
 from hq_plugin.batchnorm import has_statistics
 from hq_plugin.sharding import runnable
 
@@ -47,7 +47,7 @@ def measured_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[st
 
     def weigh(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Torch's own cumulative mean has a last, smaller batch count as much as the others.
-        values = (args[0] if args else next(iter(kwargs.values()))).numel()
+        values = first_input(args, kwargs).numel()
         seen[layer] += values
         layer.momentum = values / max(seen[layer], 1)
 

@@ -225,19 +225,6 @@ class HqQuantizer(HfQuantizer):
         if self._finish_check is not None:
             self._finish_check()
             self._finish_check = None  # models are pickled with their quantizer
-        packed = packed_modules(model)
-        for name, owner in self.quantization_config.tied.items():
-            if name in self._names and owner in self._names:
-                other = packed[self._names[name]]
-                share_packed_weight(packed[self._names[owner]], other)
-                other._non_persistent_buffers_set -= set(WEIGHT_BUFFERS)
-        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
-        if missing and not getattr(model, "hf_device_map", None):
-            raise ArtifactError(
-                f"The checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}."
-            )
-        for module in packed.values():
-            module._cached = None
         # A body, or a body that was given a head, is saved under names of its own.
         config, names = self.quantization_config, self._names
         config.policy = {names[name]: bits for name, bits in config.policy.items() if name in names}
@@ -245,6 +232,17 @@ class HqQuantizer(HfQuantizer):
             names[name]: names[owner] for name, owner in config.tied.items() if name in names and owner in names
         }
         self._names = {name: name for name in names.values()}
+        packed = packed_modules(model)
+        for name, owner in config.tied.items():
+            share_packed_weight(packed[owner], packed[name])
+            packed[name]._non_persistent_buffers_set -= set(WEIGHT_BUFFERS)
+        missing = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+        if missing and not getattr(model, "hf_device_map", None):
+            raise ArtifactError(
+                f"The checkpoint lacks {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}."
+            )
+        for module in packed.values():
+            module._cached = None
         _initialise_buffers(model, packed)
         model.requires_grad_(False)
         bind(model)
