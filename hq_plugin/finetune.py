@@ -24,7 +24,7 @@ from hq_plugin.errors import HQWarning
 from hq_plugin.metaquantnet import ActivationSteps
 from hq_plugin.policy import FLOAT_BITS, HybridPolicy
 from hq_plugin.qat_layers import qat_layers
-from hq_plugin.rates import BACK_OFF, Rates
+from hq_plugin.rates import BACK_OFF, Rates, share_of_steps
 from hq_plugin.scoring import calibrate_activations
 from hq_plugin.seeding import seeded
 from hq_plugin.tracking import tracking
@@ -146,6 +146,7 @@ def finetune_network(
     """
     assert config.block_loss is not None
     assert config.temperature is not None
+    steps = config.steps.finetune
     task = Task(
         name="fine-tuning",
         stage=stage if share == 1 else f"{stage} at {share:g} of the rates",
@@ -157,8 +158,8 @@ def finetune_network(
         block_loss=config.block_loss,
         # What blocks give leads the way at first; in the end the output is what counts.
         blocks_until=BLOCKS_UNTIL,
-        steps=config.steps.finetune,
-        rates=Rates(config.learning_rate, config.step_learning_rate, share=share),
+        steps=steps,
+        rates=Rates(config.learning_rate, config.step_learning_rate, share=share * share_of_steps(steps)),
         # Few networks end further away than the noise of batches' statistics; those train better with them.
         batch_statistics=None,
         distance=loss,

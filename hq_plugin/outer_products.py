@@ -42,15 +42,11 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = first_input(args, kwargs)
-            if not _multiplies(module, x):
+            assert running is not None
+            vectors = multiplied(module, first_input(args, kwargs), running, name)
+            if vectors is None:
                 unknown.add(name)
                 return
-            if isinstance(module, (nn.Conv1d, nn.Conv2d)):
-                vectors = convolved(x.detach(), module)
-            else:
-                assert running is not None
-                vectors = running.without_padding(x.detach(), name).reshape(1, -1, x.shape[-1])
             counts[name] = counts.get(name, 0) + vectors.shape[1]
             _add_products(sums, name, vectors)
 
@@ -68,6 +64,22 @@ def input_products(network: nn.Module, names: Iterable[str], batches: Iterable[B
             handle.remove()
     known = [name for name, count in counts.items() if count and name not in unknown]
     return {name: sums[name] / counts[name] for name in known if bool(sums[name].isfinite().all())}
+
+
+def multiplied(layer: nn.Module, x: Any, batch: Batch, name: str) -> Tensor | None:
+    """Returns what a layer multiplies its weight with, `[groups, vectors, inputs]`; None where that cannot be told.
+
+    Args:
+        layer: Of one of the classes `MULTIPLYING`.
+        x: What it is called with first.
+        batch: The batch that runs; its padding is left out.
+        name: The layer's.
+    """
+    if not _multiplies(layer, x):
+        return None
+    if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
+        return convolved(x.detach(), layer)
+    return batch.without_padding(x.detach(), name).reshape(1, -1, x.shape[-1])  # type: ignore[no-any-return]
 
 
 def _multiplies(layer: nn.Module, x: Any) -> bool:

@@ -27,6 +27,23 @@ class Statistics:
     mean: Tensor
     variance: Tensor
 
+    def moved(self, sampled: Statistics, seen: Statistics) -> Statistics:
+        """Returns these statistics of the float model, moved by what another network's differ by on a sample.
+
+        Args:
+            sampled: The float model's on the sample.
+            seen: The other network's on the same.
+        """
+        ratio = seen.variance / sampled.variance.clamp_min(_TINY)
+        # A channel that is constant on the sample says nothing about its ratio.
+        variance = torch.where(sampled.variance > _TINY, self.variance * ratio, seen.variance)
+        return Statistics(self.mean + seen.mean - sampled.mean, variance)
+
+    def write(self, norm: Any) -> None:
+        """Makes them the running statistics of a BatchNorm layer."""
+        norm.running_mean.copy_(self.mean)
+        norm.running_var.copy_(self.variance)
+
 
 def _batchnorms(network: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in network.named_modules() if has_statistics(module)}
@@ -96,10 +113,4 @@ class Recalibration:
             return
         layers = _batchnorms(network)
         for name, seen in measured_statistics(network, self.batches).items():
-            known, sampled = self._known[name], self._sampled[name]
-            ratio = seen.variance / sampled.variance.clamp_min(_TINY)
-            layers[name].running_mean.copy_(known.mean + seen.mean - sampled.mean)
-            # A channel that is constant on the sample says nothing about its ratio.
-            layers[name].running_var.copy_(
-                torch.where(sampled.variance > _TINY, known.variance * ratio, seen.variance)
-            )
+            self._known[name].moved(self._sampled[name], seen).write(layers[name])

@@ -64,12 +64,12 @@ from hq_plugin.ranking import distances, rerank
 from hq_plugin.rates import BACK_OFF
 from hq_plugin.result import Baseline, Result, versions
 from hq_plugin.rewriting import float_state
-from hq_plugin.rounding import start_from_good_integers
 from hq_plugin.sampling import PolicySampler
 from hq_plugin.scoring import Scorer, evaluating
 from hq_plugin.search import Scored, additive_sensitivities, genetic_search
 from hq_plugin.second_order import calibration_moments, second_order, weight_losses
 from hq_plugin.seeding import seeded
+from hq_plugin.sequential_rounding import start_from_good_integers
 from hq_plugin.sharding import placed
 from hq_plugin.space import SearchSpace
 from hq_plugin.storage import fingerprint
@@ -590,7 +590,7 @@ class Session:
                 network = generated_network(self.network, policy)
             if config.rounding == "second_order":
                 batches = calibration_batches(self.teacher, self.data, config)
-                start_from_good_integers(network, batches, self.loss)
+                start_from_good_integers(network, self.teacher, batches, self.loss)
         with placed(network, keep=True) as running:
             self.scorer.recalibrate(running, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network

@@ -11,7 +11,8 @@ from hq_plugin.nn import with_split_tables
 from hq_plugin.optimal_qparams import optimal_weight_qparams, optimal_weight_step
 from hq_plugin.outer_products import _PLACES, convolved, gradient_products, input_products
 from hq_plugin.quantization import dequantize_weight, quantize_weight, weight_range, weight_rows
-from hq_plugin.rounding import _MARGIN, inside, second_order_integers, start_from_good_integers
+from hq_plugin.rounding import _MARGIN, inside, inverse_factor, second_order_integers
+from hq_plugin.sequential_rounding import start_from_good_integers
 
 
 def correlated(samples: int = 512, inputs: int = 192) -> torch.Tensor:
@@ -26,7 +27,9 @@ def test_the_output_comes_closer_than_by_rounding_to_the_nearest(bits: int, grou
     weight = torch.randn(40, 192)
     rows = weight_rows(weight, group_size)
     step, zero = optimal_weight_qparams(rows, bits) if group_size else (optimal_weight_step(rows, bits), None)
-    integers = second_order_integers(weight[None], step, zero, bits, group_size, (x.T @ x / len(x))[None])[0]
+    integers = second_order_integers(
+        weight[None], step, zero, bits, group_size, inverse_factor((x.T @ x / len(x))[None], 1.0)
+    )[0]
     low, high = weight_range(bits)
     assert low <= int(integers.min()) <= int(integers.max()) <= high
     errors = []
@@ -40,7 +43,7 @@ def test_without_correlation_it_is_rounding_to_the_nearest() -> None:
     weight = torch.randn(8, 16)
     step = optimal_weight_step(weight, 3)
     assert torch.equal(
-        second_order_integers(weight[None], step, None, 3, 0, torch.eye(16)[None])[0],
+        second_order_integers(weight[None], step, None, 3, 0, inverse_factor(torch.eye(16)[None], 1.0))[0],
         quantize_weight(weight, step, 3),
     )
 
@@ -50,7 +53,7 @@ def test_a_singular_product_and_a_dead_input() -> None:
     x[:, :3] = 1.0
     weight = torch.randn(8, 16)
     step = optimal_weight_step(weight, 3)
-    integers = second_order_integers(weight[None], step, None, 3, 0, (x.T @ x)[None])[0]
+    integers = second_order_integers(weight[None], step, None, 3, 0, inverse_factor((x.T @ x)[None], 1.0))[0]
     assert torch.equal(integers[:, 4:], quantize_weight(weight, step, 3)[:, 4:])
 
 
@@ -79,7 +82,7 @@ def test_a_network_starts_closer_to_float(transposed: bool) -> None:
     network(x)
     with torch.no_grad():
         before = float((network(x) - model(x)).square().mean())
-        start_from_good_integers(network, [Batch((x,), {}, None, len(x))])
+        start_from_good_integers(network, model, [Batch((x,), {}, None, len(x))])
         after = float((network(x) - model(x)).square().mean())
     assert after < 0.8 * before
 
@@ -90,7 +93,7 @@ def test_a_convolutional_network_starts_closer_to_float(
     name: str, share: float, memory_format: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
-    mixed = nn.Conv2d(3, 24, 1, bias=False)(torch.randn(8, 3, 9, 9)).detach()  # channels that say the same
+    mixed = nn.Conv2d(3, 24, 1, bias=False)(torch.randn(512, 3, 9, 9)).detach()  # channels that say the same
     model = nn.Sequential(
         nn.Conv2d(24, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 5, padding=2, groups=16), nn.Conv2d(16, 8, 1, groups=2)
     )
@@ -98,7 +101,7 @@ def test_a_convolutional_network_starts_closer_to_float(
     network = torch_ao.prepare(model, HybridPolicy({name: LayerBits(3, 16)})).eval()
     with torch.no_grad():
         before = float((network(mixed) - model(mixed)).square().mean())
-        start_from_good_integers(network, [Batch((mixed,), {}, None, len(mixed))])
+        start_from_good_integers(network, model, [Batch((mixed,), {}, None, len(mixed))])
         after = float((network(mixed) - model(mixed)).square().mean())
     assert after < share * before
 
@@ -167,7 +170,7 @@ def test_embeddings_are_rounded_by_what_the_network_minds(parts: int) -> None:
     with torch.no_grad():
         expected = model.head.weight.T @ model.head.weight  # type: ignore[union-attr, operator]
         nearest = float((network(ids) - model(ids)).square().mean())
-        start_from_good_integers(network, [batch])
+        start_from_good_integers(network, model, [batch])
         after = float((network(ids) - model(ids)).square().mean())
     alike = torch.corrcoef(torch.stack([products["words"].flatten(), expected.flatten()]))[0, 1]
     assert alike > 0.8
@@ -182,7 +185,7 @@ def test_an_embedding_that_a_layer_shares_stays_as_it_is() -> None:
     policy = HybridPolicy({name: LayerBits(3, 16) for name in ("words", "head")})
     network = torch_ao.prepare(model.eval(), policy).eval()
     before = network.words.weight.detach().clone()  # type: ignore[operator, union-attr]
-    start_from_good_integers(network, [Batch((torch.arange(60),), {}, None, 60)])
+    start_from_good_integers(network, model, [Batch((torch.arange(60),), {}, None, 60)])
     assert torch.equal(network.words.weight, before)  # type: ignore[arg-type]
 
 
@@ -202,7 +205,7 @@ def test_inputs_that_are_not_finite_leave_their_layer_to_nearest_rounding() -> N
     assert input_products(model, ["0", "1"], [batch]) == {}
     network = torch_ao.prepare(model, HybridPolicy({"0": LayerBits(3, 16), "1": LayerBits(3, 16)})).eval()
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    start_from_good_integers(network, [batch])
+    start_from_good_integers(network, model, [batch])
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
 
 
@@ -211,8 +214,12 @@ def test_dead_inputs_do_not_raise_the_damping_of_small_ones() -> None:
     dead = torch.cat([x, torch.zeros(len(x), 32)], 1)
     weight = torch.randn(8, 128)
     step = optimal_weight_step(weight, 3)
-    alone = second_order_integers(weight[None, :, :96], step, None, 3, 0, (x.T @ x / len(x))[None])
-    found = second_order_integers(weight[None], step, None, 3, 0, (dead.T @ dead / len(x))[None])
+    alone = second_order_integers(
+        weight[None, :, :96], step, None, 3, 0, inverse_factor((x.T @ x / len(x))[None], 1.0)
+    )
+    found = second_order_integers(
+        weight[None], step, None, 3, 0, inverse_factor((dead.T @ dead / len(x))[None], 1.0)
+    )
     assert torch.equal(found[..., :96], alone)
     assert not torch.equal(alone[0], quantize_weight(weight[:, :96], step, 3))
 
@@ -309,8 +316,9 @@ class Around(nn.Module):
 def test_a_layer_that_multiplies_in_a_way_of_its_own_or_nothing_stays_as_it_is(
     layer: nn.Module, x: torch.Tensor, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]
 ) -> None:
-    network = torch_ao.prepare(Around(layer, call).eval(), HybridPolicy({"layer": LayerBits(3, 16)})).eval()
-    start_from_good_integers(network, [Batch((x,), {}, None, len(x))] * 2)
+    model = Around(layer, call).eval()
+    network = torch_ao.prepare(model, HybridPolicy({"layer": LayerBits(3, 16)})).eval()
+    start_from_good_integers(network, model, [Batch((x,), {}, None, len(x))] * 2)
     assert torch.equal(network.layer._parameters["weight"], layer.weight)  # type: ignore[union-attr, arg-type]
 
 
@@ -336,7 +344,7 @@ def test_layers_that_share_a_weight_are_rounded_by_what_both_multiply() -> None:
     with torch.no_grad():
         target = batch.run(model)
         nearest = float((batch.run(network) - target).square().mean())
-        start_from_good_integers(network, [batch])
+        start_from_good_integers(network, model, [batch])
         after = float((batch.run(network) - target).square().mean())
     assert network.first._parameters["weight"] is network.second._parameters["weight"]  # type: ignore[union-attr]
     assert after < 0.53 * nearest  # one rounded after the other: 0.58 to 0.63

@@ -1,0 +1,203 @@
+"""Good integers for a network to start training from: each layer makes up for what those before it got wrong.
+
+Layers are rounded (`rounding.py`) in the order in which they run, on the inputs that those before them, rounded
+already, give, towards what the float network's layer gives on its own inputs; BatchNorms that come in between take
+over the statistics of what reaches them. Embeddings are first: rows are rounded by what the network minds
+(`outer_products.py`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hq_plugin import torch_ao
+from hq_plugin.batch import Batch
+from hq_plugin.batchnorm import has_statistics
+from hq_plugin.distillation import LossFunction
+from hq_plugin.lockstep import in_lockstep
+from hq_plugin.modes import in_eval_mode
+from hq_plugin.nn.split import same_columns
+from hq_plugin.outer_products import MULTIPLYING, gradient_products, input_products, multiplied
+from hq_plugin.precision import autocast
+from hq_plugin.qat_layers import qat_layers
+from hq_plugin.recalibration import Statistics
+from hq_plugin.rounding import round_layer
+
+#: What is added to the diagonal of outer products, as a share of its mean: with 1, half of what they say counts. More
+#: does where there are more than so many vectors for each input, few are fitted too well. Places of a picture are
+#: alike, and so are tokens of a text: one for each input would not do (docs/experiments.md).
+_DAMPING, _VECTORS = 1.0, 16
+#: Which of the two networks a forward is of.
+_FLOAT, _ROUNDED = "float", "rounded"
+#: What each forward calls a module with, by network and batch.
+_Inputs = dict[tuple[str, int], Any]
+
+
+def start_from_good_integers(
+    network: nn.Module, teacher: nn.Module, batches: Iterable[Batch], loss: LossFunction | None = None
+) -> None:
+    """Moves the weights of a network with a fixed policy onto integers found to second order.
+
+    Layers that run several times a forward, or share a weight, are rounded once, by all that they multiply in the
+    float network. A layer and an embedding that share one want different integers, and are left as they are.
+
+    Args:
+        network: A prepared network whose layers have tables of one width; changed in place.
+        teacher: The float network, in eval mode.
+        batches: A few batches.
+        loss: The distance; None is what suits the output.
+    """
+    batches = list(batches)
+    layers: dict[str, Any] = {
+        name: layer
+        for name, layer in qat_layers(network).items()
+        if isinstance(layer, (*MULTIPLYING, nn.Embedding)) and not _is_tied(network, layer)
+    }
+    multiplying = [name for name, layer in layers.items() if isinstance(layer, MULTIPLYING)]
+    embeddings = [name for name in layers if name not in multiplying]
+    gradients = gradient_products(network, embeddings, batches, loss)
+    for name in embeddings:
+        if same_columns(name) in gradients:
+            round_layer(layers[name], gradients[same_columns(name)], _DAMPING)
+    several = _several(network, teacher, multiplying, batches[0])
+    with torch_ao.float_forward(network):
+        products = input_products(network, several, batches)
+    _round_shared(layers, products)
+    with in_eval_mode(network):
+        _round_in_order(
+            network, teacher, {name: layers[name] for name in multiplying if name not in several}, batches
+        )
+
+
+def _is_tied(network: nn.Module, layer: nn.Module) -> bool:
+    """Whether an embedding and a layer of another kind have one weight."""
+    weight = layer._parameters["weight"]
+    users = [module for module in network.modules() if module._parameters.get("weight") is weight]
+    return len({isinstance(user, nn.Embedding) for user in users}) > 1
+
+
+@torch.no_grad()
+def _several(network: nn.Module, teacher: nn.Module, names: Iterable[str], batch: Batch) -> list[str]:
+    """Returns the layers that a forward runs several times, or that share a weight, which is rounded once.
+
+    Args:
+        network: The network, which knows what is shared.
+        teacher: The float network, which runs.
+        names: The layers.
+        batch: A batch.
+    """
+    weights = {name: id(network.get_submodule(name)._parameters["weight"]) for name in names}
+    users, runs = Counter(weights.values()), Counter[str]()
+
+    def count(name: str, *_: Any) -> None:
+        runs[name] += 1
+
+    handles = [teacher.get_submodule(name).register_forward_pre_hook(partial(count, name)) for name in weights]
+    try:
+        with autocast():
+            batch.run(teacher)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, weight in weights.items() if runs[name] > 1 or users[weight] > 1]
+
+
+def _round_shared(layers: Mapping[str, Any], products: Mapping[str, Tensor]) -> None:
+    """Rounds layers by their products; those that share a weight once, by the sum of theirs."""
+    sharing: dict[int, list[str]] = {}
+    for name in products:
+        sharing.setdefault(id(layers[name]._parameters["weight"]), []).append(name)
+    for names in sharing.values():
+        product = products[names[0]]
+        if all(products[name].shape == product.shape for name in names):
+            for name in names[1:]:
+                product = product + products[name]
+            round_layer(layers[names[0]], product, _DAMPING)
+
+
+def _round_in_order(
+    network: nn.Module, teacher: nn.Module, layers: Mapping[str, Any], batches: list[Batch]
+) -> None:
+    """Rounds layers as all batches come to them in both networks, and recalibrates BatchNorms likewise."""
+    norms = {name: norm for name, norm in teacher.named_modules() if has_statistics(norm)}
+
+    def meet(name: str, inputs: _Inputs) -> None:
+        if name in norms:
+            _recalibrate(norms[name], network.get_submodule(name), inputs)
+        else:
+            _round(name, layers[name], inputs, batches)
+
+    def run(model: nn.Module, batch: Batch) -> None:
+        with autocast():
+            batch.run_whole(model)
+
+    forwards: dict[tuple[str, int], tuple[nn.Module, Callable[[], Any]]] = {
+        (kind, number): (model, partial(run, model, batch))
+        for number, batch in enumerate(batches)
+        for kind, model in ((_FLOAT, teacher), (_ROUNDED, network))
+    }
+    in_lockstep(forwards, [name for name, _ in network.named_modules() if name in layers or name in norms], meet)
+
+
+@torch.no_grad()
+def _round(name: str, layer: Any, inputs: _Inputs, batches: list[Batch]) -> None:
+    """Rounds a layer by what its inputs are, and by what they lack of the float network's."""
+    products: Tensor | None = None
+    missing: Tensor | None = None
+    count = 0
+    for number, batch in enumerate(batches):
+        if (_ROUNDED, number) not in inputs:
+            continue
+        x = inputs[_ROUNDED, number]
+        floating = isinstance(x, Tensor) and x.is_floating_point()
+        own = multiplied(layer, layer.activation_fake_quant(x), batch, name) if floating else None
+        if own is None:
+            return  # it cannot be told what the layer multiplies
+        own = own.float()
+        meant = multiplied(layer, inputs.get((_FLOAT, number)), batch, name)
+        lack = _lacking(own, meant)
+        product, lacking = own.transpose(1, 2) @ own, lack.transpose(1, 2) @ own
+        products = product if products is None else products.add_(product)
+        missing = lacking if missing is None else missing.add_(lacking)
+        count += own.shape[1]
+    if products is None or missing is None or not count:
+        return
+    if bool(products.isfinite().all()) and bool(missing.isfinite().all()):
+        damping = _DAMPING * min(1.0, _VECTORS * products.shape[-1] / count)
+        round_layer(layer, products / count, damping, missing / count)
+
+
+def _lacking(own: Tensor, meant: Tensor | None) -> Tensor:
+    """Returns what vectors lack of those that are meant; nothing where they are not of the same sample.
+
+    Networks that choose a way for each sample or token, as experts do, may choose otherwise once they are rounded.
+    """
+    if meant is None or meant.shape != own.shape:
+        return torch.zeros_like(own)
+    lack = meant.float() - own
+    alike = lack.square().sum(-1, keepdim=True) <= own.square().sum(-1, keepdim=True)
+    return torch.where(alike, lack, 0.0)
+
+
+@torch.no_grad()
+def _recalibrate(known: Any, norm: Any, inputs: _Inputs) -> None:
+    """Moves a BatchNorm's statistics by what the inputs of the two networks differ by."""
+    numbers = [number for kind, number in inputs if kind == _ROUNDED and (_FLOAT, number) in inputs]
+    if numbers:
+        sampled, seen = (_statistics([inputs[kind, n] for n in numbers]) for kind in (_FLOAT, _ROUNDED))
+        Statistics(known.running_mean, known.running_var).moved(sampled, seen).write(norm)
+
+
+def _statistics(inputs: list[Tensor]) -> Statistics:
+    """Returns the mean statistics of the channels of some batches `[samples, channels, ...]`."""
+    found = [torch.var_mean(x.float().transpose(0, 1).flatten(1), dim=1) for x in inputs]
+    sizes = [x.numel() / sum(x.numel() for x in inputs) for x in inputs]
+    pairs = list(zip(found, sizes, strict=True))
+    mean = torch.stack([mean * size for (_, mean), size in pairs]).sum(0)
+    return Statistics(mean, torch.stack([variance * size for (variance, _), size in pairs]).sum(0))
