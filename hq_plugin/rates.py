@@ -29,8 +29,8 @@ RELATIVE_RATE, NARROW = 0.01, 2
 #: all networks, and what is led away too far the rest of the steps does not make up for (docs/experiments.md).
 BACK_OFF = (0.3, 0.1)
 #: Steps of fine-tuning for which these were found. Fewer are to go further each: rates of weights rise with the
-#: root of how many times fewer they are, to no more than so many times. A vision transformer ended 22 % closer after
-#: 100 steps, a MobileNetV3 as close (docs/experiments.md).
+#: root of how many times fewer they are, to no more than so many times. A vision transformer ended 22 % closer
+#: after 100 steps, a MobileNetV3 as close (docs/experiments.md).
 STEPS, MOST = 300, 2.0
 #: Input channels up to which `RELATIVE_RATE` holds. Adam moves the weights of a channel together: what they add up
 #: to at its output grows with their number, where what they began as adds up to its root. So a wider layer's share

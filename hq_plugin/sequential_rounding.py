@@ -29,9 +29,9 @@ from hq_plugin.qat_layers import qat_layers
 from hq_plugin.recalibration import Statistics
 from hq_plugin.rounding import round_layer
 
-#: What is added to the diagonal of outer products, as a share of its mean: with 1, half of what they say counts. It
-#: is less where there are more than so many vectors for each input; few are fitted too well. Places of a picture are
-#: alike, and so are tokens of a text: one for each input would not do (docs/experiments.md).
+#: What is added to the diagonal of outer products, as a share of its mean: with 1, half of what they say counts.
+#: It is less where there are more than so many vectors for each input; few are fitted too well. Places of a picture
+#: are alike, and so are tokens of a text: one for each input would not do (docs/experiments.md).
 _DAMPING, _VECTORS = 1.0, 16
 #: Which of the two networks a forward is of.
 _FLOAT, _ROUNDED = "float", "rounded"
