@@ -30,9 +30,11 @@ from hq_plugin.recalibration import Statistics
 from hq_plugin.rounding import round_layer
 
 #: What is added to the diagonal of outer products, as a share of its mean: with 1, half of what they say counts.
-#: It is less where there are more than so many vectors for each input; few are fitted too well. Places of a picture
-#: are alike, and so are tokens of a text: one for each input would not do (docs/experiments.md).
+#: It is less where there are more than so many vectors for each input; few are fitted too well.
 _DAMPING, _VECTORS = 1.0, 16
+#: Vectors of a sample that count there, at most: places of a picture are alike, and so are tokens of a text. 64
+#: pictures with thousands of places each do not say more than 64 pictures do (docs/experiments.md).
+_OF_A_SAMPLE = 32
 #: Which of the two networks a forward is of.
 _FLOAT, _ROUNDED = "float", "rounded"
 #: What each forward calls a module with, by network and batch.
@@ -150,7 +152,7 @@ def _round(name: str, layer: Any, inputs: _Inputs, batches: list[Batch]) -> None
     """Rounds a layer by what its inputs are, and by what they lack of the float network's."""
     products: Tensor | None = None
     missing: Tensor | None = None
-    count = 0
+    count = samples = 0
     for number, batch in enumerate(batches):
         if (_ROUNDED, number) not in inputs:
             continue
@@ -165,11 +167,12 @@ def _round(name: str, layer: Any, inputs: _Inputs, batches: list[Batch]) -> None
         product, lacking = own.transpose(1, 2) @ own, lack.transpose(1, 2) @ own
         products = product if products is None else products.add_(product)
         missing = lacking if missing is None else missing.add_(lacking)
-        count += own.shape[1]
+        count, samples = count + own.shape[1], samples + batch.size
     if products is None or missing is None or not count:
         return
     if bool(products.isfinite().all()) and bool(missing.isfinite().all()):
-        damping = _DAMPING * min(1.0, _VECTORS * products.shape[-1] / count)
+        telling = min(count, _OF_A_SAMPLE * samples)
+        damping = _DAMPING * min(1.0, _VECTORS * products.shape[-1] / telling)
         round_layer(layer, products / count, damping, missing / count)
 
 
