@@ -137,14 +137,15 @@ class Config:
             what the integration proposes, or else gives each weight 1 % of its root mean square, and in fine-tuning
             half of that for each bit above two, so that small and large, narrow and wide ones move by as many
             quantization steps; less for layers of more than 64 input channels, by the root of how many they are;
-            and less for steps of fewer than 128 samples, by the root of how many they are. Fine-tuning
+            and less for steps of fewer than 128 samples, by the root of how many they are. In fewer than 300
+            steps of fine-tuning it is more, by the root of how many times fewer they are, to twice. Fine-tuning
             that a tenth of its steps led twice as far away begins again at 0.3 of these rates, and at 0.1.
         step_learning_rate: Adam's peak rate for the (logarithmic) quantization steps; None takes what the
             integration proposes, or else 2e-3, and less for steps of fewer than 128 samples.
-        rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds each
-            layer's weight column by column and makes up for the error (GPTQ). None means the second for float
-            weights and the first for generated ones, which were trained with it (and for `effort="smoke"`), or
-            what the integration proposes.
+        rounding: Integers from which fine-tuning starts: `"nearest"`, or `"second_order"`, which rounds weights
+            column by column, layer after layer, and makes up for the error of those before (GPTQ). None means
+            the second for float weights and the first for generated ones, which were trained with it (and for
+            `effort="smoke"`), or what the integration proposes.
         train_float: Whether what stays float (biases, normalisation, excluded layers) is trained along. None
             means True, or what the integration proposes.
         finetune_from: `"float"` retrains from the float weights, `"generated"` starts from the MetaQuantNet's,

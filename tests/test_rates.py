@@ -7,7 +7,7 @@ from torch import nn
 from hq_plugin import Config, HybridPolicy, LayerBits, torch_ao
 from hq_plugin.data import prepare_data
 from hq_plugin.meta_training import build_network
-from hq_plugin.rates import CHANNELS, Rates, cosine
+from hq_plugin.rates import CHANNELS, MOST, STEPS, Rates, cosine, share_of_steps
 from hq_plugin.sites import find_sites
 from hq_plugin.space import SearchSpace
 
@@ -17,6 +17,14 @@ def test_the_rate_rises_and_falls() -> None:
     assert rates[0] < rates[4] == max(rates)
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert rates[-1] == pytest.approx(0.1, abs=0.01)
+
+
+def test_fewer_steps_go_further_each() -> None:
+    shares = [share_of_steps(steps) for steps in (1, 100, 200, STEPS, 10 * STEPS)]
+    assert shares[0] == MOST
+    assert shares[1] == pytest.approx((STEPS / 100) ** 0.5)
+    assert shares == sorted(shares, reverse=True)
+    assert shares[3:] == [1.0, 1.0]
 
 
 def peaks(rates: Rates, network: nn.Module) -> dict[str, float]:
