@@ -8,6 +8,7 @@ over the statistics of what reaches them. Embeddings are first: rows are rounded
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -139,12 +140,17 @@ def _round_in_order(
         with autocast():
             batch.run_whole(model)
 
-    forwards: dict[tuple[str, int], tuple[nn.Module, Callable[[], Any]]] = {
-        (kind, number): (model, partial(run, model, batch))
-        for number, batch in enumerate(batches)
-        for kind, model in ((_FLOAT, teacher), (_ROUNDED, network))
-    }
+    forwards: dict[tuple[str, int], tuple[nn.Module, Callable[[], Any]]] = {}
+    for number, batch in enumerate(batches):
+        for kind, model in ((_FLOAT, teacher), (_ROUNDED, network)):
+            own = _with_same_tensors(model)
+            forwards[kind, number] = own, partial(run, own, batch)
     in_lockstep(forwards, [name for name, _ in network.named_modules() if name in layers or name in norms], meet)
+
+
+def _with_same_tensors(model: nn.Module) -> nn.Module:
+    """Returns a copy with the same parameters and buffers: modules may note in a forward what they need later."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 @torch.no_grad()

@@ -115,7 +115,20 @@ class Recurring(nn.Module):
         return self.head(x)
 
 
-@pytest.mark.parametrize("kind", [Experts, Recurring])
+class Noting(nn.Module):
+    """Notes in its forward what it needs at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+        self.noted = torch.zeros(())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.noted = x
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))) + self.noted)
+
+
+@pytest.mark.parametrize("kind", [Experts, Recurring, Noting])
 def test_a_model_that_goes_other_ways_starts_closer_too(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = kind().eval(), torch.randn(256, 6) @ torch.randn(6, 16)
