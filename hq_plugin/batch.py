@@ -69,6 +69,11 @@ class Batch:
             shapes = {name: tuple(value.shape) for name, value in named if isinstance(value, Tensor)}
             other = {str(v.dtype).removeprefix("torch.") for _, v in named if isinstance(v, Tensor)} - {"float32"}
             of = f" and the types {', '.join(sorted(other))}" if other else ""
+            if "more than 1 value per channel" in str(error):
+                raise DataError(
+                    "A batch of one sample has no variance, by which BatchNorm's statistics are re-estimated: pass "
+                    "batches of two or more."
+                ) from error
             raise DataError(
                 f"The model cannot run on a batch whose inputs have the shapes {shapes}{of}: {error}. Pass batches "
                 "that the model takes, or prepare_batch=... if inputs and labels were told apart wrongly."

@@ -108,7 +108,8 @@ class Config:
             text).
         zero_points: Zero points of groups: `"fractional"`, or `"whole"`, as ONNX Runtime's fast kernels want
             them. None means fractional, but whole for `target="onnxruntime"`.
-        pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search.
+        pinned: Site name or shell pattern to a fixed width (`8`) or pair (`(8, 8)`), out of the search. A name goes
+            before patterns: `{"head": 8, "*": 4}`.
         groups: Lists of names or shell patterns of sites, the layers that are quantized: those of one list share
             their widths.
         exclude: Names or shell patterns of layers that stay in floating point and do not count as sites; the name

@@ -114,6 +114,8 @@ class SearchSpace:
                 if any(fnmatch.fnmatchcase(site.name, pattern) for site in sites)
             }
             pinned_used.update(pins)
+            named = {site.name for site in sites}
+            pins = {pattern: pin for pattern, pin in pins.items() if pattern in named} or pins
             if len(set(pins.values())) > 1:
                 given = ", ".join(f"{pattern!r}: {(config.pinned or {})[pattern]}" for pattern in pins)
                 raise ConfigError(

@@ -154,6 +154,12 @@ def test_bad_budgets_before_any_training(trained: nn.Module, batches, budget: st
         hq.quantize(trained, budget, batches, effort="best")
 
 
+def test_batches_of_one_sample_that_batchnorm_cannot_take_are_told() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).eval()
+    with pytest.raises(DataError, match="batch of one sample has no variance.*two or more"):
+        hq.quantize(model, "4bit", [torch.randn(1, 8) for _ in range(16)], config=SMOKE)
+
+
 def test_other_bad_input(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ModelError, match=r"torch\.nn\.Module"):
         hq.quantize("resnet18", "3bit", batches)  # type: ignore[arg-type]

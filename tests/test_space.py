@@ -45,6 +45,12 @@ def test_genomes_and_policies_convert() -> None:
         assert np.array_equal(space.genome(policy), genome)
 
 
+def test_a_name_is_pinned_before_patterns() -> None:
+    space = build(pinned={"*": 4, "head": (8, 16)})
+    assert {group.name: group.weight_bits for group in space.groups}["head"] == (8,)
+    assert {group.weight_bits for group in space.groups if group.name != "head"} == {(4,)}
+
+
 def test_pinned_and_groups() -> None:
     space = build(pinned={"head": (8, 16), "st*": 8}, groups=(("*wise",),))
     assert [group.name for group in space.groups] == ["stem", "depthwise", "head"]
