@@ -156,7 +156,7 @@ def test_bad_budgets_before_any_training(trained: nn.Module, batches, budget: st
 
 def test_batches_of_one_sample_that_batchnorm_cannot_take_are_told() -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)).eval()
-    with pytest.raises(DataError, match="batch of one sample has no variance.*two or more"):
+    with pytest.raises(DataError, match=r"batch of one sample has no variance.*two or more"):
         hq.quantize(model, "4bit", [torch.randn(1, 8) for _ in range(16)], config=SMOKE)
 
 
