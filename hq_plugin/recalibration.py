@@ -50,6 +50,26 @@ def _batchnorms(network: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
+def statistics_of(norm: Any, inputs: Sequence[Any]) -> Statistics | None:
+    """Returns the statistics of what a BatchNorm layer is called with, or None where there is no variance.
+
+    Args:
+        norm: The layer, which is not changed: how it reads its input is its class's own.
+        inputs: What it is called with first; their statistics' mean is taken, as in `measured_statistics`.
+    """
+    layer, seen = copy.deepcopy(norm), 0
+    layer.reset_running_stats()
+    layer.train()
+    for x in inputs:
+        if isinstance(x, Tensor) and x.numel() > layer.num_features:
+            seen += x.numel()
+            layer.momentum = x.numel() / seen
+            layer(x)
+    found = Statistics(layer.running_mean, layer.running_var)
+    return found if seen and bool(found.mean.isfinite().all() and found.variance.isfinite().all()) else None
+
+
+@torch.no_grad()
 def measured_statistics(network: nn.Module, batches: Sequence[Batch]) -> dict[str, Statistics]:
     """Measures what enters each BatchNorm layer while all of them normalise by the batch's statistics.
 

@@ -1,9 +1,9 @@
 """Good integers for one layer: rounding that makes up in later inputs for the error of earlier ones.
 
 Optimal brain quantization (GPTQ, Frantar et al., arXiv:2210.17323, algorithm 1), with the steps and zero points
-given. Each group of a convolution is a matrix of its own. Training starts from the layer's own weight, moved as
-little as puts it on the integer that was found. What the outer products are of that it goes by is found by
-`sequential_rounding.py`.
+given. Each group of a convolution is a matrix of its own. Training starts from the layer's own weight, refitted to
+its inputs and moved as little as puts it on the integer that was found. What these are of, `sequential_rounding.py`
+finds.
 """
 
 from __future__ import annotations

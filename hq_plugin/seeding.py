@@ -10,6 +10,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,23 +19,39 @@ import torch
 _TURN = threading.RLock()
 
 
+class Randomness:
+    """Where all global randomness stands: torch's on every device, NumPy's and Python's."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda: list[torch.Tensor] = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        self._numpy: Any = np.random.get_state()
+        self._python = random.getstate()
+
+    def put_back(self) -> None:
+        """Goes on from there."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+
+
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Inside, all global randomness follows from `seed`; outside, the caller's is untouched.
 
     Of several threads one at a time is inside; the others wait.
     """
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with _TURN, torch.random.fork_rng(devices=devices):
-        python, numpy = random.getstate(), np.random.get_state()
+    with _TURN:
+        before = Randomness()
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
             yield
         finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
+            before.put_back()
 
 
-__all__ = ["seeded"]
+__all__ = ["Randomness", "seeded"]

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hq_plugin import torch_ao
 from hq_plugin.batch import Batch
 from hq_plugin.batchnorm import has_statistics
 from hq_plugin.distillation import LossFunction
@@ -27,11 +26,11 @@ from hq_plugin.nn.split import same_columns
 from hq_plugin.outer_products import MULTIPLYING, gradient_products, input_products, multiplied
 from hq_plugin.precision import autocast
 from hq_plugin.qat_layers import qat_layers
-from hq_plugin.recalibration import Statistics
+from hq_plugin.recalibration import Statistics, statistics_of
 from hq_plugin.rounding import round_layer
 
-#: What is added to the diagonal of outer products, as a share of its mean: with 1, half of what they say counts.
-#: It is less where there are more than so many vectors for each input; few are fitted too well.
+#: What is added to the diagonal of outer products, as a share of its mean: `_DAMPING`, with which half of what they
+#: say counts, and less where there are more vectors than `_VECTORS` for each input. Few are fitted too well.
 _DAMPING, _VECTORS = 1.0, 16
 #: Vectors of a sample that count there, at most: places of a picture are alike, and so are tokens of a text. 64
 #: pictures with thousands of places each do not say more than 64 pictures do (docs/experiments.md).
@@ -62,20 +61,21 @@ def start_from_good_integers(
         for name, layer in qat_layers(network).items()
         if isinstance(layer, (*MULTIPLYING, nn.Embedding)) and not _is_tied(network, layer)
     }
-    multiplying = [name for name, layer in layers.items() if isinstance(layer, MULTIPLYING)]
-    embeddings = [name for name in layers if name not in multiplying]
-    gradients = gradient_products(network, embeddings, batches, loss)
+    embeddings = [name for name, layer in layers.items() if not isinstance(layer, MULTIPLYING)]
+    multiplying = [name for name in layers if name not in embeddings]
+    norms = [name for name, module in teacher.named_modules() if has_statistics(module)]
+    order, repeated = _calls(teacher, [*multiplying, *norms], batches)
+    users = Counter(id(layers[name]._parameters["weight"]) for name in multiplying)
+    several = [
+        name for name in multiplying if name in repeated or users[id(layers[name]._parameters["weight"])] > 1
+    ]
+    _round_shared(layers, input_products(teacher, several, batches))
+    gradients = gradient_products(_with_same_tensors(network), embeddings, batches, loss)
     for name in embeddings:
         if same_columns(name) in gradients:
             round_layer(layers[name], gradients[same_columns(name)], _DAMPING)
-    several = _several(network, teacher, multiplying, batches[0])
-    with torch_ao.float_forward(network):
-        products = input_products(network, several, batches)
-    _round_shared(layers, products)
     with in_eval_mode(network):
-        _round_in_order(
-            network, teacher, {name: layers[name] for name in multiplying if name not in several}, batches
-        )
+        _round_in_order(network, teacher, layers, [name for name in order if name not in several], batches)
 
 
 def _is_tied(network: nn.Module, layer: nn.Module) -> bool:
@@ -86,29 +86,37 @@ def _is_tied(network: nn.Module, layer: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _several(network: nn.Module, teacher: nn.Module, names: Iterable[str], batch: Batch) -> list[str]:
-    """Returns the layers that a forward runs several times, or that share a weight, which is rounded once.
+def _calls(teacher: nn.Module, names: Iterable[str], batches: Iterable[Batch]) -> tuple[list[str], set[str]]:
+    """Returns modules in the order in which they run, and those that a forward runs several times.
 
     Args:
-        network: The network, which knows what is shared.
         teacher: The float network, which runs.
-        names: The layers.
-        batch: A batch.
+        names: The modules; those that never run are left out.
+        batches: Where some take other ways than the rest, their modules come after what they run after.
     """
-    weights = {name: id(network.get_submodule(name)._parameters["weight"]) for name in names}
-    users, runs = Counter(weights.values()), Counter[str]()
+    order: list[str] = []
+    several: set[str] = set()
+    ran: list[str] = []
 
-    def count(name: str, *_: Any) -> None:
-        runs[name] += 1
+    def note(name: str, *_: Any) -> None:
+        ran.append(name)
 
-    handles = [teacher.get_submodule(name).register_forward_pre_hook(partial(count, name)) for name in weights]
+    handles = [teacher.get_submodule(name).register_forward_pre_hook(partial(note, name)) for name in names]
     try:
-        with autocast():
-            batch.run(teacher)
+        for batch in batches:
+            ran.clear()
+            with autocast():
+                batch.run_whole(teacher)
+            several.update(name for name, times in Counter(ran).items() if times > 1)
+            place = 0
+            for name in dict.fromkeys(ran):
+                if name not in order:
+                    order.insert(place, name)
+                place = order.index(name) + 1
     finally:
         for handle in handles:
             handle.remove()
-    return [name for name, weight in weights.items() if runs[name] > 1 or users[weight] > 1]
+    return order, several
 
 
 def _round_shared(layers: Mapping[str, Any], products: Mapping[str, Tensor]) -> None:
@@ -125,16 +133,15 @@ def _round_shared(layers: Mapping[str, Any], products: Mapping[str, Tensor]) -> 
 
 
 def _round_in_order(
-    network: nn.Module, teacher: nn.Module, layers: Mapping[str, Any], batches: list[Batch]
+    network: nn.Module, teacher: nn.Module, layers: Mapping[str, Any], order: list[str], batches: list[Batch]
 ) -> None:
     """Rounds layers as all batches come to them in both networks, and recalibrates BatchNorms likewise."""
-    norms = {name: norm for name, norm in teacher.named_modules() if has_statistics(norm)}
 
     def meet(name: str, inputs: _Inputs) -> None:
-        if name in norms:
-            _recalibrate(norms[name], network.get_submodule(name), inputs)
-        else:
+        if name in layers:
             _round(name, layers[name], inputs, batches)
+        else:
+            _recalibrate(teacher.get_submodule(name), network.get_submodule(name), inputs)
 
     def run(model: nn.Module, batch: Batch) -> None:
         with autocast():
@@ -145,12 +152,21 @@ def _round_in_order(
         for kind, model in ((_FLOAT, teacher), (_ROUNDED, network)):
             own = _with_same_tensors(model)
             forwards[kind, number] = own, partial(run, own, batch)
-    in_lockstep(forwards, [name for name, _ in network.named_modules() if name in layers or name in norms], meet)
+    in_lockstep(forwards, order, meet)
 
 
 def _with_same_tensors(model: nn.Module) -> nn.Module:
-    """Returns a copy with the same parameters and buffers: modules may note in a forward what they need later."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    """Returns a copy for a forward of its own, since modules may note in one what they need later in it.
+
+    What rounding changes is the model's own: parameters, and BatchNorm's statistics. So are tensors that are no
+    buffers, which may be large, and which modules replace rather than change.
+    """
+    shared: list[Tensor] = [*model.parameters()]
+    for module in model.modules():
+        shared += [value for value in vars(module).values() if isinstance(value, Tensor)]
+        if has_statistics(module):
+            shared += module.buffers(recurse=False)
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 @torch.no_grad()
@@ -194,19 +210,9 @@ def _lacking(own: Tensor, meant: Tensor | None) -> Tensor:
     return torch.where(alike, lack, 0.0)
 
 
-@torch.no_grad()
 def _recalibrate(known: Any, norm: Any, inputs: _Inputs) -> None:
     """Moves a BatchNorm's statistics by what the inputs of the two networks differ by."""
     numbers = [number for kind, number in inputs if kind == _ROUNDED and (_FLOAT, number) in inputs]
-    if numbers:
-        sampled, seen = (_statistics([inputs[kind, n] for n in numbers]) for kind in (_FLOAT, _ROUNDED))
+    sampled, seen = (statistics_of(known, [inputs[kind, n] for n in numbers]) for kind in (_FLOAT, _ROUNDED))
+    if sampled is not None and seen is not None:
         Statistics(known.running_mean, known.running_var).moved(sampled, seen).write(norm)
-
-
-def _statistics(inputs: list[Tensor]) -> Statistics:
-    """Returns the mean statistics of the channels of some batches `[samples, channels, ...]`."""
-    found = [torch.var_mean(x.float().transpose(0, 1).flatten(1), dim=1) for x in inputs]
-    sizes = [x.numel() / sum(x.numel() for x in inputs) for x in inputs]
-    pairs = list(zip(found, sizes, strict=True))
-    mean = torch.stack([mean * size for (_, mean), size in pairs]).sum(0)
-    return Statistics(mean, torch.stack([variance * size for (variance, _), size in pairs]).sum(0))

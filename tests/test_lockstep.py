@@ -1,10 +1,16 @@
+import contextlib
+import random
 import threading
+import warnings
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hq_plugin.lockstep import in_lockstep
 
@@ -48,19 +54,6 @@ def test_what_is_changed_at_a_meeting_is_what_the_forward_runs() -> None:
     assert not seen["changed"].requires_grad
 
 
-def test_forwards_of_one_network_wait_once_each_and_share_what_was_changed() -> None:
-    model, count = chain(), 0
-
-    def meet(name: str, inputs: dict[int, torch.Tensor]) -> None:
-        nonlocal count
-        count += 1
-        assert list(inputs) == [0, 1, 2]
-
-    forwards = {n: (model, partial(model, torch.randn(2, 4))) for n in range(3)}
-    in_lockstep(forwards, ["0"], meet)
-    assert count == 1
-
-
 class Ways(nn.Module):
     """Takes the one way or the other."""
 
@@ -73,13 +66,9 @@ class Ways(nn.Module):
 
 
 def test_forwards_that_take_different_ways_meet_where_they_meet() -> None:
-    model = Ways().eval()
     met: list[tuple[str, list[str]]] = []
-    forwards = {
-        "up": (model, partial(model, torch.ones(1, 4))),
-        "down": (model, partial(model, -torch.ones(1, 4))),
-        "too": (model, partial(model, torch.ones(1, 4))),
-    }
+    ways, signs = {name: Ways().eval() for name in ("up", "down", "too")}, {"up": 1, "down": -1, "too": 1}
+    forwards = {name: (model, partial(model, signs[name] * torch.ones(1, 4))) for name, model in ways.items()}
     in_lockstep(forwards, ["left", "right", "head"], lambda name, inputs: met.append((name, list(inputs))))
     assert met == [("left", ["up", "too"]), ("right", ["down"]), ("head", ["up", "down", "too"])]
 
@@ -123,5 +112,84 @@ def test_nothing_runs_past_the_last_meeting() -> None:
     model = chain()
     ran: list[int] = []
     model[3].register_forward_hook(lambda *_: ran.append(1))
-    in_lockstep(runs({"a": model, "b": model}, torch.randn(3, 4)), ["0", "2"], lambda name, inputs: None)
+    in_lockstep(runs({"a": chain(), "b": model}, torch.randn(3, 4)), ["0", "2"], lambda name, inputs: None)
     assert not ran
+
+
+class Drawing(nn.Module):
+    """Draws at random in eval mode, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x + random.random() + float(np.random.rand()))
+        return self.second(F.dropout(x, training=True))
+
+
+def test_networks_draw_alike_at_random_and_the_caller_s_randomness_is_its_own() -> None:
+    torch.manual_seed(0)
+    one, other, x = Drawing(), Drawing(), torch.randn(8, 4)
+    other.load_state_dict(one.state_dict())
+    seen: dict[str, torch.Tensor] = {}
+
+    def meet(name: str, inputs: dict[str, torch.Tensor]) -> None:
+        seen.update(inputs)
+
+    state = torch.get_rng_state(), random.getstate()
+    in_lockstep(runs({"a": one, "b": other}, x), ["first", "second"], meet)
+    assert torch.equal(seen["a"], seen["b"])
+    assert torch.equal(state[0], torch.get_rng_state())
+    assert state[1] == random.getstate()
+
+
+class Around(nn.Module):
+    """Changes around a layer what is the process's, and puts back what it found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+                warnings.simplefilter("ignore")
+                return self.layer(x)
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+def test_the_process_is_as_it_was() -> None:
+    filters = list(warnings.filters)
+    names = [str(n) for n in range(3)]
+    in_lockstep(runs({name: Around() for name in names}, torch.randn(2, 4)), ["layer"], lambda name, inputs: None)
+    assert torch.get_default_dtype() == torch.float32
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert list(warnings.filters) == filters
+
+
+class Catching(nn.Module):
+    """Catches whatever there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with contextlib.suppress(BaseException):
+            x = self.first(x)
+        return self.second(x)
+
+
+def test_a_forward_that_catches_everything_ends_all_the_same() -> None:
+    before = threading.active_count()
+
+    def meet(name: str, inputs: dict[str, torch.Tensor]) -> None:
+        raise ValueError("here")
+
+    with pytest.raises(ValueError, match="here"):
+        in_lockstep(runs({"a": Catching(), "b": Catching()}, torch.randn(2, 4)), ["first", "second"], meet)
+    assert threading.active_count() == before

@@ -10,7 +10,7 @@ from hq_plugin.batch import Batch
 from hq_plugin.outer_products import input_products
 from hq_plugin.qat_layers import qat_layers
 from hq_plugin.recalibration import measured_statistics
-from hq_plugin.sequential_rounding import _lacking, _round_shared, start_from_good_integers
+from hq_plugin.sequential_rounding import _calls, _lacking, _round_shared, start_from_good_integers
 
 
 def pictures(count: int = 256) -> torch.Tensor:
@@ -154,3 +154,76 @@ def test_what_is_of_another_sample_is_not_made_up_for() -> None:
     assert float(found[:, 40:].square().sum()) < 0.1 * float((flipped - own)[:, 40:].square().sum())
     assert not bool(_lacking(own, near[:, :-1]).any())
     assert not bool(_lacking(own, None).any())
+
+
+class Keeping(nn.Module):
+    """Keeps its attention, for who wants to look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.query, self.head = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 4)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.words(ids)
+        self.attention = torch.softmax(self.query(x) @ x.mT, -1)
+        return self.head(self.attention @ x)
+
+
+def test_a_model_that_keeps_what_it_computed() -> None:
+    torch.manual_seed(0)
+    model, ids = Keeping().eval(), torch.randint(0, 40, (64, 6))
+    policy = HybridPolicy({name: LayerBits(3, 16) for name in ("words", "query", "head")})
+    network = torch_ao.prepare(model, policy).eval()
+    before = network.head._parameters["weight"].clone()  # type: ignore[operator, union-attr, index]
+    start_from_good_integers(network, model, batches(ids))
+    assert not torch.equal(network.head._parameters["weight"], before)  # type: ignore[union-attr, index, arg-type]
+
+
+class OfTokens(nn.BatchNorm1d):
+    """Normalises the last dimension of tokens."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("norm", "shape"),
+    [(OfTokens(16, momentum=None), (65, 7, 16)), (nn.BatchNorm1d(16, momentum=None), (65, 16))],  # type: ignore[arg-type]
+)
+def test_batchnorms_are_asked_how_they_read_and_a_last_single_sample_says_nothing(
+    norm: nn.Module, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 16), norm, nn.Linear(16, 4))
+    norm.reset_running_stats()  # type: ignore[operator]
+    x = torch.randn(shape)
+    model.train()(x)
+    model.eval()
+    network = torch_ao.prepare(model, HybridPolicy({"0": LayerBits(2, 16), "2": LayerBits(2, 16)})).eval()
+    nearest, weight = distance(network, model, x), network[2]._parameters["weight"].clone()  # type: ignore[index, union-attr, operator]
+    start_from_good_integers(network, model, [Batch((part,), {}, None, len(part)) for part in x.split(32)])
+    assert not torch.equal(network[2]._parameters["weight"], weight)  # type: ignore[index, union-attr, arg-type]
+    assert distance(network, model, x) < nearest
+
+
+class HeadFirst(nn.Module):
+    """Defines what it runs last first, and leaves a layer out for some inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.some, self.stem = nn.Linear(16, 4), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.stem(x))
+        return self.head(torch.tanh(self.some(x)) if x[0, 0] > 0 else x)
+
+
+def test_modules_are_met_in_the_order_in_which_they_run() -> None:
+    torch.manual_seed(0)
+    model = HeadFirst().eval()
+    parts = batches(torch.randn(64, 16), 8)
+    assert {bool(torch.tanh(model.stem(part.args[0]))[0, 0] > 0) for part in parts} == {True, False}
+    order, several = _calls(model, ["head", "some", "stem"], parts)
+    assert order == ["stem", "some", "head"]
+    assert not several
+    assert _calls(Recurring().eval(), ["head", "step"], parts) == (["step", "head"], {"step"})
