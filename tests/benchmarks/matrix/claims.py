@@ -38,7 +38,7 @@ ONE_BUDGET = "2.5bit"
 PATIENCE = 10
 #: One session for five budgets: meta-training, and fine-tuning of each, as shares of a separate run's steps, and
 #: the policies that each search scores. Together they are to take half of the seconds of five runs.
-FRONT_META, FRONT_FINETUNE, FRONT_EVALUATIONS = 0.1, 0.25, 20
+FRONT_META, FRONT_FINETUNE, FRONT_EVALUATIONS = 0.1, 0.3, 30
 #: Separate runs: trained as the session is, or end to end on the distance itself, as the rivals of the matrix are.
 SEPARATE = ("separate", "separate_plain")
 
