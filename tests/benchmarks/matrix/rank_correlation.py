@@ -3,8 +3,7 @@
 Policies are drawn in two pools: `across` budgets from 2.1 to 5 bits, where any predictor that counts bits does
 well, and `within` one budget, all of the same bytes, which is the hard one and what a search has to do. In both,
 every second policy is random and the others are mutations of the plan of additive sensitivities, as the search's
-are. All predictors are compared on the same policies and the same fine-tuning: from the weights that the
-MetaQuantNet generates, as hq_plugin does it.
+are. All predictors are compared on the same policies and the same fine-tuning, as hq_plugin does it.
 """
 
 from __future__ import annotations
