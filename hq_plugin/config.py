@@ -151,7 +151,7 @@ class Config:
             means True, or what the integration proposes.
         finetune_from: `"float"` retrains from the float weights, `"generated"` starts from the MetaQuantNet's,
             `"closest"` from whichever are closer to the float model on held-out data. None means the first for
-            50 steps of fine-tuning or more and the last for fewer, or what the integration proposes.
+            100 steps of fine-tuning or more and the last for fewer, or what the integration proposes.
         population: Policies that survive a generation of the search.
         crossover: Probability that an offspring is recombined with a second parent.
         batch_size: Samples a batch where `data` is a Dataset; iterables of batches keep their own. None

@@ -35,8 +35,8 @@ from hq_plugin.weight_blocks import WeightBlock
 #: distance of 0.00127, over half at 0.00112; a ResNet and a vision transformer did not mind (docs/experiments.md).
 BLOCKS_UNTIL = 0.5
 #: Steps of fine-tuning from which float weights end closer than generated ones, wherever these begin. What meta-
-#: training saves is the first 25 steps, and weights rounded in order begin close (docs/experiments.md).
-RETRAINED = 50
+#: training saves is the first 25 steps (docs/experiments.md).
+RETRAINED = 100
 #: Steps of fine-tuning from which it is worth a warning that they gained nothing.
 MANY_STEPS = 20
 
