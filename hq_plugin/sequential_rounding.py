@@ -43,7 +43,7 @@ _Inputs = dict[tuple[str, int], Any]
 
 def start_from_good_integers(
     network: nn.Module, teacher: nn.Module, batches: Iterable[Batch], loss: LossFunction | None = None
-) -> None:
+) -> bool:
     """Moves the weights of a network with a fixed policy onto integers found to second order.
 
     Layers that run several times a forward, or share a weight, are rounded once, by all that they multiply in the
@@ -54,6 +54,9 @@ def start_from_good_integers(
         teacher: The float network, in eval mode.
         batches: A few batches.
         loss: The distance; None is what suits the output.
+
+    Returns:
+        Whether all BatchNorms have the statistics of what reaches them now.
     """
     batches = list(batches)
     layers: dict[str, Any] = {
@@ -75,7 +78,10 @@ def start_from_good_integers(
         if same_columns(name) in gradients:
             round_layer(layers[name], gradients[same_columns(name)], _DAMPING)
     with in_eval_mode(network):
-        _round_in_order(network, teacher, layers, [name for name in order if name not in several], batches)
+        followed = _round_in_order(
+            network, teacher, layers, [name for name in order if name not in several], batches
+        )
+    return followed.issuperset(norms) and not repeated.intersection(norms)
 
 
 def _is_tied(network: nn.Module, layer: nn.Module) -> bool:
@@ -134,14 +140,19 @@ def _round_shared(layers: Mapping[str, Any], products: Mapping[str, Tensor]) -> 
 
 def _round_in_order(
     network: nn.Module, teacher: nn.Module, layers: Mapping[str, Any], order: list[str], batches: list[Batch]
-) -> None:
-    """Rounds layers as all batches come to them in both networks, and recalibrates BatchNorms likewise."""
+) -> set[str]:
+    """Rounds layers as all batches come to them in both networks, and recalibrates BatchNorms likewise.
+
+    Returns:
+        The names of these.
+    """
+    recalibrated: set[str] = set()
 
     def meet(name: str, inputs: _Inputs) -> None:
         if name in layers:
             _round(name, layers[name], inputs, batches)
-        else:
-            _recalibrate(teacher.get_submodule(name), network.get_submodule(name), inputs)
+        elif _recalibrate(teacher.get_submodule(name), network.get_submodule(name), inputs):
+            recalibrated.add(name)
 
     def run(model: nn.Module, batch: Batch) -> None:
         with autocast():
@@ -153,6 +164,7 @@ def _round_in_order(
             own = _with_same_tensors(model)
             forwards[kind, number] = own, partial(run, own, batch)
     in_lockstep(forwards, order, meet)
+    return recalibrated
 
 
 def _with_same_tensors(model: nn.Module) -> nn.Module:
@@ -210,9 +222,11 @@ def _lacking(own: Tensor, meant: Tensor | None) -> Tensor:
     return torch.where(alike, lack, 0.0)
 
 
-def _recalibrate(known: Any, norm: Any, inputs: _Inputs) -> None:
-    """Moves a BatchNorm's statistics by what the inputs of the two networks differ by."""
+def _recalibrate(known: Any, norm: Any, inputs: _Inputs) -> bool:
+    """Moves a BatchNorm's statistics by what the inputs of the two networks differ by; returns whether it could."""
     numbers = [number for kind, number in inputs if kind == _ROUNDED and (_FLOAT, number) in inputs]
     sampled, seen = (statistics_of(known, [inputs[kind, n] for n in numbers]) for kind in (_FLOAT, _ROUNDED))
-    if sampled is not None and seen is not None:
-        Statistics(known.running_mean, known.running_var).moved(sampled, seen).write(norm)
+    if sampled is None or seen is None:
+        return False
+    Statistics(known.running_mean, known.running_var).moved(sampled, seen).write(norm)
+    return True

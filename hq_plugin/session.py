@@ -56,6 +56,7 @@ from hq_plugin.preparation import (
     device_of,
     distance_of,
     open_checkpoint,
+    rounding_batches,
     search_space,
     teacher_of,
 )
@@ -589,8 +590,9 @@ class Session:
             else:
                 network = generated_network(self.network, policy)
             if config.rounding == "second_order":
-                batches = calibration_batches(self.teacher, self.data, config)
-                start_from_good_integers(network, self.teacher, batches, self.loss)
+                batches = rounding_batches(self.teacher, self.data, config)
+                if start_from_good_integers(network, self.teacher, batches, self.loss):
+                    return network
         with placed(network, keep=True) as running:
             self.scorer.recalibrate(running, RECALIBRATION_FACTOR * self.scorer.recalibration)
         return network

@@ -143,6 +143,16 @@ def test_a_model_that_goes_other_ways_starts_closer_too(kind: type[nn.Module]) -
     assert distance(network, model, x) < 0.9 * nearest
 
 
+def test_statistics_that_followed_are_known_to_have() -> None:
+    model, x = deep(normalised=True), pictures()
+    assert start_from_good_integers(prepared(model), model, batches(x))
+    norms = [layer for layer in model if isinstance(layer, nn.BatchNorm2d)]
+    again = nn.Sequential(*model, nn.Unflatten(1, (5, 1, 1)), nn.BatchNorm2d(5), nn.Flatten()).eval()
+    assert not start_from_good_integers(prepared(again), again, [batches(x, 256)[0]])  # one sample: no variance
+    again[3], again[4] = again[0], norms[0]  # runs twice, on different inputs
+    assert not start_from_good_integers(prepared(again), again, batches(x))
+
+
 def test_what_is_of_another_sample_is_not_made_up_for() -> None:
     torch.manual_seed(0)
     own = torch.randn(1, 100, 32)
