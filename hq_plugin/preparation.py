@@ -34,8 +34,8 @@ from hq_plugin.usage import rows_by_use
 
 #: Samples whose outputs tell what errors are divided by.
 _EXAMPLES = 64
-#: Samples by which weights are rounded, at least: four batches of the default size. With 64 pictures in place of 256
-#: a MobileNetV2 was 20 % further from the float model than it began with (docs/experiments.md).
+#: Samples by which weights are rounded, at least: four batches of the default size. By 64 pictures, a MobileNetV2
+#: began a fifth further from the float model than by 256 (docs/experiments.md).
 _ROUNDED_BY = 256
 
 
@@ -46,7 +46,7 @@ def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[
 
 
 def rounding_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
-    """Returns the batches by which weights are rounded: those for moments, and more where these hold few samples."""
+    """Returns the batches by which weights are rounded: those for moments, and more where they hold few samples."""
     device, least = device_of(teacher), config.calibration_batches or 1
     taken: list[Batch] = []
     for batch in data.train:
