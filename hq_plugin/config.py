@@ -158,9 +158,9 @@ class Config:
             takes 64 (8 for `effort="smoke"`), or what the integration proposes.
         holdout: Most samples kept out of training to score policies; None takes the effort's.
         recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate, and 16
-            times as many before fine-tuning; None takes the effort's.
+            times as many before fine-tuning that rounds to the nearest; None takes the effort's.
         calibration_batches: Batches from which activation ranges and moments are taken; None takes 4, or what
-            the integration proposes.
+            the integration proposes. Weights are rounded to second order by as many, and by 256 samples at least.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
         self_written: Share of the text that a model which writes text is trained on that it writes itself,
             0 to 1, where `data` is text: up to 128 samples with effort `"fast"`, 384 with `"balanced"`, 2048 with
