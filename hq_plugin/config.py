@@ -160,7 +160,8 @@ class Config:
         recalibration: Training samples on which BatchNorm statistics are re-estimated for each candidate, and 16
             times as many before fine-tuning that rounds to the nearest; None takes the effort's.
         calibration_batches: Batches from which activation ranges and moments are taken; None takes 4, or what
-            the integration proposes. Weights are rounded to second order by as many, and by 256 samples at least.
+            the integration proposes. Weights are rounded to second order by as many, and by
+            more where they hold fewer than 256 samples, up to 64.
         sequence_length: Tokens of a sample where `data` is text; None takes what the integration proposes.
         self_written: Share of the text that a model which writes text is trained on that it writes itself,
             0 to 1, where `data` is text: up to 128 samples with effort `"fast"`, 384 with `"balanced"`, 2048 with

@@ -37,6 +37,8 @@ _EXAMPLES = 64
 #: Samples by which weights are rounded, at least: four batches of the default size. By 64 pictures, a MobileNetV2
 #: began a fifth further from the float model than by 256 (docs/experiments.md).
 _ROUNDED_BY = 256
+#: Batches for that, unless more are asked for: each is a forward of its own in both networks.
+_MOST_BATCHES = 64
 
 
 def calibration_batches(teacher: nn.Module, data: Data, config: Config) -> list[Batch]:
@@ -49,7 +51,7 @@ def rounding_batches(teacher: nn.Module, data: Data, config: Config) -> list[Bat
     """Returns the batches by which weights are rounded: those for moments, and more where they hold few samples."""
     device, least = device_of(teacher), config.calibration_batches or 1
     taken: list[Batch] = []
-    for batch in data.train:
+    for batch in islice(iter(data.train), max(least, _MOST_BATCHES)):
         if len(taken) >= least and sum(one.size for one in taken) >= _ROUNDED_BY:
             break
         taken.append(batch.to(device))

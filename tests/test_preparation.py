@@ -9,11 +9,12 @@ from hq_plugin.preparation import calibration_batches, rounding_batches
 
 
 @pytest.mark.parametrize(
-    ("batch", "given", "expected"), [(16, None, 16), (128, None, 4), (16, 20, 20), (16, 1, 16)]
+    ("batch", "given", "expected"),
+    [(16, None, 16), (128, None, 4), (16, 20, 20), (16, 1, 16), (2, None, 64), (2, 66, 66)],
 )
 def test_weights_are_rounded_by_samples_enough(batch: int, given: int | None, expected: int) -> None:
     torch.manual_seed(0)
-    data = [torch.randn(batch, 8) for _ in range(24)]
+    data = [torch.randn(batch, 8) for _ in range(24 if batch > 2 else 120)]
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
     config = Config(effort="smoke", batch_size=batch, calibration_batches=given, meta_steps=0)
     session = meta_train(model, data, config=config)
