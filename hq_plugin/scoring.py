@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from hq_plugin import torch_ao
 from hq_plugin.batch import Batch
@@ -57,7 +58,7 @@ class Scorer:
         self.samples, self.quick = samples, max(samples // QUICK, 1)
         self.batches = [batch.to(self.device) for batch in data.holdout]
         self.recalibration = recalibration
-        # Outputs of the float model for the samples of a candidate; the others' are too many to keep.
+        # Outputs of the float model: for the samples of a candidate, and for all others that are small.
         self._targets: dict[int, Any] = {}
         self._data = data
         self._recalibrations: dict[int, Recalibration] = {}
@@ -105,7 +106,7 @@ class Scorer:
             with autocast():
                 output = self._run(network, batch)
                 target = self._target(number, batch)
-            if seen < self.samples:
+            if seen < self.samples or _smaller(target, batch):
                 self._targets[number] = target
             fidelity.update(output, target, batch.labels, batch.size)
             seen += batch.size
@@ -114,9 +115,9 @@ class Scorer:
     def forget_targets(self) -> None:
         """Frees what can be had again, before memory is needed: the float model's outputs, and training samples.
 
-        Of a language model outputs are as large as its weights.
+        Of a language model outputs are as large as its weights. Small ones stay.
         """
-        self._targets.clear()
+        self._targets = {n: kept for n, kept in self._targets.items() if _smaller(kept, self.batches[n])}
         self._recalibrations = {n: kept for n, kept in self._recalibrations.items() if n == self.recalibration}
         self._running = None
 
@@ -165,6 +166,15 @@ class Scorer:
         samples = held if samples is None else min(samples, held)
         self.recalibrate(network)
         return self.measure(network, samples=samples)
+
+
+def _smaller(target: Any, batch: Batch) -> bool:
+    """Whether an output takes less memory than the inputs that it comes from, which are kept as well."""
+    leaves = tree_leaves(target)
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
+        return False  # it holds what nobody knows the size of
+    inputs = [leaf for leaf in tree_leaves((batch.args, batch.kwargs)) if isinstance(leaf, Tensor)]
+    return sum(leaf.nbytes for leaf in leaves) < sum(leaf.nbytes for leaf in inputs)
 
 
 def _joined(outputs: list[Any]) -> Any:

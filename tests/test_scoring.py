@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hq_plugin import Config, DataError, HQWarning, HybridPolicy, LayerBits, torch_ao
-from hq_plugin.data import prepare_data
+from hq_plugin.data import Data, prepare_data
 from hq_plugin.distillation import loss_function
 from hq_plugin.scoring import Scorer, calibrate_activations, evaluating
 from tests.conftest import SITES
@@ -57,13 +57,35 @@ def test_fewer_samples_when_asked(scorer: Scorer, trained: nn.Module) -> None:
     assert len(calls) == 1 + len(scorer.batches)
 
 
-def test_targets_that_were_forgotten_are_computed_again(scorer: Scorer, trained: nn.Module) -> None:
-    network = prepared(trained, LayerBits(3, 8), scorer)
-    before = scorer.measure(network).distance
-    assert scorer._targets
+def teacher_runs(teacher: nn.Module, data: Data) -> list[int]:
+    """How often a teacher has run after each of: some samples measured, all, all again, and all once forgotten."""
+    runs: list[int] = []
+    counts = []
+    teacher.register_forward_hook(lambda *_: runs.append(1))
+    student = copy.deepcopy(teacher)
+    student._forward_hooks.clear()
+    scorer = Scorer(teacher, data, loss_function("mse", torch.randn(2, 10)), 64, 32)
+    before = scorer.measure(student, samples=64).distance
+    for samples in (64, None, None):
+        scorer.measure(student, samples=samples)
+        counts.append(len(runs))
     scorer.forget_targets()
-    assert not scorer._targets
-    assert scorer.measure(network).distance == before
+    assert scorer.measure(student, samples=64).distance == before
+    return [*counts, len(runs)]
+
+
+def test_the_teacher_runs_once_where_its_outputs_are_small(trained: nn.Module, batches) -> None:  # type: ignore[no-untyped-def]
+    data = prepare_data(batches, trained, Config(effort="smoke", holdout=256))
+    held = len(data.holdout)
+    assert held > 1
+    assert teacher_runs(copy.deepcopy(trained), data) == [1, held, held, held]
+
+
+def test_large_outputs_are_kept_for_the_samples_of_a_candidate_until_they_are_forgotten(batches) -> None:  # type: ignore[no-untyped-def]
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 256)).eval()
+    data = prepare_data(batches, teacher, Config(effort="smoke", holdout=256))
+    held = len(data.holdout)
+    assert teacher_runs(teacher, data) == [1, held, 2 * held - 1, 2 * held]
 
 
 def test_evaluating_caches_weights_and_restores_statistics(trained: nn.Module, scorer: Scorer) -> None:
